@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh Debian 12 machine with root: `make run` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# libbpf1: the eBPF source works without it being there, but then the next source takes over.
+RUN_PACKAGES := python3-venv libbpf1
+TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev prometheus qemu-system-x86 \
+	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
+	clang-14 llvm-14 libbpf-dev
+
+.PHONY: run test lab bench clean install test-packages run-packages
+
+run: $(VENV)/.installed
+	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
+
+demo: $(VENV)/.installed
+	$(BIN)/kvm-notify-exporter demo --web.listen-address=127.0.0.1:9750
+
+test: $(VENV)/.installed-dev test-packages
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-dev test-packages
+	$(BIN)/python -m tests.bench
+
+lab: $(VENV)/.installed-dev test-packages
+	$(BIN)/python -m tests.lab $(if $(KERNEL),--kernel $(KERNEL))
+
+run-packages:
+	@.ci/install-packages $(RUN_PACKAGES)
+
+test-packages:
+	@.ci/install-packages $(TEST_PACKAGES)
+
+$(VENV)/.installed: pyproject.toml | run-packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
