@@ -1,0 +1,89 @@
+"""Layouts and numbers of the kernel's interfaces, named as in the headers; no logic and no I/O.
+
+``tests/test_abi.py`` compares every number here with the system's own headers through the C compiler. x86-64 only:
+that is where notify VM exits exist.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, IntFlag
+
+# include/uapi/linux/kvm.h --------------------------------------------------------------------------------------------
+KVM_GET_API_VERSION = 0xAE00
+KVM_CREATE_VM = 0xAE01
+KVM_CHECK_EXTENSION = 0xAE03
+KVM_GET_VCPU_MMAP_SIZE = 0xAE04
+KVM_CREATE_VCPU = 0xAE41
+KVM_GET_STATS_FD = 0xAECE
+
+KVM_CAP_BINARY_STATS_FD = 203
+# Linux kernel commit 2f4073e08f4c "KVM: VMX: Enable Notify VM exit" (in v6.0)
+KVM_CAP_X86_NOTIFY_VMEXIT = 219
+
+
+class NotifyVmexitFlags(IntFlag):
+    """KVM_X86_NOTIFY_VMEXIT_*: the flags that a VMM passes with KVM_CAP_X86_NOTIFY_VMEXIT."""
+
+    KVM_X86_NOTIFY_VMEXIT_ENABLED = 1 << 0
+    KVM_X86_NOTIFY_VMEXIT_USER = 1 << 1
+
+
+KVM_EXIT_NOTIFY = 37
+KVM_NOTIFY_CONTEXT_INVALID = 1 << 0
+
+# struct kvm_stats_header: flags, name_size, num_desc, id_offset, desc_offset, data_offset
+KVM_STATS_HEADER = struct.Struct("=6I")
+# struct kvm_stats_desc without its name: flags, exponent, size, offset, bucket_size; name_size bytes of name follow
+KVM_STATS_DESC = struct.Struct("=IhHII")
+
+
+class KvmStatsType(IntEnum):
+    """KVM_STATS_TYPE_*: bits 0 to 3 of kvm_stats_desc.flags."""
+
+    KVM_STATS_TYPE_CUMULATIVE = 0
+    KVM_STATS_TYPE_INSTANT = 1
+    KVM_STATS_TYPE_PEAK = 2
+    KVM_STATS_TYPE_LINEAR_HIST = 3
+    KVM_STATS_TYPE_LOG_HIST = 4
+
+
+KVM_STATS_TYPE_MASK = 0xF
+
+# arch/x86/include/uapi/asm/vmx.h and arch/x86/include/asm/vmx.h ------------------------------------------------------
+EXIT_REASON_NOTIFY = 75
+NOTIFY_VM_CONTEXT_INVALID = 1 << 0  # arch/x86/include/asm/vmx.h; no header of userspace has it
+
+# arch/x86/include/asm/unistd_64.h ------------------------------------------------------------------------------------
+SYS_pidfd_open = 434
+SYS_openat2 = 437
+SYS_pidfd_getfd = 438
+SYS_kcmp = 312
+
+# include/uapi/linux/pidfd.h: Linux 6.9; older kernels answer EINVAL
+PIDFD_THREAD = 0o200
+
+# include/uapi/linux/kcmp.h: enum kcmp_type
+KCMP_FILE = 0
+
+# include/uapi/linux/openat2.h: struct open_how: flags, mode, resolve
+OPEN_HOW = struct.Struct("=3Q")
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_IN_ROOT = 0x10
+
+# include/uapi/linux/netlink.h, lib/kobject_uevent.c ------------------------------------------------------------------
+NETLINK_KOBJECT_UEVENT = 15
+KOBJECT_UEVENT_GROUP_KERNEL = 1
+
+# include/uapi/linux/capability.h: the capabilities that the sources need
+CAP_DAC_READ_SEARCH = 2
+CAP_SYS_PTRACE = 19
+CAP_SYS_ADMIN = 21
+CAP_PERFMON = 38
+CAP_BPF = 39
+
+# include/linux/proc_ns.h (uapi/linux/nsfs.h since 6.18): the inode of the first pid namespace
+PROC_PID_INIT_INO = 0xEFFFFFFC
+
+# fs/proc/array.c prints start_time in USER_HZ (include/asm-generic/param.h) for every architecture that has KVM
+USER_HZ = 100

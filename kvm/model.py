@@ -1,0 +1,234 @@
+"""The words of this program: what a host, a VM, a vCPU and a reading of them are.
+
+Plain values without behaviour and without I/O. Everything that crosses from ``kvm/`` to ``exporter/`` is made of them.
+
+Counters are held by column: a VM has one tuple of vCPUs and, for each statistic, one tuple of numbers in the same
+order. A host with 10,000 vCPUs then costs some thousand objects a look and not some ten thousand.
+
+An absent number is absent: ``None``, or no key. It is never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+NOTIFY_WINDOW_EXITS = "notify_window_exits"
+EXITS = "exits"
+
+
+class KvmReadError(Exception):
+    """The parent of what the readers raise; an OSError never leaves them."""
+
+
+class SourceUnavailable(KvmReadError):
+    """A way to read counters does not work on this host.
+
+    ``reason`` says what is missing, ``remedy`` what a person can do about it ("" where nothing can be done).
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class MalformedData(KvmReadError):
+    """Bytes or text of foreign origin make no sense; ``origin`` says where they came from."""
+
+    def __init__(self, origin: str, reason: str) -> None:
+        super().__init__(f"{origin}: {reason}")
+        self.origin = origin
+        self.reason = reason
+
+
+class VmGone(KvmReadError):
+    """The VM ended while it was being read: normal life, not a fault."""
+
+
+class VmKey(NamedTuple):
+    """One VM of one process, for as long as the host is up.
+
+    ``pid`` is the thread group id of the VMM as /proc shows it, ``start_ticks`` field 22 of /proc/PID/stat (so that a
+    reused pid is another VM), ``vm_fd`` the lowest fd number at which the process holds the VM (-1 where it holds its
+    vCPUs only): a process may have made several VMs.
+    """
+
+    pid: int
+    start_ticks: int
+    vm_fd: int
+
+
+class Protection(StrEnum):
+    """Whether a VM's notify exits are switched on (KVM_CAP_X86_NOTIFY_VMEXIT, include/uapi/linux/kvm.h)."""
+
+    ARMED = "armed"
+    OFF = "off"
+    UNSUPPORTED = "unsupported"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What this host is and offers; "" and None stand for what could not be read.
+
+    ``first_pid_namespace`` is False where we run in a pid namespace of our own: a container without hostPID, whose
+    /proc lacks the host's processes.
+    """
+
+    kernel: str
+    cpu_vendor: str
+    cpu_family: str
+    cpu_model: str
+    cpu_stepping: str
+    cpu_model_name: str
+    microcode: str
+    lockdown: str
+    kvm_module: str
+    notify_supported: bool | None
+    notify_unknown_reason: str = ""
+    first_pid_namespace: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose VM it is, as far as its VMM's command line and the host's files tell; "" where they do not."""
+
+    vmm: str
+    name: str = ""
+    uuid: str = ""
+    own_id: str = ""
+    vmm_version: str = ""
+    project: str = ""
+    namespace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """One VM with its identity within the host: ``id`` is the value of the label ``vm``."""
+
+    id: str
+    key: VmKey
+    owner: Owner
+    start_time_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Vcpu:
+    """One vCPU.
+
+    ``index`` is the guest's CPU number, ``vcpu_id`` KVM's (an APIC id under QEMU and cloud-hypervisor), ``tid`` the
+    host thread that runs it, None where that is not known.
+    """
+
+    index: int
+    vcpu_id: int
+    tid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """One statistic as the kernel describes it (struct kvm_stats_desc, include/uapi/linux/kvm.h).
+
+    ``offset`` counts bytes from the start of the data block, ``size`` the 64-bit values, ``exponent`` and the bits of
+    ``flags`` give type, unit and base.
+    """
+
+    name: str
+    flags: int
+    exponent: int
+    size: int
+    offset: int
+    bucket_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyExit:
+    """One traced notify exit: a record of the tracepoint kvm:kvm_exit with reason 75.
+
+    ``time_ns`` is CLOCK_MONOTONIC, ``rip`` the guest's instruction pointer (None where KVM hides it),
+    ``qualification`` the exit qualification, ``idt_vectoring`` the IDT-vectoring information.
+    """
+
+    time_ns: int
+    tid: int
+    rip: int | None
+    qualification: int
+    idt_vectoring: int
+
+
+@dataclass(frozen=True, slots=True)
+class VmCounters:
+    """What one source read of one VM.
+
+    ``vcpu_ids`` are KVM's ids in ascending order; ``tids`` and each tuple of ``per_vcpu`` stand in the same order.
+    ``totals`` are sums over the whole VM; a source gives them only where they cover every vCPU.
+    ``notify_window_cycles`` and ``notify_flags`` are ``kvm->arch.notify_window`` and ``notify_vmexit_flags``, None
+    where the source cannot see them. ``problem`` says why something is missing, "" where nothing is.
+    """
+
+    vcpu_ids: tuple[int, ...] = ()
+    tids: tuple[int | None, ...] = ()
+    per_vcpu: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    totals: Mapping[str, int] = field(default_factory=dict)
+    notify_window_cycles: int | None = None
+    notify_flags: int | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VmReading:
+    """One VM in one look: who it is, what was read of it, and by which source ("" where by none).
+
+    ``vcpus`` is in the order of ``counters.vcpu_ids``; it is empty where only the number ``vcpu_count`` is known.
+    The tuple is the same object from look to look while nothing changes, so that what is derived can be kept.
+    """
+
+    vm: Vm
+    source: str
+    vcpus: tuple[Vcpu, ...]
+    vcpu_count: int | None
+    counters: VmCounters
+    protection: Protection
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """How one source went: does it work, and if not, why and what a person can do about it."""
+
+    source: str
+    up: bool
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One look at the whole host.
+
+    ``monotonic_seconds`` and ``unix_seconds`` are the time of the look; ``readings`` are ordered by VM id; ``errors``
+    counts, since start, what was left out, by (source, kind). ``complete`` is False where some processes could not be
+    looked at, so that there may be VMs that are not listed.
+    """
+
+    monotonic_seconds: float
+    unix_seconds: float
+    host: Host
+    readings: tuple[VmReading, ...]
+    sources: tuple[SourceReport, ...]
+    errors: Mapping[tuple[str, str], int]
+    complete: bool = True
+
+
+class SnapshotReader(Protocol):
+    """Takes looks at a host, a real one or a simulated one."""
+
+    def read(self) -> Snapshot:
+        """Take one look; what cannot be read is left out and reported, so this raises nothing."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the reader holds."""
+        ...

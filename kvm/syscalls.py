@@ -1,0 +1,52 @@
+"""The system calls that Python's library lacks, typed, raising OSError: the only ctypes on libc."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from kvm import abi
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+    return result
+
+
+def pidfd_getfd(pidfd: int, target_fd: int) -> int:
+    """Return a copy, close-on-exec, of fd ``target_fd`` of the process behind ``pidfd`` (pidfd_getfd(2)).
+
+    Raises OSError: EPERM without CAP_SYS_PTRACE, EBADF where that fd is closed, ESRCH where the process has ended.
+    """
+    return _checked(
+        _syscall(abi.SYS_pidfd_getfd, ctypes.c_int(pidfd), ctypes.c_int(target_fd), ctypes.c_uint(0)), "pidfd_getfd"
+    )
+
+
+def same_file(pid: int, fd: int, other_fd: int) -> bool:
+    """Tell whether two fds of process ``pid`` are one open file (kcmp(2), KCMP_FILE); raises OSError."""
+    number = ctypes.c_ulong
+    order = _syscall(
+        abi.SYS_kcmp, ctypes.c_int(pid), ctypes.c_int(pid), ctypes.c_int(abi.KCMP_FILE), number(fd), number(other_fd)
+    )
+    return _checked(order, "kcmp") == 0
+
+
+def open_in_root(root_fd: int, path: str, flags: int) -> int:
+    """Open ``path`` as if ``root_fd`` were the root directory, following no link out of it (openat2(2)).
+
+    Raises OSError; ENOSYS before Linux 5.6.
+    """
+    how = abi.OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS)
+    return _checked(
+        _syscall(
+            abi.SYS_openat2, ctypes.c_int(root_fd), os.fsencode(path), ctypes.c_char_p(how), ctypes.c_size_t(len(how))
+        ),
+        "openat2",
+    )
