@@ -13,7 +13,7 @@ LAYERS = [
     {"kvm.abi"},
     {"kvm.syscalls", "kvm.statistics", "kvm.read_errors"},
     {"kvm.host", "kvm.confinement", "kvm.discovery", "kvm.libvirt_status", "kvm.vcpu_numbers", "kvm.libbpf"},
-    {"kvm.throwaway_vm", "kvm.owners"},
+    {"kvm.throwaway_vm", "kvm.owners", "kvm.identities"},
     {"kvm.sources"},
     {"kvm.sources.stats_fd", "kvm.sources.debugfs", "kvm.sources.simulated", "kvm.sources.bpf", "kvm.notify_trigger"},
     {"kvm.snapshot"},

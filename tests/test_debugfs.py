@@ -91,7 +91,12 @@ def test_a_vm_that_ends_has_no_entry_and_one_without_directory_says_so(tmp_path:
 
 
 def test_open_says_what_is_missing(tmp_path: Path) -> None:
-    source = DebugfsSource(WANTED, tmp_path / "kvm", tmp_path, Troubles().tell)
+    source = DebugfsSource(WANTED, tmp_path / "kvm", tmp_path / "proc", Troubles().tell)
+    with pytest.raises(SourceUnavailable) as foreign:
+        source.open()
+    assert foreign.value.remedy == "run with hostPID: true"
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "self").symlink_to("/proc/self")
     with pytest.raises(SourceUnavailable) as unmounted:
         source.open()
     assert "mount -t debugfs" in unmounted.value.remedy

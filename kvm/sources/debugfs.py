@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvm.discovery import HeldVm
+from kvm.host import read_first_pid_namespace
 from kvm.model import MalformedData, SourceUnavailable, VmCounters, VmKey
 
 _VM_DIRECTORY = re.compile(r"(\d{1,10})-(\d{1,10})")
@@ -90,7 +91,12 @@ class DebugfsSource:
         self._directories: dict[VmKey, Path | None] = {}
 
     def open(self) -> None:
-        """Try the host's sum of one counter, without reading it: that would take KVM's global lock."""
+        """Try the host's sum of one counter, without reading it: that would take KVM's global lock.
+
+        Raises SourceUnavailable; also in a pid namespace of our own, where its directories name strangers' threads.
+        """
+        if not read_first_pid_namespace(self._proc):
+            raise SourceUnavailable("its directories are named in the host's pid namespace", "run with hostPID: true")
         path = self._kvm_directory / self._wanted[0]
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))

@@ -1,0 +1,250 @@
+"""Takes one look at the whole host: asks the sources in order, and says how each went.
+
+The best source that works has the first word on every VM; the next one is asked only for what is left. A source that
+does not work is tried again every ``RETRY_SECONDS``, not on every look: under lockdown each try writes to the kernel
+log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from kvm import abi, host
+from kvm.discovery import Discovery
+from kvm.identities import FindOwners, Identities
+from kvm.model import (
+    Host,
+    Protection,
+    Snapshot,
+    SourceReport,
+    SourceUnavailable,
+    Vcpu,
+    Vm,
+    VmCounters,
+    VmKey,
+    VmReading,
+)
+from kvm.read_errors import ReadErrors
+from kvm.sources import CounterSource
+from kvm.sources.debugfs import find_vm_directory, read_vcpu_tids
+from kvm.vcpu_numbers import number_vcpus, read_index
+
+RETRY_SECONDS = 300.0
+# A vCPU that has not run yet has no thread. Asking for it again costs a file read a vCPU, so it is done for a VM every
+# so often, and for so many VMs a look.
+THREADS_SECONDS = 10.0
+THREADS_VMS = 20
+
+
+def judge_protection(notify_supported: bool | None, notify_flags: int | None) -> Protection:
+    """Tell whether a VM's notify exits are on, from what KVM offers and from the VM's ``notify_vmexit_flags``."""
+    if notify_supported is False:
+        return Protection.UNSUPPORTED
+    if notify_flags is None:
+        return Protection.UNKNOWN
+    armed = notify_flags & abi.NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED
+    return Protection.ARMED if armed else Protection.OFF
+
+
+class _Answer(NamedTuple):
+    """What was read of one VM, by which source, and what else is known of it.
+
+    ``all_vcpu_ids`` are its vCPUs, read or not (None: not known); ``tid`` is a living thread of its process;
+    ``knows_threads`` says that a vCPU without a thread has none, so that nobody need look for it.
+    """
+
+    source: str
+    counters: VmCounters
+    all_vcpu_ids: tuple[int, ...] | None
+    tid: int | None
+    knows_threads: bool
+
+
+class _KeptSource:
+    """A source with what is known of it: whether it is open, and if not, why and since when."""
+
+    def __init__(self, source: CounterSource) -> None:
+        self.source = source
+        self.open = False
+        self._failure: SourceUnavailable | None = None
+        self._tried_at = float("-inf")
+
+    def ensure_open(self, now: float) -> bool:
+        if not self.open and now - self._tried_at >= RETRY_SECONDS:
+            self._tried_at = now
+            try:
+                self.source.open()
+                self.open, self._failure = True, None
+            except SourceUnavailable as err:
+                self._failure = err
+        return self.open
+
+    def fail(self, err: SourceUnavailable) -> None:
+        self.source.close()
+        self.open, self._failure = False, err
+
+    def report(self) -> SourceReport:
+        if self._failure is None:
+            return SourceReport(self.source.name, up=self.open)
+        return SourceReport(self.source.name, up=False, reason=self._failure.reason, remedy=self._failure.remedy)
+
+
+class _Numbers:
+    """A VM's vCPUs with their numbers, for as long as ``known``, from which they follow, is the same."""
+
+    def __init__(self) -> None:
+        self.vcpus: tuple[Vcpu, ...] = ()
+        self.known: tuple[object, ...] | None = None
+        self.looked_at = float("-inf")
+
+
+class HostReader:
+    """The SnapshotReader of a real host. ``sources`` come in order of preference; it closes them at the end.
+
+    ``monotonic`` and ``unix`` are clocks in seconds; ``kvm_debugfs`` is where vCPU threads are looked up if the source
+    does not know them.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[CounterSource],
+        discovery: Discovery,
+        find_owners: FindOwners,
+        errors: ReadErrors,
+        *,
+        proc: Path = Path("/proc"),
+        kvm_debugfs: Path = Path("/sys/kernel/debug/kvm"),
+        read_host: Callable[[], Host] = host.read_host,
+        monotonic: Callable[[], float] = time.monotonic,
+        unix: Callable[[], float] = time.time,
+    ) -> None:
+        self._sources = [_KeptSource(source) for source in sources]
+        self._discovery = discovery
+        self._identities = Identities(find_owners, errors, proc, unix)
+        self._errors = errors
+        self._proc = proc
+        self._kvm_debugfs = kvm_debugfs
+        self._read_host = read_host
+        self._monotonic = monotonic
+        self._unix = unix
+        self._host_read_at = float("-inf")
+        self._numbers: dict[VmKey, _Numbers] = {}
+        self._thread_lookups_left = 0
+
+    def read(self) -> Snapshot:
+        """Take one look; what cannot be read is left out, reported and counted."""
+        now, unix = self._monotonic(), self._unix()
+        if now - self._host_read_at >= RETRY_SECONDS:  # microcode can be updated while the host runs
+            self._host, self._host_read_at = self._read_host(), now
+        answers = self._read_counters(now)
+        vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
+        self._numbers = {key: self._numbers.get(key) or _Numbers() for key in answers}
+        self._thread_lookups_left = THREADS_VMS
+        readings = [self._assemble(vm, answers[key], now) for key, vm in vms.items()]
+        self._errors.forget_others([0, *(key.pid for key in answers)])
+        return Snapshot(
+            monotonic_seconds=now,
+            unix_seconds=unix,
+            host=self._host,
+            readings=tuple(sorted(readings, key=lambda reading: reading.vm.id)),
+            sources=tuple(kept.report() for kept in self._sources),
+            errors=self._errors.counts,
+            complete=not self._discovery.refused and self._host.first_pid_namespace is not False,
+        )
+
+    def close(self) -> None:
+        """Close the sources and what discovery holds."""
+        for kept in self._sources:
+            kept.source.close()
+        self._discovery.close()
+
+    def _read_counters(self, now: float) -> dict[VmKey, _Answer]:
+        """Ask the sources in order, each only for the VMs that no better one has read."""
+        answers: dict[VmKey, _Answer] | None = None
+        for kept in self._sources:
+            if not kept.ensure_open(now):
+                continue
+            if kept.source.finds_vms and answers is None:
+                try:
+                    found = kept.source.read(())
+                except SourceUnavailable as err:
+                    kept.fail(err)
+                    continue
+                name = kept.source.name
+                return {key: _Answer(name, counters, counters.vcpu_ids, None, True) for key, counters in found.items()}
+            answers = answers if answers is not None else self._find_unread()
+            try:
+                self._ask(kept.source, answers)
+            except SourceUnavailable as err:
+                kept.fail(err)
+        return answers if answers is not None else self._find_unread()
+
+    def _find_unread(self) -> dict[VmKey, _Answer]:
+        unread = VmCounters(problem="no source works")
+        self._held = {vm.key: vm for vm in self._discovery.find_vms()}
+        return {key: _Answer("", unread, vm.vcpu_ids, vm.tid, False) for key, vm in self._held.items()}
+
+    def _ask(self, source: CounterSource, answers: dict[VmKey, _Answer]) -> None:
+        """Ask a source for the VMs that are not read yet; those that have ended go out of ``answers``."""
+        asked = [key for key, answer in answers.items() if not answer.source]
+        read = source.read([self._held[key] for key in asked]) if asked else {}
+        for key in asked:
+            if key not in read:
+                del answers[key]
+                continue
+            counters = read[key]
+            known = set(counters.vcpu_ids) | set(answers[key].all_vcpu_ids or ())
+            answers[key] = answers[key]._replace(
+                source=source.name if counters.per_vcpu or counters.totals else "",
+                counters=counters,
+                all_vcpu_ids=tuple(sorted(known)) if known else answers[key].all_vcpu_ids,
+            )
+
+    def _assemble(self, vm: Vm, answer: _Answer, now: float) -> VmReading:
+        return VmReading(
+            vm=vm,
+            source=answer.source,
+            vcpus=self._number(vm.key, answer, now),
+            vcpu_count=len(answer.all_vcpu_ids) if answer.all_vcpu_ids is not None else None,
+            counters=answer.counters,
+            protection=judge_protection(self._host.notify_supported, answer.counters.notify_flags),
+        )
+
+    def _number(self, key: VmKey, answer: _Answer, now: float) -> tuple[Vcpu, ...]:
+        """Return the vCPUs that were read; the same tuple as long as nothing changes."""
+        numbers = self._numbers[key]
+        known = (answer.counters.vcpu_ids, answer.counters.tids, answer.all_vcpu_ids)
+        if numbers.known == known and not self._should_look_again(numbers, answer, now):
+            return numbers.vcpus
+        numbers.known, numbers.looked_at = known, now
+        tids = self._find_threads(key, answer)
+        all_ids = sorted(tids)
+        indexes = {tid: read_index(self._proc, key.pid, tid) for tid in tids.values() if tid is not None}
+        numbered = number_vcpus(all_ids, [tids[vcpu_id] for vcpu_id in all_ids], indexes)
+        read = set(answer.counters.vcpu_ids)
+        vcpus = tuple(vcpu for vcpu in numbered if vcpu.vcpu_id in read)
+        if vcpus != numbers.vcpus:
+            numbers.vcpus = vcpus
+        return numbers.vcpus
+
+    def _should_look_again(self, numbers: _Numbers, answer: _Answer, now: float) -> bool:
+        if answer.knows_threads or now - numbers.looked_at < THREADS_SECONDS or not self._thread_lookups_left:
+            return False
+        if all(vcpu.tid is not None for vcpu in numbers.vcpus):
+            return False
+        self._thread_lookups_left -= 1
+        return True
+
+    def _find_threads(self, key: VmKey, answer: _Answer) -> Mapping[int, int | None]:
+        """Return the host thread of each of the VM's vCPUs, read or not, None where it is not known."""
+        tids: dict[int, int | None] = dict.fromkeys(answer.all_vcpu_ids or ())
+        tids |= dict(zip(answer.counters.vcpu_ids, answer.counters.tids, strict=True))
+        # debugfs speaks the numbers of the first pid namespace: elsewhere they would name strangers' threads.
+        if answer.knows_threads or None not in tids.values() or not self._host.first_pid_namespace:
+            return tids
+        directory = find_vm_directory(self._kvm_debugfs, self._proc, key)
+        seen = read_vcpu_tids(directory) if directory is not None else {}
+        return {vcpu_id: tid if tid is not None else seen.get(vcpu_id) for vcpu_id, tid in tids.items()}

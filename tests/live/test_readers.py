@@ -1,0 +1,200 @@
+"""Discovery, statistics fds and debugfs on real VMs of /dev/kvm, made by our own tiny guest."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvm.discovery import Discovery, HeldVm, open_uevents, parse_uevent, read_uevent
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SourceUnavailable
+from kvm.sources.debugfs import DebugfsSource, find_vcpu_ids, find_vm_directory, read_vcpu_tids
+from kvm.sources.stats_fd import StatsFdSource
+from tests.live import open_guest_process
+
+pytestmark = pytest.mark.live
+
+PROC, KVM_DEBUGFS = Path("/proc"), Path("/sys/kernel/debug/kvm")
+WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
+PORT_WRITES = 23
+
+
+def refuse_trouble(pid: int, kind: str, message: str) -> None:
+    raise AssertionError((pid, kind, message))
+
+
+@pytest.fixture
+def discovery() -> Iterator[Discovery]:
+    found = Discovery(PROC, lambda _pid, _kind, _message: None)  # other tests' VMs may be odd on purpose
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def stats_fd() -> StatsFdSource:
+    source = StatsFdSource(WANTED, refuse_trouble)
+    source.open()
+    return source
+
+
+def find_held(discovery: Discovery, pid: int) -> list[HeldVm]:
+    return [vm for vm in discovery.find_vms() if vm.key.pid == pid]
+
+
+def test_a_known_number_of_port_writes_is_counted(discovery: Discovery, stats_fd: StatsFdSource) -> None:
+    """Each port write is an exit, so is the halt at the end, and entering KVM_RUN anew may be one more."""
+    with open_guest_process(vcpus=3, stats_fds=True, port_writes=PORT_WRITES) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        assert vm.vcpu_ids == (0, 1, 2)
+        assert vm.key.vm_fd == guest.vm_fd
+        before = stats_fd.read([vm])[vm.key]
+        assert before.vcpu_ids == (0, 1, 2)
+        assert all(PORT_WRITES <= exits <= PORT_WRITES + 2 for exits in before.per_vcpu[EXITS])
+        assert before.per_vcpu[NOTIFY_WINDOW_EXITS] == (0, 0, 0)
+        guest.run(1000)
+        after = stats_fd.read([vm])[vm.key].per_vcpu[EXITS]
+        assert all(1000 <= now - then <= 1002 for now, then in zip(after, before.per_vcpu[EXITS], strict=True))
+
+
+def test_threads_are_those_that_run_the_vcpus(discovery: Discovery) -> None:
+    with open_guest_process(vcpus=2, vcpu_ids=[0, 5], port_writes=1) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        directory = find_vm_directory(KVM_DEBUGFS, PROC, vm.key)
+        assert directory is not None
+        assert find_vcpu_ids(directory) == (0, 5)
+        assert read_vcpu_tids(directory) == {vcpu.vcpu_id: vcpu.tid for vcpu in guest.vcpus}
+
+
+def test_a_vmm_without_statistics_fds_is_listed_and_says_why(discovery: Discovery, stats_fd: StatsFdSource) -> None:
+    with open_guest_process(vcpus=2, style="firecracker", name="fc", port_writes=1) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        counters = stats_fd.read([vm])[vm.key]
+        assert vm.vcpu_ids == (0, 1)
+        assert counters.per_vcpu == {}
+        assert "holds no statistics fds" in counters.problem
+
+
+def test_a_vm_killed_while_it_is_known_has_no_entry_and_is_not_kept_alive(
+    discovery: Discovery, stats_fd: StatsFdSource
+) -> None:
+    with open_guest_process(vcpus=2, stats_fds=True, port_writes=1) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        directory = find_vm_directory(KVM_DEBUGFS, PROC, vm.key)
+        assert directory is not None
+        assert vm.key in stats_fd.read([vm])
+        guest.process.send_signal(signal.SIGKILL)
+        guest.process.wait()
+        assert stats_fd.read([vm]) == {}
+        assert not directory.exists()
+    assert find_held(discovery, guest.pid) == []
+
+
+def test_an_fd_that_holds_another_file_by_now_is_no_counter(discovery: Discovery) -> None:
+    troubles: list[str] = []
+    source = StatsFdSource(WANTED, lambda _pid, kind, _message: troubles.append(kind))
+    with open_guest_process(stats_fds=True, port_writes=1) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        swapped = HeldVm(vm.key, vm.tid, vm.pidfd, vm.vcpu_ids, {0: guest.vcpus[0].fd})
+        counters = source.read([swapped])[vm.key]
+        assert counters.per_vcpu == {}
+        assert "another file" in counters.problem
+        assert troubles == ["malformed"]
+
+
+def test_a_process_with_several_vms_is_told_apart_and_its_vcpus_are_not_guessed(discovery: Discovery) -> None:
+    code = """
+import fcntl, os, sys
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vms = [fcntl.ioctl(kvm, 0xAE01, 0) for _ in range(2)]
+vcpus = [fcntl.ioctl(vm, 0xAE41, 0) for vm in vms]
+again = os.dup(vms[0])
+print(*vms, flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    vm_fds = [int(word) for word in process.stdout.readline().split()]
+    found = find_held(discovery, process.pid)
+    process.communicate()
+    assert [(vm.key.vm_fd, vm.vcpu_ids) for vm in found] == [(fd, None) for fd in vm_fds]
+
+
+def test_a_vm_whose_leader_thread_has_exited_is_found(discovery: Discovery) -> None:
+    code = """
+import ctypes, fcntl, os, sys, threading
+def hold():
+    kvm = os.open("/dev/kvm", os.O_RDWR)
+    vm = fcntl.ioctl(kvm, 0xAE01, 0)
+    vcpu = fcntl.ioctl(vm, 0xAE41, 0)
+    while open(f"/proc/{os.getpid()}/stat").read().rpartition(")")[2].split()[0] != "Z":
+        os.sched_yield()
+    os.write(1, b"leader gone\\n")
+    os.read(0, 1)
+    os._exit(0)
+threading.Thread(target=hold).start()
+ctypes.CDLL(None).syscall(60, 0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"leader gone\n"
+    assert os.listdir(f"/proc/{process.pid}/task") != [str(process.pid)]
+    (vm,) = find_held(discovery, process.pid)
+    process.communicate(b"x")
+    assert vm.tid != process.pid
+    assert vm.vcpu_ids == (0,)
+
+
+def test_the_kernel_tells_of_a_new_vm() -> None:
+    with open_uevents() as netlink:
+        netlink.setblocking(True)
+        netlink.settimeout(30)
+        with open_guest_process() as guest:
+            while (tid := parse_uevent(read_uevent(netlink))) != guest.creator_tid:
+                assert tid is None or tid != guest.pid
+
+
+def test_reading_leaves_no_fd_behind(discovery: Discovery, stats_fd: StatsFdSource) -> None:
+    with open_guest_process(vcpus=4, stats_fds=True, port_writes=1) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        stats_fd.read([vm])
+        open_before = set(os.listdir("/proc/self/fd"))
+        for _ in range(100):
+            stats_fd.read([vm])
+        assert len(set(os.listdir("/proc/self/fd")) - open_before) <= 1  # the listing's own
+
+
+def test_a_full_fd_table_costs_the_values_and_no_more(discovery: Discovery) -> None:
+    troubles: list[str] = []
+    source = StatsFdSource(WANTED, lambda _pid, _kind, message: troubles.append(message))
+    with open_guest_process(stats_fds=True, port_writes=1) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            counters = source.read([vm])[vm.key]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert counters.per_vcpu == {}
+        assert "Too many open files" in troubles[0]
+        assert source.read([vm])[vm.key].per_vcpu[EXITS]
+
+
+def test_debugfs_reads_or_says_that_lockdown_closes_it(discovery: Discovery) -> None:
+    source = DebugfsSource(WANTED, KVM_DEBUGFS, PROC, refuse_trouble)
+    lockdown = Path("/sys/kernel/security/lockdown").read_text()
+    if "[none]" not in lockdown:
+        with pytest.raises(SourceUnavailable, match="lockdown forbids"):
+            source.open()
+        return
+    source.open()
+    with open_guest_process(vcpus=2, port_writes=PORT_WRITES) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        counters = source.read([vm])[vm.key]
+        assert 2 * PORT_WRITES <= counters.totals[EXITS] <= 2 * PORT_WRITES + 4
+        assert counters.vcpu_ids == (0, 1)
