@@ -42,7 +42,8 @@ def decode_header(block: bytes, origin: str) -> StatsHeader:
     if len(block) < abi.KVM_STATS_HEADER.size:
         raise MalformedData(origin, f"header of {len(block)} bytes, {abi.KVM_STATS_HEADER.size} expected")
     header = StatsHeader(*abi.KVM_STATS_HEADER.unpack_from(block))
-    if not 0 < header.name_size <= MAX_NAME_BYTES or header.num_desc > MAX_DESCRIPTORS:
+    far = max(header.id_offset, header.desc_offset, header.data_offset) > MAX_DATA_BYTES
+    if not 0 < header.name_size <= MAX_NAME_BYTES or header.num_desc > MAX_DESCRIPTORS or far:
         raise MalformedData(origin, f"absurd header: {header}")
     return header
 

@@ -98,6 +98,7 @@ def test_a_vm_killed_while_it_is_known_has_no_entry_and_is_not_kept_alive(
 def test_an_fd_that_holds_another_file_by_now_is_no_counter(discovery: Discovery) -> None:
     troubles: list[str] = []
     source = StatsFdSource(WANTED, lambda _pid, kind, _message: troubles.append(kind))
+    source.open()
     with open_guest_process(stats_fds=True, port_writes=1) as guest:
         (vm,) = find_held(discovery, guest.pid)
         swapped = HeldVm(vm.key, vm.tid, vm.pidfd, vm.vcpu_ids, {0: guest.vcpus[0].fd})
@@ -105,6 +106,9 @@ def test_an_fd_that_holds_another_file_by_now_is_no_counter(discovery: Discovery
         assert counters.per_vcpu == {}
         assert "another file" in counters.problem
         assert troubles == ["malformed"]
+        assert source.read([vm])[vm.key].per_vcpu[EXITS]
+        forged = HeldVm(vm.key, vm.tid, vm.pidfd, vm.vcpu_ids, {0: 0})  # the guest's standard input, a pipe
+        assert "another file" in source.read([forged])[vm.key].problem
 
 
 def test_a_process_with_several_vms_is_told_apart_and_its_vcpus_are_not_guessed(discovery: Discovery) -> None:
@@ -172,6 +176,7 @@ def test_reading_leaves_no_fd_behind(discovery: Discovery, stats_fd: StatsFdSour
 def test_a_full_fd_table_costs_the_values_and_no_more(discovery: Discovery) -> None:
     troubles: list[str] = []
     source = StatsFdSource(WANTED, lambda _pid, _kind, message: troubles.append(message))
+    source.open()
     with open_guest_process(stats_fds=True, port_writes=1) as guest:
         (vm,) = find_held(discovery, guest.pid)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
