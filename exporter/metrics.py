@@ -1,0 +1,204 @@
+"""The table of what is exported: each metric declared once, as data.
+
+``METRICS`` is in the order of the exposition. A test holds that what is produced is what is declared here, and that
+the names keep to the conventions of Prometheus (those of ``promtool check metrics``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class MetricType(StrEnum):
+    """The types in use, spelled as in the line ``# TYPE``."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Metric:
+    """One metric as it is declared; it is equal to itself only.
+
+    ``name`` is the name of its samples: a counter's ends in ``_total``. ``labels`` are in alphabetical order, in which
+    the label values of a sample are given and printed. ``unit`` is "" or the last word of the name (without _total).
+    """
+
+    name: str
+    type: MetricType
+    help: str
+    labels: tuple[str, ...] = ()
+    unit: str = ""
+
+    @property
+    def family(self) -> str:
+        """Return the name of the family in OpenMetrics: without ``_total``."""
+        return self.name.removesuffix("_total") if self.type is MetricType.COUNTER else self.name
+
+
+VCPU_NOTIFY_WINDOW_EXITS = Metric(
+    "kvm_vcpu_notify_window_exits_total",
+    MetricType.COUNTER,
+    "KVM stat notify_window_exits of a vCPU: VM exits because the guest opened no event window for too long.",
+    ("vcpu", "vm"),
+)
+VCPU_EXITS = Metric(
+    "kvm_vcpu_exits_total",
+    MetricType.COUNTER,
+    "KVM stat exits of a vCPU: VM exits of all kinds.",
+    ("vcpu", "vm"),
+)
+VCPU_LAST_NOTIFY_EXIT = Metric(
+    "kvm_vcpu_last_notify_exit_timestamp_seconds",
+    MetricType.GAUGE,
+    "When KVM stat notify_window_exits of a vCPU was last seen to move, as Unix time; absent if never seen.",
+    ("vcpu", "vm"),
+    "seconds",
+)
+VM_NOTIFY_WINDOW_EXITS = Metric(
+    "kvm_vm_notify_window_exits_total",
+    MetricType.COUNTER,
+    "KVM stat notify_window_exits summed over all vCPUs of a VM; absent where not every vCPU could be read.",
+    ("vm",),
+)
+VM_INFO = Metric(
+    "kvm_vm_info",
+    MetricType.GAUGE,
+    "Who a VM is, as its VMM's command line and the host's files tell; always 1.",
+    ("name", "namespace", "pid", "project", "uuid", "vm", "vmm", "vmm_version"),
+)
+VM_SOURCE_INFO = Metric(
+    "kvm_vm_source_info",
+    MetricType.GAUGE,
+    "Which source a VM's KVM stats come from; always 1, absent where no source could read the VM.",
+    ("source", "vm"),
+)
+VM_START_TIME = Metric(
+    "kvm_vm_start_time_seconds",
+    MetricType.GAUGE,
+    "When a VM's process started, as Unix time.",
+    ("vm",),
+    "seconds",
+)
+VM_VCPUS = Metric(
+    "kvm_vm_vcpus",
+    MetricType.GAUGE,
+    "Number of a VM's vCPUs.",
+    ("vm",),
+)
+VM_NOTIFY_PROTECTION = Metric(
+    "kvm_vm_notify_protection",
+    MetricType.GAUGE,
+    "Whether KVM_CAP_X86_NOTIFY_VMEXIT is enabled for a VM: 1 for the state that holds, 0 for the others.",
+    ("state", "vm"),
+)
+VM_NOTIFY_WINDOW = Metric(
+    "kvm_vm_notify_window_cycles",
+    MetricType.GAUGE,
+    "KVM's notify_window of a VM, in crystal clock cycles, to which the CPU adds a threshold of its own; "
+    "only where known and armed.",
+    ("vm",),
+    "cycles",
+)
+HOST_INFO = Metric(
+    "kvm_host_info",
+    MetricType.GAUGE,
+    "What the host is: kernel, CPU as in /proc/cpuinfo, lockdown, KVM's vendor module; always 1.",
+    (
+        "cpu_family",
+        "cpu_model",
+        "cpu_model_name",
+        "cpu_stepping",
+        "cpu_vendor",
+        "kernel",
+        "kvm_module",
+        "lockdown",
+        "microcode",
+    ),
+)
+HOST_NOTIFY_SUPPORTED = Metric(
+    "kvm_host_notify_supported",
+    MetricType.GAUGE,
+    "Whether KVM_CHECK_EXTENSION(KVM_CAP_X86_NOTIFY_VMEXIT) says that this host supports notify VM exits; "
+    "absent where KVM could not be asked.",
+)
+HOST_NOTIFY_WINDOW_EXITS = Metric(
+    "kvm_host_notify_window_exits_total",
+    MetricType.COUNTER,
+    "All increases of KVM stat notify_window_exits that the agent has seen, also of VMs that are gone.",
+)
+HOST_VMS = Metric(
+    "kvm_host_vms",
+    MetricType.GAUGE,
+    "Number of VMs in each state of kvm_vm_notify_protection.",
+    ("protection",),
+)
+HOST_VCPUS = Metric(
+    "kvm_host_vcpus",
+    MetricType.GAUGE,
+    "Number of vCPUs of the VMs in each state of kvm_vm_notify_protection; "
+    "absent for a state with a VM whose vCPUs could not be counted.",
+    ("protection",),
+)
+SOURCE_UP = Metric(
+    "kvm_exporter_source_up",
+    MetricType.GAUGE,
+    "Whether a source of KVM stats works on this host; where it does not, the log and the page at / say why.",
+    ("source",),
+)
+READ_ERRORS = Metric(
+    "kvm_exporter_read_errors_total",
+    MetricType.COUNTER,
+    "What was left out because it could not be read or made no sense; the log names the VM and the reason.",
+    ("kind", "source"),
+)
+SCRAPE_DURATION = Metric(
+    "kvm_exporter_scrape_collector_duration_seconds",
+    MetricType.GAUGE,
+    'How long a collector took; collector "look" is the reading of the host, before the others.',
+    ("collector",),
+    "seconds",
+)
+SCRAPE_SUCCESS = Metric(
+    "kvm_exporter_scrape_collector_success",
+    MetricType.GAUGE,
+    "Whether a collector succeeded.",
+    ("collector",),
+)
+BUILD_INFO = Metric(
+    "kvm_exporter_build_info",
+    MetricType.GAUGE,
+    "Version and revision of this agent, and of the Python that runs it; always 1.",
+    ("python_version", "revision", "version"),
+)
+
+METRICS: tuple[Metric, ...] = (
+    VCPU_NOTIFY_WINDOW_EXITS,
+    VCPU_EXITS,
+    VCPU_LAST_NOTIFY_EXIT,
+    VM_NOTIFY_WINDOW_EXITS,
+    VM_INFO,
+    VM_SOURCE_INFO,
+    VM_START_TIME,
+    VM_VCPUS,
+    VM_NOTIFY_PROTECTION,
+    VM_NOTIFY_WINDOW,
+    HOST_INFO,
+    HOST_NOTIFY_SUPPORTED,
+    HOST_NOTIFY_WINDOW_EXITS,
+    HOST_VMS,
+    HOST_VCPUS,
+    SOURCE_UP,
+    READ_ERRORS,
+    SCRAPE_DURATION,
+    SCRAPE_SUCCESS,
+    BUILD_INFO,
+)
+
+
+def order_labels(metric: Metric, **values: str) -> tuple[str, ...]:
+    """Return label values in the order of the metric's labels; raises ValueError if the names differ."""
+    if values.keys() != set(metric.labels):
+        raise ValueError(f"{metric.name} has the labels {metric.labels}, not {tuple(values)}")
+    return tuple(values[name] for name in metric.labels)

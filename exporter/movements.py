@@ -1,0 +1,143 @@
+"""What moved between two looks: the agent's own memory of the notify counters.
+
+A VM's counter dies with the VM, and an idle one says nothing about when it last moved. ``Movements`` keeps both: the
+sum of all increases seen, which only grows, and the time of the last one of each vCPU.
+
+What counts as an increase is chosen so that the sum is never too high:
+
+- what a counter shows at the first look of a VM that was there before the agent is history, not an increase;
+- a VM whose process started after the agent's first look counts from 0, and so does a vCPU plugged into a VM of which
+  every vCPU had been read, unless it may be in a sum that was seen before;
+- a counter that falls was reset (debugfs clear, a vCPU unplugged and plugged again): its new value is the increase;
+- when a VM changes between per-vCPU numbers and a sum, the two are compared as sums, where both cover all vCPUs, and
+  only what goes beyond the highest sum so far is an increase;
+- a VM that is missing from a look keeps its place for ``MEMORY_SECONDS``, because its process may come back into
+  sight; what is forgotten after that never counts from 0 again. A vCPU keeps its place as long as its VM: QEMU parks
+  an unplugged one and plugs the same one in again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmKey, VmReading
+
+MEMORY_SECONDS: Final = 600.0
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What is remembered of one VM.
+
+    ``values`` are the latest numbers by vcpu_id and ``total`` is the latest sum, one of the two. ``accounted`` is what
+    of the VM's notify exits is in one of our sums or known as history; ``complete`` whether that holds for all of them.
+    A vCPU that is seen for the first time counts ``from_zero``, unless the VM has been ``summed``: then it may be in a
+    sum already.
+    """
+
+    from_zero: bool
+    start_time_seconds: float | None
+    last_seen_seconds: float = 0.0
+    vcpu_ids: tuple[int, ...] = ()
+    column: tuple[int, ...] = ()
+    values: dict[int, int] = field(default_factory=dict)
+    total: int | None = None
+    accounted: int = 0
+    complete: bool = False
+    summed: bool = False
+    last_moves: dict[int, float] = field(default_factory=dict)
+
+
+class Movements:
+    """Follows the notify counters from look to look; one owner, not to be shared between threads."""
+
+    def __init__(self) -> None:
+        self._memories: dict[VmKey, _Memory] = {}
+        self._zero_after_unix_seconds = math.inf
+        self.increases_total = 0
+        self.readable = False
+        """Whether any source has worked so far: without one, ``increases_total`` of 0 would be a claim and no fact."""
+
+    def observe(self, snapshot: Snapshot) -> None:
+        """Take in one look."""
+        if self._zero_after_unix_seconds == math.inf:
+            self._zero_after_unix_seconds = snapshot.unix_seconds
+        self.readable = self.readable or any(report.up for report in snapshot.sources)
+        for reading in snapshot.readings:
+            memory = self._memories.get(reading.vm.key)
+            if memory is None:
+                started = reading.vm.start_time_seconds
+                from_zero = started is not None and started > self._zero_after_unix_seconds
+                memory = self._memories[reading.vm.key] = _Memory(from_zero, started)
+            memory.last_seen_seconds = snapshot.monotonic_seconds
+            self._observe_vm(memory, reading, snapshot.unix_seconds)
+        self._forget_before(snapshot.monotonic_seconds - MEMORY_SECONDS)
+
+    def last_moves(self, key: VmKey) -> Mapping[int, float]:
+        """Return when each vCPU of a VM, by vcpu_id, was last seen to move (Unix time); never seen is absent."""
+        memory = self._memories.get(key)
+        return MappingProxyType(memory.last_moves if memory else {})
+
+    def _forget_before(self, oldest_seconds: float) -> None:
+        for key in [key for key, memory in self._memories.items() if memory.last_seen_seconds < oldest_seconds]:
+            memory = self._memories.pop(key)
+            # Should this VM come back, it must not count from 0 a second time.
+            if memory.start_time_seconds is not None:
+                self._zero_after_unix_seconds = max(self._zero_after_unix_seconds, memory.start_time_seconds)
+
+    def _observe_vm(self, memory: _Memory, reading: VmReading, now: float) -> None:
+        counters = reading.counters
+        column = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
+        if column is not None and len(column) == len(counters.vcpu_ids):
+            complete = len(column) == reading.vcpu_count
+            if column != memory.column or counters.vcpu_ids != memory.vcpu_ids or complete != memory.complete:
+                self._observe_vcpus(memory, dict(zip(counters.vcpu_ids, column, strict=True)), complete, now)
+                memory.vcpu_ids, memory.column = counters.vcpu_ids, column
+        elif NOTIFY_WINDOW_EXITS in counters.totals:
+            self._observe_sum(memory, counters.totals[NOTIFY_WINDOW_EXITS])
+
+    def _observe_vcpus(self, memory: _Memory, values: dict[int, int], complete: bool, now: float) -> None:
+        if memory.total is not None:
+            if complete:
+                self._count_beyond_accounted(memory, sum(values.values()))
+        else:
+            for vcpu_id, value in values.items():
+                before = memory.values.get(vcpu_id)
+                if before is None:
+                    before = self._place_new_vcpu(memory, value)
+                increase = value - before if value >= before else value
+                if increase:
+                    self._count(memory, increase)
+                    memory.last_moves[vcpu_id] = now
+        memory.values |= values
+        memory.total, memory.complete = None, complete
+        # A vCPU that is not among all the vCPUs there are will be a new one.
+        memory.from_zero = memory.from_zero or complete
+
+    def _place_new_vcpu(self, memory: _Memory, value: int) -> int:
+        """Return from which value on a vCPU counts that is seen for the first time; what is below is history."""
+        if memory.from_zero and not memory.summed:
+            return 0
+        memory.accounted += value
+        return value
+
+    def _observe_sum(self, memory: _Memory, total: int) -> None:
+        if memory.total is not None:
+            self._count(memory, total - memory.total if total >= memory.total else total)
+        elif memory.complete or (memory.from_zero and not memory.values):
+            self._count_beyond_accounted(memory, total)
+        memory.accounted = max(memory.accounted, total)
+        memory.vcpu_ids, memory.column, memory.values = (), (), {}
+        memory.total, memory.complete = total, True
+        memory.summed = True
+
+    def _count_beyond_accounted(self, memory: _Memory, total: int) -> None:
+        self._count(memory, max(0, total - memory.accounted))
+
+    def _count(self, memory: _Memory, increase: int) -> None:
+        self.increases_total += increase
+        memory.accounted += increase
