@@ -1,0 +1,113 @@
+"""Bounds what clients can hold: how many connections, how long without a request.
+
+aiohttp waits for ever for the first request of a connection, and for the rest of half a request. Descriptors that
+strangers hold are descriptors that reading VMs then lacks. A client that closes its sending half is taken for gone, as
+nginx does: a scraper that gave up looks just like that, and its place in the queue should not be held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+MAX_CONNECTIONS: Final = 512
+FIRST_REQUEST_SECONDS: Final = 10.0
+# As long as Prometheus keeps an idle connection.
+NEXT_REQUEST_SECONDS: Final = 300.0
+
+
+class ConnectionGuard:
+    """Cuts connections that wait too long, and the longest-waiting one where there are too many.
+
+    The server says ``begin`` when a whole request has come in on a connection, and ``end`` when it is answered; in
+    between, the server itself bounds the time.
+    """
+
+    def __init__(
+        self,
+        max_connections: int = MAX_CONNECTIONS,
+        first_request_seconds: float = FIRST_REQUEST_SECONDS,
+        next_request_seconds: float = NEXT_REQUEST_SECONDS,
+    ) -> None:
+        self._max_connections = max_connections
+        self._first_request_seconds = first_request_seconds
+        self._next_request_seconds = next_request_seconds
+        self._open: set[asyncio.BaseTransport] = set()
+        self._waiting: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}
+
+    def wrap(self, make_protocol: Callable[[], asyncio.Protocol]) -> Callable[[], asyncio.Protocol]:
+        """Return a protocol factory whose connections this guard watches."""
+        return lambda: _GuardedProtocol(self, make_protocol())
+
+    def begin(self, transport: asyncio.BaseTransport | None) -> None:
+        """Stop the clock of a connection: it has sent a request."""
+        if transport in self._waiting:
+            self._waiting.pop(transport).cancel()
+
+    def end(self, transport: asyncio.BaseTransport | None) -> None:
+        """Start the clock again: the request is answered."""
+        if transport in self._open:
+            self._wait(transport, self._next_request_seconds)
+
+    def abort_all(self) -> None:
+        """Cut what is still open."""
+        for transport in tuple(self._open):
+            _abort(transport)
+
+    def admit(self, transport: asyncio.BaseTransport) -> None:
+        """Take in a new connection; where there are too many, the one that has waited longest goes."""
+        if len(self._open) >= self._max_connections:
+            longest = next(iter(self._waiting), transport)
+            self.release(longest)
+            _abort(longest)
+            if longest is transport:
+                return
+        self._open.add(transport)
+        self._wait(transport, self._first_request_seconds)
+
+    def release(self, transport: asyncio.BaseTransport) -> None:
+        """Forget a connection that is closed."""
+        self.begin(transport)
+        self._open.discard(transport)
+
+    def _wait(self, transport: asyncio.BaseTransport, seconds: float) -> None:
+        self.begin(transport)
+        self._waiting[transport] = asyncio.get_running_loop().call_later(seconds, _abort, transport)
+
+
+class _GuardedProtocol(asyncio.Protocol):
+    """Passes everything on to another protocol and tells the guard of beginnings and ends."""
+
+    def __init__(self, guard: ConnectionGuard, inner: asyncio.Protocol) -> None:
+        self._guard = guard
+        self._inner = inner
+        self._transport: asyncio.BaseTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._guard.admit(transport)
+        self._inner.connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:
+            self._guard.release(self._transport)
+        self._inner.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+
+def _abort(transport: asyncio.BaseTransport) -> None:
+    # Not close(): what the client has not read by now, it does not want.
+    if isinstance(transport, asyncio.WriteTransport):
+        transport.abort()
