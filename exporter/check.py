@@ -120,7 +120,7 @@ def _describe_security(confinement: Confinement) -> str:
 def _describe_source(source: SourceReport) -> str:
     if source.up:
         return f"works: {_SOURCE_USES.get(source.source, 'a made-up host')}"
-    text = f"does not work: {source.reason or 'not tried, a better source has it all'}"
+    text = f"does not work: {source.reason}"
     return f"{text} -> {source.remedy}" if source.remedy else text
 
 

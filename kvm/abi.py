@@ -87,3 +87,12 @@ PROC_PID_INIT_INO = 0xEFFFFFFC
 
 # fs/proc/array.c prints start_time in USER_HZ (include/asm-generic/param.h) for every architecture that has KVM
 USER_HZ = 100
+
+# (bpf) include/uapi/linux/capability.h -------------------------------------------------------------------------------
+CAP_SYS_ADMIN = 21
+CAP_PERFMON = 38
+CAP_BPF = 39
+
+# include/uapi/linux/bpf.h: enum bpf_prog_type, enum bpf_func_id
+BPF_PROG_TYPE_RAW_TRACEPOINT = 17
+BPF_FUNC_loop = 181

@@ -110,12 +110,12 @@ def parse_kvm_links(links: Iterable[tuple[int, str]]) -> KvmFiles:
     return files
 
 
-def read_kvm_files(fd_directory: str, fds: Iterable[str]) -> KvmFiles:
-    """Read the links of these fds, and pick KVM's; an fd closed meanwhile is none."""
+def read_kvm_files(fd_directory: int, fds: Iterable[str]) -> KvmFiles:
+    """Read the links of these fds in an open /proc/PID/fd, and pick KVM's; an fd closed meanwhile is none."""
     links = []
     for fd in fds:
         with contextlib.suppress(FileNotFoundError):
-            link = os.readlink(f"{fd_directory}/{fd}")
+            link = os.readlink(fd, dir_fd=fd_directory)
             if link.startswith("anon_inode:kvm-"):
                 links.append((int(fd), link))
     return parse_kvm_links(links)
@@ -221,9 +221,9 @@ class Discovery:
         return [vm for process in self._processes.values() for vm in process.vms]
 
     @property
-    def refused(self) -> int:
-        """How many processes may not be looked at (that takes CAP_SYS_PTRACE): they may hold VMs."""
-        return len(self._refused)
+    def refused(self) -> frozenset[int]:
+        """The processes that may not be looked at, for want of CAP_SYS_PTRACE or by a security module's will."""
+        return frozenset(self._refused)
 
     def close(self) -> None:
         """Close every pidfd."""
@@ -273,12 +273,17 @@ class Discovery:
 
     def _renew(self, pid: int, process: _Process) -> None:
         tid = find_living_thread(self._proc, pid)
-        fd_directory = f"{self._proc}/{pid}/task/{tid}/fd"
-        fds = os.listdir(fd_directory)
-        listing = hash((tuple(fds), tuple(os.listdir(f"{self._proc}/{pid}/task")), tid))
-        if listing == process.listing:
-            return
-        files = read_kvm_files(fd_directory, fds)
+        threads = f"{self._proc}/{pid}/task"
+        # Below an open directory a link is read twice as fast as by its whole path.
+        fd_directory = os.open(f"{threads}/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fds = os.listdir(fd_directory)
+            listing = hash((tuple(fds), tuple(os.listdir(threads)), tid))
+            if listing == process.listing:
+                return
+            files = read_kvm_files(fd_directory, fds)
+        finally:
+            os.close(fd_directory)
         process.listing = listing
         if not files.vms and not files.vcpus:
             process.vms = ()

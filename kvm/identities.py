@@ -77,7 +77,7 @@ class Identities:
                     message = f"another VM has its identity: this one is {ids[key]}"
                     self._errors.record("owners", key.pid, "duplicate", message)
                 started = self._boot_unix_seconds + key.start_ticks / abi.USER_HZ
-                self._vms[key] = Vm(ids[key], key, owners[key], started)
+                self._vms[key] = Vm(ids[key], key, owners[key], round(started, 2))
         return self._vms
 
     def _find_threads(self, keys: Mapping[VmKey, int | None]) -> None:

@@ -2,7 +2,7 @@
 
 The best source that works has the first word on every VM; the next one is asked only for what is left. A source that
 does not work is tried again every ``RETRY_SECONDS``, not on every look: under lockdown each try writes to the kernel
-log.
+log. Each source is tried at the first look, so that what works is known of all, and the next one is ready when needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvm.model import (
 )
 from kvm.read_errors import ReadErrors
 from kvm.sources import CounterSource
-from kvm.sources.debugfs import find_vm_directory, read_vcpu_tids
+from kvm.sources.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
 from kvm.vcpu_numbers import number_vcpus, read_index
 
 RETRY_SECONDS = 300.0
@@ -37,6 +37,8 @@ RETRY_SECONDS = 300.0
 # so often, and for so many VMs a look.
 THREADS_SECONDS = 10.0
 THREADS_VMS = 20
+# So many hidden processes are asked after in debugfs; more of them mean that we lack the rights to see anything.
+REFUSED_PROCESSES = 16
 
 
 def judge_protection(notify_supported: bool | None, notify_flags: int | None) -> Protection:
@@ -133,6 +135,7 @@ class HostReader:
         self._host_read_at = float("-inf")
         self._numbers: dict[VmKey, _Numbers] = {}
         self._thread_lookups_left = 0
+        self._all_tried = False
 
     def read(self) -> Snapshot:
         """Take one look; what cannot be read is left out, reported and counted."""
@@ -152,7 +155,7 @@ class HostReader:
             readings=tuple(sorted(readings, key=lambda reading: reading.vm.id)),
             sources=tuple(kept.report() for kept in self._sources),
             errors=self._errors.counts,
-            complete=not self._discovery.refused and self._host.first_pid_namespace is not False,
+            complete=self._sees_all(),
         )
 
     def close(self) -> None:
@@ -161,9 +164,23 @@ class HostReader:
             kept.source.close()
         self._discovery.close()
 
+    def _sees_all(self) -> bool:
+        """Tell whether no VM of the host can have been overlooked."""
+        if not self._host.first_pid_namespace:
+            return False
+        if any(kept.open and kept.source.finds_vms for kept in self._sources):
+            return True
+        # A security module may hide some processes' fds even from root; debugfs tells whether they made VMs.
+        refused = self._discovery.refused
+        return len(refused) <= REFUSED_PROCESSES and not may_hold_vms(self._kvm_debugfs, self._proc, refused)
+
     def _read_counters(self, now: float) -> dict[VmKey, _Answer]:
         """Ask the sources in order, each only for the VMs that no better one has read."""
         answers: dict[VmKey, _Answer] | None = None
+        if not self._all_tried:
+            self._all_tried = True
+            for kept in self._sources:
+                kept.ensure_open(now)
         for kept in self._sources:
             if not kept.ensure_open(now):
                 continue

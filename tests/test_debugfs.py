@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from kvm.discovery import HeldVm
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, MalformedData, SourceUnavailable, VmKey
-from kvm.sources.debugfs import DebugfsSource, find_vcpu_ids, find_vm_directory, parse_counter, read_vcpu_tids
+from kvm.sources.debugfs import (
+    DebugfsSource,
+    find_vcpu_ids,
+    find_vm_directory,
+    may_hold_vms,
+    parse_counter,
+    read_vcpu_tids,
+)
 
 WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
 KEY = VmKey(1000, 5, 9)
@@ -88,6 +95,18 @@ def test_a_vm_that_ends_has_no_entry_and_one_without_directory_says_so(tmp_path:
     directory.rmdir()
     assert source.read([held(KEY)]) == {}
     assert "no debugfs directory" in source.read([held(KEY)])[KEY].problem
+
+
+def test_a_hidden_process_may_hold_a_vm_only_if_it_may_have_made_one(tmp_path: Path) -> None:
+    proc, kvm = make_proc(tmp_path / "proc", 1000, 1007), tmp_path / "kvm"
+    (proc / "1007").mkdir()
+    assert may_hold_vms(kvm, proc, [1000])  # no debugfs: nobody knows
+    assert not may_hold_vms(kvm, proc, [])
+    make_vm(kvm, "1007-9")
+    assert may_hold_vms(kvm, proc, [1000])
+    assert not may_hold_vms(kvm, proc, [1])
+    make_vm(kvm, "4711-3")  # its maker is gone
+    assert may_hold_vms(kvm, proc, [1])
 
 
 def test_open_says_what_is_missing(tmp_path: Path) -> None:

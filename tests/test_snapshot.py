@@ -166,6 +166,7 @@ def test_a_source_that_finds_vms_by_itself_has_the_word_alone(sources: tuple[Tol
     (reading,) = scene.look().readings
     assert (reading.vm.key, reading.source, reading.vcpus[0].tid) == (OTHER, "whole", PID)
     assert second.asked == []
+    assert second.opened == 1  # tried all the same: what works is known of all
 
 
 def test_a_vm_that_ended_while_it_was_read_is_not_listed(sources: tuple[ToldSource, ToldSource]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from kvm.discovery import HeldVm
@@ -73,6 +73,23 @@ def find_vcpu_ids(directory: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return tuple(sorted(int(match[1]) for match in filter(None, map(_VCPU_DIRECTORY.fullmatch, names))))
+
+
+def may_hold_vms(kvm_directory: Path, proc: Path, pids: Collection[int]) -> bool:
+    """Tell whether one of these processes may hold a VM: one was made by a thread of theirs, or by nobody knows whom.
+
+    For processes whose fds may not be looked at. Numbers are those of the first pid namespace.
+    """
+    if not pids:
+        return False
+    try:
+        names = os.listdir(kvm_directory)
+    except OSError:
+        return True
+    makers = {match[1] for match in filter(None, map(_VM_DIRECTORY.fullmatch, names))}
+    return any(
+        not (proc / tid).exists() or any((proc / str(pid) / "task" / tid).exists() for pid in pids) for tid in makers
+    )
 
 
 class DebugfsSource:

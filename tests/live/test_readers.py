@@ -48,7 +48,7 @@ def find_held(discovery: Discovery, pid: int) -> list[HeldVm]:
 
 
 def test_a_known_number_of_port_writes_is_counted(discovery: Discovery, stats_fd: StatsFdSource) -> None:
-    """Each port write is an exit, so is the halt at the end, and entering KVM_RUN anew may be one more."""
+    """Each port write is an exit, so is the halt at the end, and entering KVM_RUN anew is one now and then."""
     with open_guest_process(vcpus=3, stats_fds=True, port_writes=PORT_WRITES) as guest:
         (vm,) = find_held(discovery, guest.pid)
         assert vm.vcpu_ids == (0, 1, 2)
@@ -59,7 +59,7 @@ def test_a_known_number_of_port_writes_is_counted(discovery: Discovery, stats_fd
         assert before.per_vcpu[NOTIFY_WINDOW_EXITS] == (0, 0, 0)
         guest.run(1000)
         after = stats_fd.read([vm])[vm.key].per_vcpu[EXITS]
-        assert all(1000 <= now - then <= 1002 for now, then in zip(after, before.per_vcpu[EXITS], strict=True))
+        assert all(1000 <= now - then <= 1010 for now, then in zip(after, before.per_vcpu[EXITS], strict=True))
 
 
 def test_threads_are_those_that_run_the_vcpus(discovery: Discovery) -> None:
