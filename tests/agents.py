@@ -1,0 +1,119 @@
+"""Runs the real agent as a process and asks it over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parent.parent
+START_SECONDS = 60.0
+
+
+class AgentProcess:
+    """A running agent; made by `open_agent`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.log: list[str] = []
+        self._listening = threading.Event()
+        self.port = 0
+        self._reader = threading.Thread(target=self._read_log)
+        self._reader.start()
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line.rstrip("\n"))
+            if match := re.search(r"msg=listening address=127\.0\.0\.1:(\d+)", line):
+                self.port = int(match[1])
+                self._listening.set()
+        self._listening.set()
+
+    def wait(self) -> None:
+        """Wait until it listens and has taken its first look."""
+        if not self._listening.wait(START_SECONDS) or not self.port:
+            raise RuntimeError(f"the agent does not listen: {self.log}")
+        deadline = time.monotonic() + START_SECONDS
+        while self.get("/-/ready")[0] != 200:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the agent is not ready: {self.log}")
+            time.sleep(0.01)
+
+    def get(self, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Ask once: status, headers in lower case, body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+
+    def scrape(self, path: str = "/metrics") -> dict[str, Metric]:
+        """Scrape once; families by name, as prometheus-client's own parser reads them."""
+        status, _headers, body = self.get(path)
+        assert status == 200, body
+        return {family.name: family for family in text_string_to_metric_families(body.decode())}
+
+    def samples(self, name: str, **labels: str) -> dict[tuple[tuple[str, str], ...], float]:
+        """Scrape once; the values of one metric's samples that have these labels, by their other labels."""
+        family = self.scrape().get(name.removesuffix("_total"))
+        return {
+            tuple(sorted((key, value) for key, value in sample.labels.items() if key not in labels)): sample.value
+            for sample in (family.samples if family else ())
+            if labels.items() <= sample.labels.items()
+        }
+
+    def fds(self) -> set[str]:
+        """The numbers of its open fds."""
+        return set(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def close(self) -> int:
+        """End it as an operator would; returns its exit code."""
+        self.process.terminate()
+        code = self.process.wait(30)
+        self._reader.join()
+        return code
+
+
+@contextmanager
+def open_agent(*flags: str, command: str = "serve") -> Iterator[AgentProcess]:
+    """Run the agent on a free port until it is ready; end it on the way out."""
+    words = [sys.executable, "-m", "exporter", command, "--web.listen-address=127.0.0.1:0", *flags]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        agent = AgentProcess(process)
+        try:
+            agent.wait()
+            yield agent
+        finally:
+            agent.close()
+
+
+def run_agent(*words: str, expect: Sequence[int] = (0,)) -> str:
+    """Run a command of the agent to its end; returns what it prints."""
+    run = subprocess.run(
+        [sys.executable, "-m", "exporter", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode in expect, (run.returncode, run.stdout, run.stderr)
+    assert "Traceback" not in run.stderr
+    return run.stdout
+
+
+def run_once_json(*flags: str) -> dict[int, list[dict[str, object]]]:
+    """Take one look with the real command; VMs by pid."""
+    vms: dict[int, list[dict[str, object]]] = {}
+    for vm in json.loads(run_agent("once", "--format=json", *flags))["vms"]:
+        vms.setdefault(vm["pid"], []).append(vm)
+    return vms
