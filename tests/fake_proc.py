@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 FIXTURES = Path(__file__).parent / "fixtures" / "owners"
 START_TICKS = 4711
@@ -66,6 +67,18 @@ class FakeProc:
         """Let nobody read the process's command line until ``release``."""
         self.cmdline(pid).unlink()
         os.mkfifo(self.cmdline(pid))
+
+    def hold(self, pid: int) -> BinaryIO:
+        """Return when somebody hangs in reading the command line; closing what is returned lets them go on."""
+        writers = []
+
+        def is_read() -> bool:
+            with contextlib.suppress(OSError):  # ENXIO: nobody reads it yet
+                writers.append(os.fdopen(os.open(self.cmdline(pid), os.O_WRONLY | os.O_NONBLOCK), "wb"))
+            return bool(writers)
+
+        wait_until(is_read)
+        return writers[0]
 
     def release(self, *pids: int) -> None:
         """Answer whoever reads these command lines, until nobody does any more."""

@@ -38,9 +38,15 @@ def errors() -> Errors:
     return []
 
 
-def make_cache(proc: FakeProc, errors: Errors, clock: Callable[[], float] = time.monotonic) -> OwnerCache:
+def make_cache(
+    proc: FakeProc, errors: Errors, clock: Callable[[], float] = time.monotonic, give_up_seconds: float = 10.0
+) -> OwnerCache:
     return OwnerCache(
-        lambda *error: errors.append(error), proc=proc.path, libvirt_directories=(), clock=clock, give_up_seconds=10.0
+        lambda *error: errors.append(error),
+        proc=proc.path,
+        libvirt_directories=(),
+        clock=clock,
+        give_up_seconds=give_up_seconds,
     )
 
 
@@ -79,6 +85,7 @@ def test_hung_process_delays_nobody(proc: FakeProc, errors: Errors) -> None:
     proc.hang(hung)
     wanted = {hung_key: hung, well_key: well}
     wait_until(lambda: cache.find(wanted, 0.0) == {well_key: Owner("crosvm", name="termina")})
+    answer = proc.hold(hung)
     wanted[later_key] = later
     clock.seconds += 9.9
     wait_until(lambda: cache.find(wanted, 0.0).keys() == {well_key, later_key})
@@ -87,8 +94,10 @@ def test_hung_process_delays_nobody(proc: FakeProc, errors: Errors) -> None:
     assert cache.find(wanted, 0.0)[hung_key] == Owner("qemu")
     assert [(pid, kind) for pid, kind, _ in errors] == [(hung, "hung")]
     # It answers after all: what it is called does not change any more, and the thread ends.
-    assert len(owner_threads()) == 1
-    proc.release(hung)
+    wait_until(lambda: len(owner_threads()) == 1)
+    answer.write(b"qemu-system-x86_64\0-name\0late\0")
+    answer.close()
+    wait_until(lambda: not owner_threads())
     assert cache.find(wanted, 0.0)[hung_key] == Owner("qemu")
     assert len(errors) == 1
 
@@ -110,26 +119,24 @@ def test_hung_process_delays_only_its_first_look(proc: FakeProc, errors: Errors)
 
 def test_more_hung_processes_than_threads(proc: FakeProc, errors: Errors) -> None:
     clock = Clock()
-    cache = make_cache(proc, errors, clock)
+    cache = make_cache(proc, errors, clock, give_up_seconds=1e6)
     hung = list(range(100, 100 + OwnerCache.THREADS + 3))
     for pid in hung:
         proc.add("qemu", pid)
         proc.hang(pid)
     wanted = {(pid, START_TICKS): pid for pid in hung}
 
-    def are_all_threads_stuck() -> bool:
-        assert cache.find(wanted, 0.0) == {}
-        clock.seconds += 0.01
-        return len(owner_threads()) == OwnerCache.THREADS
+    def find_later(seconds: float) -> dict[tuple[int, int], Owner]:
+        clock.seconds += seconds
+        return cache.find(wanted, 0.0)
 
-    wait_until(are_all_threads_stuck)
-    clock.seconds += OwnerCache.STUCK_SECONDS
-    assert cache.find(wanted, 0.0) == {}
+    wait_until(lambda: find_later(OwnerCache.STUCK_SECONDS) == {} and len(owner_threads()) == OwnerCache.THREADS)
+    assert find_later(OwnerCache.STUCK_SECONDS) == {}
     assert len(owner_threads()) == OwnerCache.THREADS
-    clock.seconds += 10.0
-    assert cache.find(wanted, 0.0).keys() == wanted.keys()
+    # Each is given up on a while after it was begun with, and those that no thread is left for with them.
+    wait_until(lambda: find_later(1e6).keys() == wanted.keys())
     assert sorted(pid for pid, _, _ in errors) == hung
-    # One that is given up on is not looked up again: the threads end when those that hang are released.
+    assert {kind for _, kind, _ in errors} == {"hung"}
     proc.release(*hung)
 
 
