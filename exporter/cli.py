@@ -31,7 +31,7 @@ from exporter.report import render_json, render_table
 from exporter.vm_lines import VcpuSeries
 from kvm import host
 from kvm.confinement import read_confinement
-from kvm.discovery import Discovery, open_uevents, read_uevent
+from kvm.discovery import Discovery
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SnapshotReader
 from kvm.owners import OwnerCache
 from kvm.read_errors import ReadErrors
@@ -41,6 +41,7 @@ from kvm.sources.bpf import BpfSource
 from kvm.sources.debugfs import DebugfsSource
 from kvm.sources.simulated import SimulatedHost
 from kvm.sources.stats_fd import StatsFdSource
+from kvm.uevents import open_uevents, read_uevent
 
 log = logging.getLogger(__name__)
 

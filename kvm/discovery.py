@@ -17,18 +17,18 @@ through a living thread.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from kvm import abi, syscalls
 from kvm.model import MalformedData, VmKey
+from kvm.uevents import parse_uevent
 
 log = logging.getLogger(__name__)
 
@@ -73,23 +73,33 @@ class _Process:
     start_ticks: int = 0
     tid: int = 0
     pidfd: int = -1
+    parent_pid: int = 0
+    inherited: dict[tuple[int, int], bool] = field(default_factory=dict)
     vms: tuple[HeldVm, ...] = ()
 
 
-def parse_stat(text: str, origin: str) -> tuple[str, int]:
-    """Return state and start time in ticks (fields 3 and 22) of a /proc/PID/stat; raises MalformedData.
+class ProcessStat(NamedTuple):
+    """Fields 3, 4 and 22 of a /proc/PID/stat."""
+
+    state: str
+    parent_pid: int
+    start_ticks: int
+
+
+def parse_stat(text: str, origin: str) -> ProcessStat:
+    """Parse a /proc/PID/stat; raises MalformedData.
 
     A thread may be called ``) R 1 (``: the fields are counted from the last parenthesis.
     """
     fields = text.rpartition(")")[2].split()
     try:
-        return fields[0], int(fields[19])
+        return ProcessStat(fields[0], int(fields[1]), int(fields[19]))
     except (IndexError, ValueError) as err:
         raise MalformedData(origin, f"no start time in {text[:80]!r}") from err
 
 
-def read_stat(proc: Path, pid: int) -> tuple[str, int]:
-    """Read state and start time of a process or thread; raises OSError or MalformedData."""
+def read_stat(proc: Path, pid: int) -> ProcessStat:
+    """Read what a process is; raises OSError or MalformedData."""
     path = proc / str(pid) / "stat"
     return parse_stat(path.read_text(errors="replace"), str(path))
 
@@ -126,11 +136,11 @@ def find_living_thread(proc: Path, pid: int) -> int:
 
     Raises FileNotFoundError where none is left.
     """
-    if read_stat(proc, pid)[0] not in "ZX":
+    if read_stat(proc, pid).state not in "ZX":
         return pid
     for tid in sorted(os.listdir(proc / str(pid) / "task"), key=int):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if parse_stat((proc / str(pid) / "task" / tid / "stat").read_text(errors="replace"), tid)[0] not in "ZX":
+            if parse_stat((proc / str(pid) / "task" / tid / "stat").read_text(errors="replace"), tid).state not in "ZX":
                 return int(tid)
     raise FileNotFoundError(pid)
 
@@ -142,44 +152,6 @@ def open_pidfd(pid: int, tid: int) -> int:
     PIDFD_THREAD flag for pidfd_open()" (in v6.9); before, OSError with EINVAL.
     """
     return os.pidfd_open(pid) if tid == pid else os.pidfd_open(tid, abi.PIDFD_THREAD)
-
-
-def parse_uevent(message: bytes) -> int | None:
-    """Return the thread id that KVM's ``create`` uevent names, None for any other message.
-
-    The message is ``ACTION@PATH`` and ``KEY=VALUE`` pairs, NUL between them (lib/kobject_uevent.c, and
-    kvm_uevent_notify_change in virt/kvm/kvm_main.c).
-    """
-    head, *pairs = message.split(b"\0")
-    if not head.endswith(b"@/devices/virtual/misc/kvm"):
-        return None
-    values = dict(pair.partition(b"=")[::2] for pair in pairs)
-    number = values.get(b"PID", b"")
-    return int(number) if values.get(b"EVENT") == b"create" and number.isdigit() and len(number) < 12 else None
-
-
-def open_uevents() -> socket.socket:
-    """Open a socket on which the kernel tells of new devices and VMs; raises OSError."""
-    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, abi.NETLINK_KOBJECT_UEVENT)
-    try:
-        netlink.bind((0, abi.KOBJECT_UEVENT_GROUP_KERNEL))
-    except OSError:
-        netlink.close()
-        raise
-    return netlink
-
-
-def read_uevent(netlink: socket.socket) -> bytes:
-    """Read one waiting uevent, b"" where there is none; one that did not come from the kernel reads as b"-"."""
-    try:
-        message, (sender, _groups) = netlink.recvfrom(65536)
-    except BlockingIOError:
-        return b""
-    except OSError as err:
-        if err.errno != errno.ENOBUFS:  # some were lost: the listings are looked at all the same
-            raise
-        return b"-"
-    return message if sender == 0 else b"-"
 
 
 class Discovery:
@@ -218,7 +190,9 @@ class Discovery:
                 if self._clock() > deadline and process.looked_at >= 0:
                     break
         self._started = True
-        return [vm for process in self._processes.values() for vm in process.vms]
+        return [
+            vm for process in self._processes.values() for vm in process.vms if not self._is_inherited(process, vm.key)
+        ]
 
     @property
     def refused(self) -> frozenset[int]:
@@ -229,6 +203,20 @@ class Discovery:
         """Close every pidfd."""
         for pid in list(self._processes):
             self._forget(pid)
+
+    def _is_inherited(self, process: _Process, key: VmKey) -> bool:
+        """Tell whether a VM is its parent process's: a VMM that has forked leaves its fds to its child."""
+        parent = self._processes.get(process.parent_pid)
+        if parent is None or not parent.vms or key.vm_fd < 0:
+            return False
+        for theirs in parent.vms:
+            pair = (theirs.key.vm_fd, key.vm_fd)
+            if pair not in process.inherited:
+                with contextlib.suppress(OSError):  # one of them has just ended: the next look tells
+                    process.inherited[pair] = syscalls.same_file(parent.tid, pair[0], process.tid, pair[1])
+            if process.inherited.get(pair):
+                return True
+        return False
 
     def _forget_gone(self, pids: set[int], now: float) -> None:
         for pid in self._processes.keys() - pids:
@@ -292,25 +280,25 @@ class Discovery:
         process.vms = self._tell_vms_apart(pid, process, files)
 
     def _hold(self, pid: int, tid: int, process: _Process) -> None:
-        start_ticks = read_stat(self._proc, pid)[1]
+        _state, process.parent_pid, start_ticks = read_stat(self._proc, pid)
         if process.pidfd >= 0 and (process.start_ticks, process.tid) == (start_ticks, tid):
             return
         if process.pidfd >= 0:
             os.close(process.pidfd)
             process.pidfd = -1
-        process.start_ticks, process.tid = start_ticks, tid
+        process.start_ticks, process.tid, process.inherited = start_ticks, tid, {}
         try:
             process.pidfd = open_pidfd(pid, tid)
         except OSError as err:
             self._on_error(pid, "pidfd", f"no pidfd for it (its leader thread has exited): {err}")
             return
-        if read_stat(self._proc, pid)[1] != start_ticks:
+        if read_stat(self._proc, pid).start_ticks != start_ticks:
             raise ProcessLookupError(pid)
 
     def _tell_vms_apart(self, pid: int, process: _Process, files: KvmFiles) -> tuple[HeldVm, ...]:
         vm_fds: list[int] = []
         for fd in files.vms:  # a VMM may hold one VM at several fds: crosvm does
-            if not any(syscalls.same_file(process.tid, known, fd) for known in vm_fds):
+            if not any(syscalls.same_file(process.tid, known, process.tid, fd) for known in vm_fds):
                 vm_fds.append(fd)
         if len(vm_fds) > 1:
             self._on_error(pid, "several_vms", "it holds several VMs; its files do not tell whose their vCPUs are")

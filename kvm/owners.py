@@ -299,7 +299,7 @@ class OwnerCache:
             lookup.fallback = parse_cmdline((), comm, executable)
             reading = read_owner(self._proc, lookup.pid, lookup.tid, self._libvirt_directories)
             # The number may have passed on to another process before anything was read.
-            is_same = read_stat(self._proc, lookup.pid)[1] == lookup.start_ticks
+            is_same = read_stat(self._proc, lookup.pid).start_ticks == lookup.start_ticks
         except (VmGone, MalformedData, OSError):
             return None
         return reading if is_same else None

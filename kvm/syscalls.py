@@ -32,11 +32,16 @@ def pidfd_getfd(pidfd: int, target_fd: int) -> int:
     return fd if fd >= 0 else _checked(fd, "pidfd_getfd")
 
 
-def same_file(pid: int, fd: int, other_fd: int) -> bool:
-    """Tell whether two fds of process ``pid`` are one open file (kcmp(2), KCMP_FILE); raises OSError."""
+def same_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool:
+    """Tell whether two processes' fds are one open file (kcmp(2), KCMP_FILE); raises OSError."""
     number = ctypes.c_ulong
     order = _syscall(
-        abi.SYS_kcmp, ctypes.c_int(pid), ctypes.c_int(pid), ctypes.c_int(abi.KCMP_FILE), number(fd), number(other_fd)
+        abi.SYS_kcmp,
+        ctypes.c_int(pid),
+        ctypes.c_int(other_pid),
+        ctypes.c_int(abi.KCMP_FILE),
+        number(fd),
+        number(other_fd),
     )
     return _checked(order, "kcmp") == 0
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kvm", "kvm.model"},
     {"kvm.abi"},
-    {"kvm.syscalls", "kvm.statistics", "kvm.read_errors", "kvm.vmm_cmdline", "kvm.libbpf"},
+    {"kvm.syscalls", "kvm.statistics", "kvm.read_errors", "kvm.vmm_cmdline", "kvm.libbpf", "kvm.uevents"},
     {"kvm.host", "kvm.confinement", "kvm.libvirt_status", "kvm.discovery", "kvm.vcpu_numbers", "kvm.throwaway_vm"},
     {"kvm.owners", "kvm.identities", "kvm.bpf_refusals"},
     {"kvm.sources", "kvm.sources.bpf_decode"},

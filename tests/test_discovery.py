@@ -18,9 +18,9 @@ from kvm.discovery import (
     Discovery,
     parse_kvm_links,
     parse_stat,
-    parse_uevent,
 )
 from kvm.model import MalformedData
+from kvm.uevents import parse_uevent
 
 CREATE = (
     b"change@/devices/virtual/misc/kvm\0ACTION=change\0DEVPATH=/devices/virtual/misc/kvm\0SUBSYSTEM=misc\0"
@@ -90,7 +90,7 @@ def test_links_are_sorted_out() -> None:
 
 def test_a_thread_name_cannot_move_the_fields_of_stat() -> None:
     text = "77 (evil) R 1 2 3) S " + " ".join(str(number) for number in range(4, 22)) + " 123456 9 9\n"
-    assert parse_stat(text, "here") == ("S", 123456)
+    assert parse_stat(text, "here") == ("S", 4, 123456)
 
 
 @given(st.text())

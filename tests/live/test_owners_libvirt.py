@@ -104,7 +104,7 @@ def test_awkward_name_and_an_underscore_alone(libvirt: Libvirt) -> None:
 def test_cache_finds_the_guest_and_forgets_it(libvirt: Libvirt, openstack_guest: int) -> None:
     errors: list[tuple[int, str, str]] = []
     cache = OwnerCache(lambda *error: errors.append(error))
-    process = (openstack_guest, read_stat(PROC, openstack_guest)[1])
+    process = (openstack_guest, read_stat(PROC, openstack_guest).start_ticks)
     found = cache.find({process: openstack_guest}, 10.0)
     assert found == {process: Owner(vmm="qemu", name="instance-0000002a", uuid=UUID, project=PROJECT)}
     assert cache.find({}, 0.0) == {}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from kvm.discovery import Discovery, HeldVm, open_uevents, parse_uevent, read_uevent
+from kvm.discovery import Discovery, HeldVm
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SourceUnavailable
 from kvm.sources.debugfs import DebugfsSource, find_vcpu_ids, find_vm_directory, read_vcpu_tids
 from kvm.sources.stats_fd import StatsFdSource
+from kvm.uevents import open_uevents, parse_uevent, read_uevent
 from tests.live import open_guest_process
 
 pytestmark = pytest.mark.live
@@ -127,6 +128,27 @@ sys.stdin.read()
     found = find_held(discovery, process.pid)
     process.communicate()
     assert [(vm.key.vm_fd, vm.vcpu_ids) for vm in found] == [(fd, None) for fd in vm_fds]
+
+
+def test_a_forked_child_that_still_holds_its_parents_vm_is_no_vm(discovery: Discovery) -> None:
+    code = """
+import fcntl, os, signal, sys
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vm = fcntl.ioctl(kvm, 0xAE01, 0)
+vcpu = fcntl.ioctl(vm, 0xAE41, 0)
+child = os.fork()
+if child == 0:
+    signal.pause()
+print(child, flush=True)
+sys.stdin.read()
+os.kill(child, signal.SIGKILL)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    held = [vm.key.pid for vm in discovery.find_vms() if vm.key.pid in (process.pid, child)]
+    process.communicate()
+    assert held == [process.pid]
 
 
 def test_a_vm_whose_leader_thread_has_exited_is_found(discovery: Discovery) -> None:
