@@ -191,7 +191,7 @@ def test_problems_are_told_once(proc: FakeProc, errors: Errors) -> None:
 def test_real_process_through_the_cache(tmp_path: Path, errors: Errors) -> None:
     cache = OwnerCache(lambda *error: errors.append(error), libvirt_directories=())
     with imitated_vmm(tmp_path / "firecracker", ["./firecracker", "--id", "real"]) as pid:
-        key = (pid, read_stat(Path("/proc"), pid)[1])
+        key = (pid, read_stat(Path("/proc"), pid).start_ticks)
         assert cache.find({key: pid}, PATIENCE_SECONDS)[key].own_id == "real"
         assert read_program(Path("/proc"), pid, pid) == ("firecracker", str(tmp_path / "firecracker"))
     assert errors == []
