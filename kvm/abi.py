@@ -54,11 +54,15 @@ KVM_STATS_TYPE_MASK = 0xF
 EXIT_REASON_NOTIFY = 75
 NOTIFY_VM_CONTEXT_INVALID = 1 << 0  # arch/x86/include/asm/vmx.h; no header of userspace has it
 
+# arch/x86/kvm/trace.h: the field isa of kvm:kvm_exit
+KVM_ISA_VMX = 1
+
 # arch/x86/include/asm/unistd_64.h ------------------------------------------------------------------------------------
 SYS_pidfd_open = 434
 SYS_openat2 = 437
 SYS_pidfd_getfd = 438
 SYS_kcmp = 312
+SYS_perf_event_open = 298
 
 # include/uapi/linux/pidfd.h: Linux 6.9; older kernels answer EINVAL
 PIDFD_THREAD = 0o200
@@ -70,6 +74,41 @@ KCMP_FILE = 0
 OPEN_HOW = struct.Struct("=3Q")
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_IN_ROOT = 0x10
+
+# include/uapi/linux/perf_event.h -------------------------------------------------------------------------------------
+# struct perf_event_attr as far as PERF_ATTR_SIZE_VER3, which every kernel since 4.1 takes: type, size, config,
+# sample_period, sample_type, read_format, the flags below, wakeup_events, bp_type, config1, config2,
+# branch_sample_type, sample_regs_user, sample_stack_user, clockid
+PERF_EVENT_ATTR = struct.Struct("=2I5Q2I4QIi")
+PERF_TYPE_TRACEPOINT = 2
+PERF_SAMPLE_TIME = 1 << 2
+PERF_SAMPLE_RAW = 1 << 10
+PERF_SAMPLE_IDENTIFIER = 1 << 16
+# The bit fields of struct perf_event_attr, as bits of the 64-bit word that they share.
+PERF_ATTR_DISABLED = 1 << 0
+PERF_ATTR_USE_CLOCKID = 1 << 25
+PERF_FLAG_FD_CLOEXEC = 8
+
+PERF_EVENT_IOC_DISABLE = 0x2401
+PERF_EVENT_IOC_REFRESH = 0x2402
+PERF_EVENT_IOC_SET_OUTPUT = 0x2405
+PERF_EVENT_IOC_SET_FILTER = 0x40082406
+PERF_EVENT_IOC_ID = 0x80082407
+
+# struct perf_event_mmap_page: data_head, data_tail, data_offset, data_size stand together
+PERF_MMAP_DATA_HEAD = 1024
+PERF_MMAP_DATA_TAIL = 1032
+PERF_MMAP_DATA = struct.Struct("4Q")
+# struct perf_event_header: type, misc, size (of the record with this header)
+PERF_EVENT_HEADER = struct.Struct("=I2H")
+PERF_RECORD_LOST = 2
+PERF_RECORD_SAMPLE = 9
+PERF_RECORD_LOST_SAMPLES = 13
+# A sample with PERF_SAMPLE_IDENTIFIER, _TIME and _RAW: id, time, bytes of raw data; these follow
+PERF_SAMPLE = struct.Struct("=2QI")
+# After the header of PERF_RECORD_LOST: id, lost; of PERF_RECORD_LOST_SAMPLES: lost
+PERF_LOST = struct.Struct("=2Q")
+PERF_LOST_SAMPLES = struct.Struct("=Q")
 
 # include/uapi/linux/netlink.h, lib/kobject_uevent.c ------------------------------------------------------------------
 NETLINK_KOBJECT_UEVENT = 15

@@ -58,3 +58,21 @@ def open_in_root(root_fd: int, path: str, flags: int) -> int:
         ),
         "openat2",
     )
+
+
+def perf_event_open(attr: bytes, tid: int, flags: int) -> int:
+    """Open an event of one thread on whatever CPU it runs (perf_event_open(2)); ``attr`` is a struct perf_event_attr.
+
+    Raises OSError: ESRCH where the thread has ended, EACCES or EPERM without CAP_PERFMON, EINVAL for an unknown id.
+    """
+    return _checked(
+        _syscall(
+            abi.SYS_perf_event_open,
+            ctypes.c_char_p(attr),
+            ctypes.c_int(tid),
+            ctypes.c_int(-1),
+            ctypes.c_int(-1),
+            ctypes.c_ulong(flags),
+        ),
+        "perf_event_open",
+    )

@@ -9,6 +9,7 @@ import pytest
 
 from kvm import abi
 
+PERF_FLAGS = "(offsetof(struct perf_event_attr, read_format) + sizeof(__u64))"
 # Name in kvm/abi.py and the same in C.
 EXPRESSIONS = {
     **{
@@ -18,12 +19,24 @@ EXPRESSIONS = {
         KVM_CAP_BINARY_STATS_FD KVM_CAP_X86_NOTIFY_VMEXIT KVM_EXIT_NOTIFY KVM_NOTIFY_CONTEXT_INVALID
         KVM_STATS_TYPE_MASK EXIT_REASON_NOTIFY SYS_pidfd_open SYS_openat2 SYS_pidfd_getfd SYS_kcmp
         CAP_DAC_READ_SEARCH CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_PERFMON CAP_BPF
+        SYS_perf_event_open PERF_TYPE_TRACEPOINT PERF_SAMPLE_TIME PERF_SAMPLE_RAW PERF_SAMPLE_IDENTIFIER
+        PERF_FLAG_FD_CLOEXEC PERF_EVENT_IOC_DISABLE PERF_EVENT_IOC_REFRESH PERF_EVENT_IOC_SET_OUTPUT
+        PERF_EVENT_IOC_SET_FILTER PERF_EVENT_IOC_ID PERF_RECORD_LOST PERF_RECORD_SAMPLE PERF_RECORD_LOST_SAMPLES
         KCMP_FILE RESOLVE_NO_MAGICLINKS RESOLVE_IN_ROOT NETLINK_KOBJECT_UEVENT
         """.split()
     },
     "KVM_STATS_HEADER.size": "sizeof(struct kvm_stats_header)",
     "KVM_STATS_DESC.size": "sizeof(struct kvm_stats_desc)",
     "OPEN_HOW.size": "sizeof(struct open_how)",
+    "PERF_EVENT_ATTR.size": "PERF_ATTR_SIZE_VER3",
+    "PERF_EVENT_HEADER.size": "sizeof(struct perf_event_header)",
+    "PERF_MMAP_DATA_HEAD": "offsetof(struct perf_event_mmap_page, data_head)",
+    "PERF_MMAP_DATA_TAIL": "offsetof(struct perf_event_mmap_page, data_tail)",
+    # A bit field has no offsetof: set it, and look at the word that follows read_format.
+    **{
+        f"PERF_ATTR_{bit.upper()}": f"*(__u64 *)((char *)&(struct perf_event_attr){{.{bit} = 1}} + {PERF_FLAGS})"
+        for bit in ("disabled", "use_clockid")
+    },
     "NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED": "KVM_X86_NOTIFY_VMEXIT_ENABLED",
     "NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_USER": "KVM_X86_NOTIFY_VMEXIT_USER",
     **{f"KvmStatsType.{member.name}": member.name for member in abi.KvmStatsType},
@@ -35,6 +48,7 @@ NOT_IN_HEADERS = {
     "PROC_PID_INIT_INO",
     "PIDFD_THREAD",
     "USER_HZ",
+    "KVM_ISA_VMX",
 }
 FIELDS = {
     "KVM_STATS_HEADER": (
@@ -43,6 +57,22 @@ FIELDS = {
     ),
     "KVM_STATS_DESC": ("struct kvm_stats_desc", ["flags", "exponent", "size", "offset", "bucket_size"]),
     "OPEN_HOW": ("struct open_how", ["flags", "mode", "resolve"]),
+    "PERF_EVENT_HEADER": ("struct perf_event_header", ["type", "misc", "size"]),
+    "PERF_EVENT_ATTR": (
+        "struct perf_event_attr",
+        [
+            *("type", "size", "config", "sample_period", "sample_type", "read_format", PERF_FLAGS, "wakeup_events"),
+            *(
+                "bp_type",
+                "config1",
+                "config2",
+                "branch_sample_type",
+                "sample_regs_user",
+                "sample_stack_user",
+                "clockid",
+            ),
+        ],
+    ),
 }
 HEADERS = """
 #include <stddef.h>
@@ -54,6 +84,7 @@ HEADERS = """
 #include <linux/kcmp.h>
 #include <linux/openat2.h>
 #include <linux/netlink.h>
+#include <linux/perf_event.h>
 """
 
 
@@ -83,7 +114,8 @@ def test_numbers_are_those_of_the_headers(tmp_path: Path) -> None:
 def test_fields_stand_where_the_headers_put_them(name: str, tmp_path: Path) -> None:
     struct_name, fields = FIELDS[name]
     layout = getattr(abi, name)
-    offsets = compile_and_run(tmp_path, [f"offsetof({struct_name}, {field})" for field in fields])
+    expressions = [f"offsetof({struct_name}, {field})" if field.isidentifier() else field for field in fields]
+    offsets = compile_and_run(tmp_path, expressions)
     blank = bytearray(layout.size)
     ours = []
     for position in range(len(fields)):
