@@ -32,6 +32,7 @@ from kvm.model import (
     VmKey,
     VmReading,
 )
+from kvm.sources.bpf_decode import VcpuState
 
 SOURCE: Final = "simulated"
 RARE_SECONDS: Final = 20.0
@@ -90,6 +91,29 @@ def count_stuck_seconds(seconds: float) -> float:
     return cycles * STUCK_SECONDS + min(max(phase - STUCK_FROM_SECONDS, 0.0), STUCK_SECONDS)
 
 
+def is_stuck(seconds: float) -> bool:
+    """Tell whether the vCPU that gets stuck is stuck after so many seconds."""
+    return 0 <= seconds % CYCLE_SECONDS - STUCK_FROM_SECONDS < STUCK_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedVcpu:
+    """A made-up vCPU, for made-up traces of it."""
+
+    tid: int
+    count: Callable[[float], int]
+    gets_stuck: bool
+
+    @property
+    def interval_seconds(self) -> float:
+        """How long it takes from one notify exit to the next."""
+        return 1 / STUCK_EXITS_PER_SECOND if self.gets_stuck else RARE_SECONDS
+
+    def is_stuck(self, seconds: float) -> bool:
+        """Tell whether it is stuck after so many seconds."""
+        return self.gets_stuck and is_stuck(seconds)
+
+
 def _libvirt(name: str, project: str) -> Owner:
     return Owner(vmm="qemu", name=name, vmm_version="10.0.7", project=project)
 
@@ -141,6 +165,37 @@ class SimulatedHost:
             errors={},
         )
 
+    def now(self) -> float:
+        """Return the time by this host's clock."""
+        return self._monotonic_clock()
+
+    def age_seconds(self) -> float:
+        """Return for how long this host has been there: what its numbers are a function of."""
+        return max(0.0, self._monotonic_clock() - self._made_seconds)
+
+    def read_vcpu(self, key: VmKey, vcpu_id: int) -> VcpuState | None:
+        """Read one vCPU in full; None where there is no such."""
+        for role, vm, vcpus in self._members:
+            if vm.key == key and vcpu_id < len(vcpus) and not role.sum_only:
+                seconds = self.age_seconds()
+                notify, exits = _count_exits(role, key.pid, len(vcpus), seconds)
+                # Registers are those at some moment of its work: the same as long as it does none.
+                work = exits[vcpu_id] - notify[vcpu_id]
+                statistics = {NOTIFY_WINDOW_EXITS: (notify[vcpu_id],), EXITS: (exits[vcpu_id],), "guest_mode": (0,)}
+                registers = {"rax": work, "rcx": work // 7, "rip": 0, "rsp": 0}
+                return VcpuState(vcpu_id, vcpus[vcpu_id].tid, registers, frozenset({"rip", "rsp"}), statistics)
+        return None
+
+    def find_thread(self, tid: int) -> SimulatedVcpu | None:
+        """Find a made-up vCPU thread, None where there is no such."""
+        for role, _, vcpus in self._members:
+            for position, vcpu in enumerate(vcpus):
+                if vcpu.tid == tid:
+                    takes_exits = role.notify_exits is not None and position == _find_position(role, len(vcpus))
+                    count = role.notify_exits if takes_exits and role.notify_exits else _count_none
+                    return SimulatedVcpu(tid, count, count is count_stuck_exits)
+        return None
+
     def close(self) -> None:
         """Do nothing: a made-up host holds nothing."""
 
@@ -187,6 +242,15 @@ def _read_member(role: _Role, vm: Vm, vcpus: tuple[Vcpu, ...], seconds: float) -
     )
 
 
+def _count_none(seconds: float) -> int:
+    return 0 * round(seconds)
+
+
+def _find_position(role: _Role, vcpu_count: int) -> int:
+    """Find which vCPU of a VM takes notify exits, if one does."""
+    return 0 if role.notify_exits is count_stuck_exits else min(1, vcpu_count - 1)
+
+
 def _count_exits(role: _Role, seed: int, vcpu_count: int, seconds: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the notify exits and all exits of each vCPU; a stuck vCPU has no others while it is stuck."""
     notify = [0] * vcpu_count
@@ -196,7 +260,7 @@ def _count_exits(role: _Role, seed: int, vcpu_count: int, seconds: float) -> tup
     ]
     if role.notify_exits is not None and vcpu_count:
         stuck = role.notify_exits is count_stuck_exits
-        position = 0 if stuck else min(1, vcpu_count - 1)
+        position = _find_position(role, vcpu_count)
         running_seconds = _SECONDS_UP + seconds - (count_stuck_seconds(seconds) if stuck else 0.0)
         notify[position] = role.notify_exits(seconds)
         exits[position] = math.floor(running_seconds * EXITS_PER_SECOND) + notify[position]
