@@ -1,7 +1,7 @@
 """Explains to a person what works on this host, what does not, why, and what to do about it.
 
-``render_check`` is pure: it turns a look at the host into lines. The verdict (exit code) is whether a counter can be
-had at all: some source works, and every process of the host can be seen.
+``render_check`` is pure: it turns a look at the host into lines. The verdict, and the exit code, is whether the
+counters can be had.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ _SOURCE_USES = {
 }
 
 
+def has_counters(snapshot: Snapshot) -> bool:
+    """Tell whether a source works and, where there are VMs, some of them could be read."""
+    unread = sum(not reading.source for reading in snapshot.readings)
+    return any(source.up for source in snapshot.sources) and (not unread or unread < len(snapshot.readings))
+
+
 def can_read(snapshot: Snapshot) -> bool:
-    """Tell whether counters can be had: a source works and the host's processes can be seen."""
-    return snapshot.complete and any(source.up for source in snapshot.sources)
+    """Tell whether this host's counters can be had: there are some, and no VM can have been overlooked."""
+    return snapshot.complete and has_counters(snapshot)
 
 
 def render_check(snapshot: Snapshot, confinement: Confinement, vmx_flags: frozenset[str] | None) -> str:
@@ -90,6 +96,8 @@ def _describe_lockdown(host: Host) -> str:
 def _describe_privileges(confinement: Confinement) -> str:
     who = "root" if confinement.uid == 0 else f"uid {confinement.uid}"
     missing = confinement.missing_capabilities
+    if missing is None:
+        return f"{who}, capabilities unknown: /proc/self/status cannot be read"
     if not missing:
         return f"{who}, with every capability that is needed"
     return f"{who}, without " + "; ".join(f"{name} ({NEEDED_CAPABILITIES[name]})" for name in missing)
@@ -135,8 +143,12 @@ def _describe_vms(snapshot: Snapshot) -> str:
 
 
 def _describe_verdict(snapshot: Snapshot) -> str:
-    if can_read(snapshot):
-        return "the counters of this host can be read"
+    if not any(source.up for source in snapshot.sources):
+        return "no source works: no counter of this host can be read"
+    unread = Counter(reading.counters.problem for reading in snapshot.readings if not reading.source)
+    if unread:
+        reasons = "; ".join(f"{reason} ({number})" for reason, number in unread.most_common(3))
+        return f"{unread.total()} of {len(snapshot.readings)} VMs cannot be read: {reasons}"
     if not snapshot.complete:
         return "not every process of this host can be seen: what is not seen is not exported"
-    return "no source works: no counter of this host can be read"
+    return "the counters of this host can be read"

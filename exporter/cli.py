@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import platform
@@ -18,11 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from exporter import server
-from exporter.check import can_read, render_check
+from exporter import metrics, server
+from exporter.check import can_read, has_counters, render_check
 from exporter.collector import COLLECTORS, BuildInfo, CollectorSettings, HostCollector
 from exporter.exposition import render_text
 from exporter.listen import Address, TcpAddress, parse_address
@@ -32,6 +34,7 @@ from exporter.vm_lines import VcpuSeries
 from kvm import host
 from kvm.confinement import read_confinement
 from kvm.discovery import Discovery
+from kvm.identities import OWNER_WAIT_SECONDS
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SnapshotReader
 from kvm.owners import OwnerCache
 from kvm.read_errors import ReadErrors
@@ -55,6 +58,9 @@ COMMANDS = {
     "check": "explain what works on this host, what does not, and why",
     "demo": "serve a made-up host, to see what there is to see",
 }
+# A process that hangs is given up on after 10 s (OwnerCache): one look waits for it.
+ONE_LOOK_WAIT_SECONDS = 11.0
+MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
 DEFAULT_ADDRESS = TcpAddress("", 9750)
 # Each VM is held by one pidfd; the rest is for sockets and what one look opens and closes.
 WANTED_FDS = 65536
@@ -118,8 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name in ("serve", "demo"):
             add_web_flags(command)
         if name == "once":
-            command.add_argument("--format", choices=("prometheus", "json", "table"), default="table")
-            command.add_argument(
+            form = command.add_mutually_exclusive_group()
+            form.add_argument("--format", choices=("prometheus", "json", "table"), help="(default: table)")
+            form.add_argument(
                 "--output", metavar="FILE.prom", type=parse_prom_path, help="write metrics to this file, all at once"
             )
     return parser
@@ -219,13 +226,14 @@ def raise_fd_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def open_host(sources: Sequence[str], stack: contextlib.ExitStack) -> HostReader:
+def open_host(
+    sources: Sequence[str], stack: contextlib.ExitStack, owner_wait_seconds: float = OWNER_WAIT_SECONDS
+) -> HostReader:
     """Return the reader of this host; ``stack`` closes what it needs."""
     errors = ReadErrors()
-    uevents: Callable[[], bytes] = lambda: b""  # noqa: E731
+    uevents: Callable[[], bytes] = bytes  # none
     try:
-        netlink = stack.enter_context(open_uevents())
-        uevents = lambda: read_uevent(netlink)  # noqa: E731
+        uevents = partial(read_uevent, stack.enter_context(open_uevents()))
     except OSError as err:
         log.info("no uevents: new VMs are found by looking", extra={"fields": {"why": err.strerror}})
     makers: dict[str, Callable[[], CounterSource]] = {
@@ -235,7 +243,9 @@ def open_host(sources: Sequence[str], stack: contextlib.ExitStack) -> HostReader
     }
     owners = OwnerCache(errors.teller("owners"))
     discovery = Discovery(PROC, errors.teller("discovery"), uevents=uevents)
-    reader = HostReader([makers[name]() for name in sources], discovery, owners.find, errors)
+    reader = HostReader(
+        [makers[name]() for name in sources], discovery, owners.find, errors, owner_wait_seconds=owner_wait_seconds
+    )
     stack.callback(reader.close)
     return reader
 
@@ -255,17 +265,18 @@ def build_collector(reader: SnapshotReader, arguments: argparse.Namespace) -> Ho
 def run_check(arguments: argparse.Namespace) -> int:
     """Print what works on this host; 0 if counters can be read, else 1."""
     with contextlib.ExitStack() as stack:
-        snapshot = open_host(arguments.sources, stack).read()
+        snapshot = open_host(arguments.sources, stack, ONE_LOOK_WAIT_SECONDS).read()
     cpuinfo = (PROC / "cpuinfo").read_text(errors="replace")
     sys.stdout.write(render_check(snapshot, read_confinement(PROC, SYSFS), host.parse_vmx_flags(cpuinfo)))
     return 0 if can_read(snapshot) else 1
 
 
 def run_once(arguments: argparse.Namespace) -> int:
-    """Print one look at the host, or write it to a file; 0 if some source worked, else 1."""
+    """Print one look at the host, or write it to a file; 0 if counters could be read, else 1."""
     with contextlib.ExitStack() as stack:
-        collector = build_collector(open_host(arguments.sources, stack), arguments)
-        families = collector.collect()
+        collector = build_collector(open_host(arguments.sources, stack, ONE_LOOK_WAIT_SECONDS), arguments)
+        # One look has seen nothing move: what is a memory of looks would be a 0 for ever.
+        families = [family for family in collector.collect() if family.metric not in MEMORIES]
         snapshot = collector.snapshot
     if snapshot is None:
         return 1
@@ -275,14 +286,14 @@ def run_once(arguments: argparse.Namespace) -> int:
         sys.stdout.write(render_text(families))
     else:
         sys.stdout.write(render_json(snapshot) if arguments.format == "json" else render_table(snapshot))
-    return 0 if any(source.up for source in snapshot.sources) else 1
+    return 0 if has_counters(snapshot) else 1
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part; raises OSError."""
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # the collector reads *.prom, not this
     try:
-        with os.fdopen(fd, "w") as file:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)
             os.fchmod(file.fileno(), 0o644)
             file.flush()
@@ -305,7 +316,6 @@ def run_server(arguments: argparse.Namespace) -> int:
         if arguments.command == "demo":
             reader: SnapshotReader = SimulatedHost()
         else:
-            raise_fd_limit()
             reader = open_host(arguments.sources, stack)
         asyncio.run(serve_until_signalled(build_collector(reader, arguments), settings))
     return 0
@@ -329,9 +339,18 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = parse_command_line(sys.argv[1:] if words is None else words)
     start_logging(arguments.log_level, arguments.log_format)
+    for stream in (sys.stdout, sys.stderr):  # a name may have letters that the locale's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    raise_fd_limit()
     commands = {"serve": run_server, "demo": run_server, "once": run_once, "check": run_check}
     try:
-        return commands[arguments.command](arguments)
+        code = commands[arguments.command](arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError) as err:
         log.error("cannot go on", extra={"fields": {"why": str(err)}})
         return 1
+    return code

@@ -155,7 +155,7 @@ class HostCollector:
         snapshot = self._reader.read()
         self._movements.observe(snapshot)
         self._shown = list(self._arrange(snapshot))
-        self._errors.forget_others(reading.vm.key.pid for reading in snapshot.readings)
+        self._errors.log_new({reading.vm.key.pid: reading.vm for reading in snapshot.readings})
         self.snapshot = snapshot
         return []
 

@@ -60,13 +60,13 @@ class Movements:
         self._zero_after_unix_seconds = math.inf
         self.increases_total = 0
         self.readable = False
-        """Whether any source has worked so far: without one, ``increases_total`` of 0 would be a claim and no fact."""
+        """Whether anything could be counted so far: else ``increases_total`` of 0 would be a claim and no fact."""
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in one look."""
         if self._zero_after_unix_seconds == math.inf:
             self._zero_after_unix_seconds = snapshot.unix_seconds
-        self.readable = self.readable or any(report.up for report in snapshot.sources)
+        self.readable = self.readable or _can_count(snapshot)
         for reading in snapshot.readings:
             memory = self._memories.get(reading.vm.key)
             if memory is None:
@@ -141,3 +141,10 @@ class Movements:
     def _count(self, memory: _Memory, increase: int) -> None:
         self.increases_total += increase
         memory.accounted += increase
+
+
+def _can_count(snapshot: Snapshot) -> bool:
+    """Tell whether a look has read some VM, or has found, with a source that works, that there is none."""
+    if snapshot.readings or not snapshot.complete:
+        return any(reading.source for reading in snapshot.readings)
+    return any(report.up for report in snapshot.sources)

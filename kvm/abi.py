@@ -89,7 +89,6 @@ PERF_ATTR_DISABLED = 1 << 0
 PERF_ATTR_USE_CLOCKID = 1 << 25
 PERF_FLAG_FD_CLOEXEC = 8
 
-PERF_EVENT_IOC_DISABLE = 0x2401
 PERF_EVENT_IOC_REFRESH = 0x2402
 PERF_EVENT_IOC_SET_OUTPUT = 0x2405
 PERF_EVENT_IOC_SET_FILTER = 0x40082406
@@ -126,11 +125,6 @@ PROC_PID_INIT_INO = 0xEFFFFFFC
 
 # fs/proc/array.c prints start_time in USER_HZ (include/asm-generic/param.h) for every architecture that has KVM
 USER_HZ = 100
-
-# (bpf) include/uapi/linux/capability.h -------------------------------------------------------------------------------
-CAP_SYS_ADMIN = 21
-CAP_PERFMON = 38
-CAP_BPF = 39
 
 # include/uapi/linux/bpf.h: enum bpf_prog_type, enum bpf_func_id
 BPF_PROG_TYPE_RAW_TRACEPOINT = 17

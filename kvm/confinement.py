@@ -30,7 +30,7 @@ class Confinement:
     """
 
     uid: int
-    missing_capabilities: tuple[str, ...]
+    missing_capabilities: tuple[str, ...] | None
     security_modules: tuple[str, ...]
     label: str
     selinux_enforcing: bool
@@ -44,8 +44,10 @@ def parse_effective_capabilities(status: str) -> int | None:
     return int(match[1], 16) if match else None
 
 
-def find_missing_capabilities(effective: int) -> tuple[str, ...]:
-    """Return the names of the needed capabilities that a bit set lacks."""
+def find_missing_capabilities(effective: int | None) -> tuple[str, ...] | None:
+    """Return the names of the needed capabilities that a bit set lacks, None where there is no bit set."""
+    if effective is None:
+        return None
     return tuple(name for name in NEEDED_CAPABILITIES if not effective >> getattr(abi, name) & 1)
 
 
@@ -69,7 +71,7 @@ def read_confinement(proc: Path = Path("/proc"), sysfs: Path = Path("/sys")) -> 
     uid_map = _read_text(proc / "self/uid_map")
     return Confinement(
         uid=os.geteuid(),
-        missing_capabilities=find_missing_capabilities(effective or 0),
+        missing_capabilities=find_missing_capabilities(effective),
         security_modules=tuple(modules.split(",")) if modules else (),
         label=_read_text(proc / "self/attr/current") or "",
         selinux_enforcing=_read_text(sysfs / "fs/selinux/enforce") == "1",

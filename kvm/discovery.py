@@ -1,52 +1,58 @@
 """Finds the processes that hold VMs, and says which of their fds are vCPUs.
 
-A VM is known by the files a process holds: ``anon_inode:kvm-vm`` and ``anon_inode:kvm-vcpu:ID`` (virt/kvm/kvm_main.c).
-No program can forge these links: what readlink shows of a file with a path begins with a slash.
-
 What it costs is bounded. Reading the link of every fd of a host is what takes time (207,000 fds: half a second), so it
-is done once a process, and again only when the *listing* of its fds or threads has changed. Listings are looked at
-on every look for processes younger than ``YOUNG_SECONDS`` (KVM's uevent comes before the VM has vCPUs), every
+is done once a process, and again only when the *listing* of its fds or threads has changed. Listings are looked at on
+every look for processes younger than ``YOUNG_SECONDS`` (KVM's uevent comes before the VM has vCPUs), every
 ``VMM_SECONDS`` for those that hold VMs (hot-plug sends no event), every ``OTHER_SECONDS`` for the rest, and at once
-when KVM's uevent names the process; never for longer than ``LOOK_BUDGET_SECONDS`` a look once the first is done.
+when KVM's uevent names the process. Once the first look is done, none is begun with after ``LOOK_BUDGET_SECONDS``, and
+none gets more than a hundredth of the time: one that was slow to look at is left alone for a hundred times as long.
 
 Each process with a VM is held by a pidfd: that pins nothing of the VM, and says for ever that the process is the same
-one. A thread-group leader may have exited while the VM runs on: then /proc/PID/fd is empty, and everything is read
-through a living thread.
+one, and at once that it has ended. A thread-group leader may exit while the VM runs on: then /proc/PID/fd is empty, and
+everything is read through a living thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import errno
 import os
 import re
+import select
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from kvm import abi, syscalls
 from kvm.model import MalformedData, VmKey
+from kvm.processes import find_living_thread, open_pidfd, read_stat
 from kvm.uevents import parse_uevent
-
-log = logging.getLogger(__name__)
+from kvm.vm_files import (
+    MAX_FDS,
+    MAX_VM_FDS,
+    Compare,
+    KvmFiles,
+    VmOwners,
+    choose_compare,
+    find_distinct,
+    holds_several_vms,
+    read_kvm_files,
+)
 
 YOUNG_SECONDS = 30.0
 VMM_SECONDS = 30.0
 OTHER_SECONDS = 300.0
 LOOK_BUDGET_SECONDS = 0.02
-
-_KVM_LINK = re.compile(r"anon_inode:kvm-(?:(vm)|vcpu:(\d+)|vcpu-stats:(\d+))")
+REST_FACTOR = 100.0
 
 
 @dataclass(frozen=True, slots=True)
 class HeldVm:
     """One VM as the files of its process show it.
 
-    ``tid`` is a living thread of the process and ``pidfd`` refers to it (borrowed: Discovery closes it). ``vcpu_ids``
-    ascend; they are None where the process holds several VMs, because its files do not tell which vCPU is whose.
-    ``stats_fds`` maps vcpu_id to the number, in that process, of a binary statistics fd.
+    ``tid`` is a living thread of the process and ``pidfd`` refers to it (borrowed: Discovery closes it; -1 where there
+    is none). ``vcpu_ids`` ascend; they are None where the process holds several VMs, because its files do not tell
+    which vCPU is whose. ``stats_fds`` maps vcpu_id to the number, in that process, of a binary statistics fd.
     """
 
     key: VmKey
@@ -57,108 +63,27 @@ class HeldVm:
 
 
 @dataclass(slots=True)
-class KvmFiles:
-    """The KVM files among a process's fds: VM fds, vCPU fds and statistics fds by vcpu_id, lowest fd first."""
-
-    vms: list[int] = field(default_factory=list)
-    vcpus: dict[int, int] = field(default_factory=dict)
-    stats: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class _Process:
+    """What is known of a process. ``foreign`` are VM fds that are another process's VM: a forked child's, say."""
+
+    inode: int
     first_seen: float
-    looked_at: float = -1.0
+    looked_at: float = float("-inf")
+    look_seconds: float = 0.0
     listing: int = 0
     start_ticks: int = 0
     tid: int = 0
     pidfd: int = -1
-    parent_pid: int = 0
-    inherited: dict[tuple[int, int], bool] = field(default_factory=dict)
+    foreign: set[int] = field(default_factory=set)
     vms: tuple[HeldVm, ...] = ()
-
-
-class ProcessStat(NamedTuple):
-    """Fields 3, 4 and 22 of a /proc/PID/stat."""
-
-    state: str
-    parent_pid: int
-    start_ticks: int
-
-
-def parse_stat(text: str, origin: str) -> ProcessStat:
-    """Parse a /proc/PID/stat; raises MalformedData.
-
-    A thread may be called ``) R 1 (``: the fields are counted from the last parenthesis.
-    """
-    fields = text.rpartition(")")[2].split()
-    try:
-        return ProcessStat(fields[0], int(fields[1]), int(fields[19]))
-    except (IndexError, ValueError) as err:
-        raise MalformedData(origin, f"no start time in {text[:80]!r}") from err
-
-
-def read_stat(proc: Path, pid: int) -> ProcessStat:
-    """Read what a process is; raises OSError or MalformedData."""
-    path = proc / str(pid) / "stat"
-    return parse_stat(path.read_text(errors="replace"), str(path))
-
-
-def parse_kvm_links(links: Iterable[tuple[int, str]]) -> KvmFiles:
-    """Pick KVM's files from (fd, link) pairs."""
-    files = KvmFiles()
-    for fd, link in sorted(links):
-        match = _KVM_LINK.fullmatch(link)
-        if match is None:
-            continue
-        if match[1]:
-            files.vms.append(fd)
-        elif match[2]:
-            files.vcpus.setdefault(int(match[2]), fd)
-        else:
-            files.stats.setdefault(int(match[3]), fd)
-    return files
-
-
-def read_kvm_files(fd_directory: int, fds: Iterable[str]) -> KvmFiles:
-    """Read the links of these fds in an open /proc/PID/fd, and pick KVM's; an fd closed meanwhile is none."""
-    links = []
-    for fd in fds:
-        with contextlib.suppress(FileNotFoundError):
-            link = os.readlink(fd, dir_fd=fd_directory)
-            if link.startswith("anon_inode:kvm-"):
-                links.append((int(fd), link))
-    return parse_kvm_links(links)
-
-
-def find_living_thread(proc: Path, pid: int) -> int:
-    """Return the leader, or where it has exited another thread of the process that still has its files.
-
-    Raises FileNotFoundError where none is left.
-    """
-    if read_stat(proc, pid).state not in "ZX":
-        return pid
-    for tid in sorted(os.listdir(proc / str(pid) / "task"), key=int):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if parse_stat((proc / str(pid) / "task" / tid / "stat").read_text(errors="replace"), tid).state not in "ZX":
-                return int(tid)
-    raise FileNotFoundError(pid)
-
-
-def open_pidfd(pid: int, tid: int) -> int:
-    """Return a pidfd through which the process's files can be had; raises OSError.
-
-    Where the leader has exited that takes a pidfd of a thread: Linux kernel commit 64bef697d33b "pidfd: implement
-    PIDFD_THREAD flag for pidfd_open()" (in v6.9); before, OSError with EINVAL.
-    """
-    return os.pidfd_open(pid) if tid == pid else os.pidfd_open(tid, abi.PIDFD_THREAD)
 
 
 class Discovery:
     """Keeps the list of the host's VMs, and renews it at a bounded cost.
 
     ``proc`` is where proc is mounted; ``clock`` gives seconds that only grow; ``uevents`` reads waiting uevents, one
-    message a call, b"" when there are none. ``on_error`` is told of what cannot be read: (pid, kind, message).
+    message a call, b"" when there are none; ``compare`` stands in for kcmp. ``on_error`` is told what cannot be read:
+    (pid, kind, message), pid 0 for what concerns no single process.
     """
 
     def __init__(
@@ -167,32 +92,48 @@ class Discovery:
         on_error: Callable[[int, str, str], None],
         clock: Callable[[], float] = time.monotonic,
         uevents: Callable[[], bytes] = lambda: b"",
+        compare: Compare | None = None,
     ) -> None:
         self._proc = proc
         self._on_error = on_error
         self._clock = clock
         self._uevents = uevents
+        self._compare = compare or choose_compare()
         self._processes: dict[int, _Process] = {}
+        self._by_pidfd: dict[int, int] = {}
+        self._ended = select.poll()
+        self._owners = VmOwners(self._compare)
         self._started = False
         self._own_pid = os.getpid()
         self._refused: set[int] = set()
+        self.sees_first_process = False
+        """Whether process 1 was among those listed: where it is hidden (hidepid), so may others be."""
 
     def find_vms(self) -> list[HeldVm]:
         """Renew the list and return it."""
         now = self._clock()
-        self._forget_gone({int(name) for name in os.listdir(self._proc) if name.isdigit()}, now)
+        self._renew_list(now)
         self._take_uevents(now)
         deadline = now + LOOK_BUDGET_SECONDS if self._started else float("inf")
         # Those not looked at for longest come first, so that a small budget still reaches everybody in turn.
         for pid, process in sorted(self._processes.items(), key=lambda item: item[1].looked_at):
+            if self._clock() > deadline:
+                break
             if self._is_due(process, now):
                 self._look_at(pid, process, now)
-                if self._clock() > deadline and process.looked_at >= 0:
-                    break
         self._started = True
-        return [
-            vm for process in self._processes.values() for vm in process.vms if not self._is_inherited(process, vm.key)
-        ]
+        return [vm for process in self._processes.values() for vm in process.vms]
+
+    def look_again(self, pids: Iterable[int]) -> list[HeldVm]:
+        """Look at these processes at once, because they were not as described; return the VMs that they hold."""
+        now = self._clock()
+        self._forget_ended()
+        wanted = set(pids)
+        for pid in wanted & self._processes.keys():
+            process = self._processes[pid]
+            process.listing, process.first_seen = 0, now
+            self._look_at(pid, process, now)
+        return [vm for pid in wanted & self._processes.keys() for vm in self._processes[pid].vms]
 
     @property
     def refused(self) -> frozenset[int]:
@@ -204,59 +145,84 @@ class Discovery:
         for pid in list(self._processes):
             self._forget(pid)
 
-    def _is_inherited(self, process: _Process, key: VmKey) -> bool:
-        """Tell whether a VM is its parent process's: a VMM that has forked leaves its fds to its child."""
-        parent = self._processes.get(process.parent_pid)
-        if parent is None or not parent.vms or key.vm_fd < 0:
-            return False
-        for theirs in parent.vms:
-            pair = (theirs.key.vm_fd, key.vm_fd)
-            if pair not in process.inherited:
-                with contextlib.suppress(OSError):  # one of them has just ended: the next look tells
-                    process.inherited[pair] = syscalls.same_file(parent.tid, pair[0], process.tid, pair[1])
-            if process.inherited.get(pair):
-                return True
-        return False
-
-    def _forget_gone(self, pids: set[int], now: float) -> None:
-        for pid in self._processes.keys() - pids:
+    def _renew_list(self, now: float) -> None:
+        self._forget_ended()
+        with os.scandir(self._proc) as entries:
+            # A process's directory has an inode of its own for as long as the process lives, or for less.
+            inodes = {int(entry.name): entry.inode() for entry in entries if entry.name.isdigit()}
+        self.sees_first_process = 1 in inodes
+        inodes.pop(self._own_pid, None)
+        for pid in self._processes.keys() - inodes.keys():
             self._forget(pid)
-        for pid in pids - self._processes.keys() - {self._own_pid}:
-            self._processes[pid] = _Process(first_seen=now)
+        for pid, inode in inodes.items():
+            process = self._processes.get(pid)
+            if process is not None and process.inode != inode and process.pidfd < 0:
+                self._forget(pid)  # another process has its number now; one with a pidfd would have been seen to end
+                process = None
+            if process is None:
+                self._processes[pid] = _Process(inode, first_seen=now)
+            else:
+                process.inode = inode
+
+    def _forget_ended(self) -> None:
+        for pidfd, _events in self._ended.poll(0):
+            self._forget(self._by_pidfd[pidfd])
 
     def _forget(self, pid: int) -> None:
         process = self._processes.pop(pid)
         self._refused.discard(pid)
+        if process.vms:
+            self._owners.forget(pid)
+        self._release(process)
+
+    def _release(self, process: _Process) -> None:
         if process.pidfd >= 0:
+            self._ended.unregister(process.pidfd)
+            del self._by_pidfd[process.pidfd]
             os.close(process.pidfd)
+            process.pidfd = -1
 
     def _take_uevents(self, now: float) -> None:
         while message := self._uevents():
             tid = parse_uevent(message)
             if tid is None:
                 continue
-            with contextlib.suppress(OSError, ValueError):  # a thread that is gone already holds no VM
+            with contextlib.suppress(OSError):  # a thread that is gone already holds no VM
                 status = (self._proc / str(tid) / "status").read_text(errors="replace")
-                pid = int(re.search(r"^Tgid:\s*(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
-                if pid in self._processes:
-                    self._processes[pid].first_seen = now
+                leader = re.search(r"^Tgid:\s*(\d{1,10})$", status, re.MULTILINE)
+                if leader and int(leader[1]) in self._processes:
+                    self._processes[int(leader[1])].first_seen = now
 
     def _is_due(self, process: _Process, now: float) -> bool:
-        if now - process.first_seen < YOUNG_SECONDS:
+        waited = now - process.looked_at
+        if waited < process.look_seconds * REST_FACTOR:
+            return False
+        if process.listing == 0 or now - process.first_seen < YOUNG_SECONDS:
             return True
-        return now - process.looked_at >= (VMM_SECONDS if process.vms else OTHER_SECONDS)
+        return waited >= (VMM_SECONDS if process.vms else OTHER_SECONDS)
 
     def _look_at(self, pid: int, process: _Process, now: float) -> None:
         process.looked_at = now
+        started = self._clock()
         try:
             self._renew(pid, process)
             self._refused.discard(pid)
         except PermissionError:
+            process.listing = 0
             self._refused.add(pid)
         except (FileNotFoundError, ProcessLookupError):
             self._forget(pid)
         except (OSError, MalformedData) as err:
-            process.vms = ()
+            process.listing = 0  # so that it is due again
+            self._tell(pid, err)
+        process.look_seconds = self._clock() - started
+
+    def _tell(self, pid: int, err: OSError | MalformedData) -> None:
+        if isinstance(err, OSError) and err.errno == errno.EBADF:
+            return  # it has just closed that fd, or is ending: the next look tells
+        if isinstance(err, OSError) and err.errno in (errno.EMFILE, errno.ENFILE):
+            self._on_error(0, "fds", f"{err.strerror}: raise LimitNOFILE")
+        else:
             self._on_error(pid, "unreadable", f"cannot look at its fds: {err}")
 
     def _renew(self, pid: int, process: _Process) -> None:
@@ -266,44 +232,71 @@ class Discovery:
         fd_directory = os.open(f"{threads}/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fds = os.listdir(fd_directory)
-            listing = hash((tuple(fds), tuple(os.listdir(threads)), tid))
+            listing = hash((tuple(fds), tuple(os.listdir(threads)), tid)) or 1
             if listing == process.listing:
                 return
-            files = read_kvm_files(fd_directory, fds)
+            if len(fds) > MAX_FDS:
+                self._on_error(pid, "too_many_fds", f"it has {len(fds)} fds: only {MAX_FDS} are looked at")
+            files = read_kvm_files(fd_directory, fds[:MAX_FDS])
         finally:
             os.close(fd_directory)
-        process.listing = listing
-        if not files.vms and not files.vcpus:
+        if files.vms or files.vcpus:
+            self._hold(pid, tid, process)
+            process.vms = self._find_own_vms(pid, process, files)
+        else:
             process.vms = ()
-            return
-        self._hold(pid, tid, process)
-        process.vms = self._tell_vms_apart(pid, process, files)
+        process.listing = listing  # last: what failed on the way is looked at again
 
     def _hold(self, pid: int, tid: int, process: _Process) -> None:
-        _state, process.parent_pid, start_ticks = read_stat(self._proc, pid)
-        if process.pidfd >= 0 and (process.start_ticks, process.tid) == (start_ticks, tid):
+        start_ticks = read_stat(self._proc, pid).start_ticks
+        if process.pidfd >= 0 and process.tid == tid:
             return
-        if process.pidfd >= 0:
-            os.close(process.pidfd)
-            process.pidfd = -1
-        process.start_ticks, process.tid, process.inherited = start_ticks, tid, {}
+        self._release(process)
+        process.start_ticks, process.tid = start_ticks, tid
         try:
-            process.pidfd = open_pidfd(pid, tid)
+            pidfd = open_pidfd(pid, tid)
         except OSError as err:
-            self._on_error(pid, "pidfd", f"no pidfd for it (its leader thread has exited): {err}")
-            return
-        if read_stat(self._proc, pid).start_ticks != start_ticks:
-            raise ProcessLookupError(pid)
-
-    def _tell_vms_apart(self, pid: int, process: _Process, files: KvmFiles) -> tuple[HeldVm, ...]:
-        vm_fds: list[int] = []
-        for fd in files.vms:  # a VMM may hold one VM at several fds: crosvm does
-            if not any(syscalls.same_file(process.tid, known, process.tid, fd) for known in vm_fds):
-                vm_fds.append(fd)
-        if len(vm_fds) > 1:
-            self._on_error(pid, "several_vms", "it holds several VMs; its files do not tell whose their vCPUs are")
-            return tuple(
-                HeldVm(VmKey(pid, process.start_ticks, fd), process.tid, process.pidfd, None, {}) for fd in vm_fds
+            if tid == pid or err.errno != errno.EINVAL:
+                raise
+            self._on_error(
+                pid, "pidfd", "its leader thread has exited, and this kernel has no PIDFD_THREAD (Linux 6.9)"
             )
-        key = VmKey(pid, process.start_ticks, vm_fds[0] if vm_fds else -1)
-        return (HeldVm(key, process.tid, process.pidfd, tuple(sorted(files.vcpus)), files.stats),)
+            return
+        process.pidfd, self._by_pidfd[pidfd] = pidfd, pid
+        self._ended.register(pidfd, select.POLLIN)
+        if read_stat(self._proc, pid).start_ticks != start_ticks:
+            raise ProcessLookupError(pid)  # the number passed to another process in between
+
+    def _find_own_vms(self, pid: int, process: _Process, files: KvmFiles) -> tuple[HeldVm, ...]:
+        if len(files.vms) > MAX_VM_FDS:
+            self._on_error(pid, "too_many_vms", f"it has {len(files.vms)} VM fds: only {MAX_VM_FDS} are looked at")
+        known = [vm.key.vm_fd for vm in process.vms]
+        vm_fds = find_distinct(process.tid, files.vms[:MAX_VM_FDS], known, self._compare)
+        several = len(vm_fds) > 1 or holds_several_vms(process.tid, files, self._compare)
+        if several:
+            self._on_error(pid, "several_vms", "it holds several VMs; its files do not tell whose their vCPUs are")
+        process.foreign &= set(files.vms)
+        self._owners.forget(pid)  # its fds may be others by now; what it still has it claims anew
+        first_vcpu = min((fds[0] for fds in files.vcpus.values()), default=-1)
+        vms = []
+        for vm_fd in vm_fds or [-1]:
+            key = VmKey(pid, process.start_ticks, vm_fd)
+            if not self._is_own(process, key, vm_fd if vm_fd >= 0 else first_vcpu):
+                continue
+            ids, stats = (None, {}) if several else (tuple(sorted(files.vcpus)), files.stats)
+            vms.append(HeldVm(key, process.tid, process.pidfd, ids, stats))
+        return tuple(vms)
+
+    def _is_own(self, process: _Process, key: VmKey, fd: int) -> bool:
+        """Tell whether a VM is this process's own; one that was another's stays so, as it cannot run here (EIO)."""
+        if fd in process.foreign:
+            return False
+        owner, displaced = self._owners.claim(process.tid, fd, key)
+        if owner != key:
+            process.foreign.add(fd)
+            return False
+        other = self._processes.get(displaced.pid) if displaced is not None else None
+        if other is not None and displaced is not None:  # a younger process was seen with it first
+            other.foreign.add(displaced.vm_fd)
+            other.vms = tuple(vm for vm in other.vms if vm.key != displaced)
+        return True

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvm import abi
-from kvm.discovery import find_living_thread
 from kvm.model import MalformedData, Owner, Vm, VmKey
+from kvm.processes import find_living_thread, read_stat
 from kvm.read_errors import ReadErrors
 
 # New VMs' owners are waited for this long: reading a command line takes microseconds, unless its process hangs.
@@ -49,11 +49,19 @@ class Identities:
     """Keeps the identity of each VM. ``unix`` gives the time in seconds; ``proc`` is where proc is mounted."""
 
     def __init__(
-        self, find_owners: FindOwners, errors: ReadErrors, proc: Path, unix: Callable[[], float] = time.time
+        self,
+        find_owners: FindOwners,
+        errors: ReadErrors,
+        proc: Path,
+        unix: Callable[[], float] = time.time,
+        wait_seconds: float = OWNER_WAIT_SECONDS,
     ) -> None:
         self._find_owners = find_owners
         self._errors = errors
         self._proc = proc
+        self._wait_seconds = wait_seconds
+        self.pending = 0
+        """How many VMs were left out of the last answer, because whose they are is not known yet."""
         self._boot_unix_seconds = unix() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._vms: dict[VmKey, Vm] = {}
         self._tids: dict[tuple[int, int], int] = {}
@@ -65,9 +73,11 @@ class Identities:
         """
         self._vms = {key: vm for key, vm in self._vms.items() if key in keys}
         self._find_threads(keys)
-        known = self._find_owners(self._tids, OWNER_WAIT_SECONDS)
+        known = self._find_owners(self._tids, self._wait_seconds)
         owners = {key: known[key[:2]] for key in keys if key[:2] in known}
-        for key in keys.keys() - owners.keys():
+        pending = [key for key in keys.keys() - owners.keys() if self._is_alive(key)]
+        self.pending = len(pending)
+        for key in pending:
             self._errors.record("owners", key.pid, "pending", "whose VM it is has not been found out yet")
         new = owners.keys() - self._vms.keys()
         if new:
@@ -79,6 +89,13 @@ class Identities:
                 started = self._boot_unix_seconds + key.start_ticks / abi.USER_HZ
                 self._vms[key] = Vm(ids[key], key, owners[key], round(started, 2))
         return self._vms
+
+    def _is_alive(self, key: VmKey) -> bool:
+        try:
+            state, start_ticks = read_stat(self._proc, key.pid)
+        except (OSError, MalformedData):
+            return False
+        return start_ticks == key.start_ticks and (state not in "ZX" or key[:2] in self._tids)
 
     def _find_threads(self, keys: Mapping[VmKey, int | None]) -> None:
         tids: dict[tuple[int, int], int] = {}

@@ -30,9 +30,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from kvm.discovery import read_stat
 from kvm.libvirt_status import DomainStatus, read_domain_status, read_limited
 from kvm.model import MalformedData, Owner, VmGone
+from kvm.processes import read_stat
 from kvm.vmm_cmdline import clean_text, parse_arguments, parse_cmdline, parse_uuid
 
 LIBVIRT_DIRECTORIES = (Path("/run/libvirt/qemu"),)
@@ -302,6 +302,8 @@ class OwnerCache:
             is_same = read_stat(self._proc, lookup.pid).start_ticks == lookup.start_ticks
         except (VmGone, MalformedData, OSError):
             return None
+        except Exception as err:  # noqa: BLE001 - a thread that dies takes with it whoever waits for its answer
+            return OwnerReading(lookup.fallback, (Problem("unreadable", repr(err)),))
         return reading if is_same else None
 
     def _give_up_on_hung(self) -> None:

@@ -1,24 +1,43 @@
-"""Counts what could not be read, and logs each trouble once and not on every look."""
+"""Counts what could not be read, and logs each trouble once and not on every look.
+
+A trouble is told by process, because that is what is known where it is found; whose VM it is, is known at the end of a
+look, and then it is logged with the VM's name.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+
+from kvm.model import Vm
 
 log = logging.getLogger(__name__)
 
+# Troubles of processes that hold no VM are remembered too, but not for ever.
+MAX_LOGGED = 10_000
+
+MESSAGES = {
+    "duplicate": "two VMs claim one identity",
+    "fds": "out of file descriptors",
+    "hung": "a process does not let its command line be read",
+    "pending": "VM left out until its owner is known",
+    "unread": "no source can read the VM",
+}
+
 
 class ReadErrors:
-    """The tally of what was left out, by (source, kind), since start.
+    """The tally of what could not be read, by (source, kind), since start.
 
     A trouble is logged when a process first has it; then only counted, until the process has ended.
     """
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._logged: set[tuple[int, str, str]] = set()
+        self._logged: dict[tuple[int, str, str], None] = {}
+        self._vm_pids: set[int] = set()
+        self._new: dict[tuple[int, str, str], str] = {}
 
     def teller(self, source: str) -> Callable[[int, str, str], None]:
         """Return a function that records a trouble of this source: (pid, kind, message)."""
@@ -29,16 +48,27 @@ class ReadErrors:
         return tell
 
     def record(self, source: str, pid: int, kind: str, message: str) -> None:
-        """Count one trouble of process ``pid``, and log it if it is new."""
+        """Count one trouble of process ``pid``, or of no single one if that is 0."""
         self._counts[source, kind] += 1
         if (pid, source, kind) not in self._logged:
-            self._logged.add((pid, source, kind))
-            log.warning("VM left out", extra={"fields": {"pid": pid, "source": source, "kind": kind, "why": message}})
+            self._new.setdefault((pid, source, kind), message)
 
-    def forget_others(self, pids: Iterable[int]) -> None:
-        """Forget what was logged of processes that are not among these."""
-        alive = set(pids)
-        self._logged = {entry for entry in self._logged if entry[0] in alive}
+    def log_new(self, vms: Mapping[int, Vm]) -> None:
+        """Log the troubles that are new since the last look, and forget those of VMs that have ended.
+
+        ``vms`` are the VMs of this look, by pid.
+        """
+        for (pid, source, kind), why in self._new.items():
+            fields: dict[str, object] = {"source": source, "kind": kind, "why": why}
+            if pid:
+                fields["pid"] = pid
+            if pid in vms:
+                fields |= {"vm": vms[pid].id, "name": vms[pid].owner.name}
+            log.warning(MESSAGES.get(kind, "something could not be read"), extra={"fields": fields})
+        ended = self._vm_pids - vms.keys()
+        logged = [entry for entry in (*self._logged, *self._new) if entry[0] not in ended]
+        self._logged = dict.fromkeys(logged[-MAX_LOGGED:])
+        self._vm_pids, self._new = set(vms), {}
 
     @property
     def counts(self) -> Mapping[tuple[str, str], int]:

@@ -7,6 +7,7 @@ log. Each source is tried at the first look, so that what works is known of all,
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from kvm import abi, host
 from kvm.discovery import Discovery
-from kvm.identities import FindOwners, Identities
+from kvm.identities import OWNER_WAIT_SECONDS, FindOwners, Identities
 from kvm.model import (
     Host,
     Protection,
@@ -31,6 +32,8 @@ from kvm.read_errors import ReadErrors
 from kvm.sources import CounterSource
 from kvm.sources.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
 from kvm.vcpu_numbers import number_vcpus, read_index
+
+log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 300.0
 # A vCPU that has not run yet has no thread. Asking for it again costs a file read a vCPU, so it is done for a VM every
@@ -79,14 +82,22 @@ class _KeptSource:
             self._tried_at = now
             try:
                 self.source.open()
-                self.open, self._failure = True, None
             except SourceUnavailable as err:
+                if str(err) != str(self._failure):
+                    log.info("source does not work", extra={"fields": self._describe(err)})
                 self._failure = err
+            else:
+                self.open, self._failure = True, None
+                log.info("source works", extra={"fields": {"source": self.source.name}})
         return self.open
 
     def fail(self, err: SourceUnavailable) -> None:
         self.source.close()
         self.open, self._failure = False, err
+        log.warning("source has stopped working", extra={"fields": self._describe(err)})
+
+    def _describe(self, err: SourceUnavailable) -> dict[str, str]:
+        return {"source": self.source.name, "why": err.reason, "remedy": err.remedy}
 
     def report(self) -> SourceReport:
         if self._failure is None:
@@ -106,8 +117,8 @@ class _Numbers:
 class HostReader:
     """The SnapshotReader of a real host. ``sources`` come in order of preference; it closes them at the end.
 
-    ``monotonic`` and ``unix`` are clocks in seconds; ``kvm_debugfs`` is where vCPU threads are looked up if the source
-    does not know them.
+    ``monotonic`` and ``unix`` are clocks in seconds; new VMs' owners are waited for ``owner_wait_seconds``;
+    ``kvm_debugfs`` is where vCPU threads are looked up if the source does not know them.
     """
 
     def __init__(
@@ -120,12 +131,13 @@ class HostReader:
         proc: Path = Path("/proc"),
         kvm_debugfs: Path = Path("/sys/kernel/debug/kvm"),
         read_host: Callable[[], Host] = host.read_host,
+        owner_wait_seconds: float = OWNER_WAIT_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
         unix: Callable[[], float] = time.time,
     ) -> None:
         self._sources = [_KeptSource(source) for source in sources]
         self._discovery = discovery
-        self._identities = Identities(find_owners, errors, proc, unix)
+        self._identities = Identities(find_owners, errors, proc, unix, owner_wait_seconds)
         self._errors = errors
         self._proc = proc
         self._kvm_debugfs = kvm_debugfs
@@ -147,7 +159,10 @@ class HostReader:
         self._numbers = {key: self._numbers.get(key) or _Numbers() for key in answers}
         self._thread_lookups_left = THREADS_VMS
         readings = [self._assemble(vm, answers[key], now) for key, vm in vms.items()]
-        self._errors.forget_others([0, *(key.pid for key in answers)])
+        for reading in readings:
+            if not reading.source:
+                self._errors.record("none", reading.vm.key.pid, "unread", reading.counters.problem)
+        self._errors.log_new({vm.key.pid: vm for vm in vms.values()})
         return Snapshot(
             monotonic_seconds=now,
             unix_seconds=unix,
@@ -166,12 +181,14 @@ class HostReader:
 
     def _sees_all(self) -> bool:
         """Tell whether no VM of the host can have been overlooked."""
-        if not self._host.first_pid_namespace:
+        if not self._host.first_pid_namespace or self._identities.pending:
             return False
         if any(kept.open and kept.source.finds_vms for kept in self._sources):
             return True
         # A security module may hide some processes' fds even from root; debugfs tells whether they made VMs.
         refused = self._discovery.refused
+        if not self._discovery.sees_first_process:
+            return False  # /proc is mounted with hidepid, and hides more than one
         return len(refused) <= REFUSED_PROCESSES and not may_hold_vms(self._kvm_debugfs, self._proc, refused)
 
     def _read_counters(self, now: float) -> dict[VmKey, _Answer]:
@@ -207,17 +224,26 @@ class HostReader:
     def _ask(self, source: CounterSource, answers: dict[VmKey, _Answer]) -> None:
         """Ask a source for the VMs that are not read yet; those that have ended go out of ``answers``."""
         asked = [key for key, answer in answers.items() if not answer.source]
-        read = source.read([self._held[key] for key in asked]) if asked else {}
+        read = dict(source.read([self._held[key] for key in asked])) if asked else {}
+        missing = [key for key in asked if key not in read]
+        if missing:
+            # It has ended, or its fds are others by now: a leader thread that exits takes the fds with it.
+            again = [vm for vm in self._discovery.look_again(key.pid for key in missing) if vm.key in missing]
+            self._held |= {vm.key: vm for vm in again}
+            read |= source.read(again)
+            changed = VmCounters(problem="its fds change faster than they can be read")
+            read |= {vm.key: changed for vm in again if vm.key not in read}
         for key in asked:
             if key not in read:
                 del answers[key]
                 continue
-            counters = read[key]
-            known = set(counters.vcpu_ids) | set(answers[key].all_vcpu_ids or ())
+            counters, known = read[key], answers[key].all_vcpu_ids
+            ids = set(counters.vcpu_ids) | set(known or ())
             answers[key] = answers[key]._replace(
                 source=source.name if counters.per_vcpu or counters.totals else "",
                 counters=counters,
-                all_vcpu_ids=tuple(sorted(known)) if known else answers[key].all_vcpu_ids,
+                all_vcpu_ids=tuple(sorted(ids)) if ids else known,
+                tid=self._held[key].tid,
             )
 
     def _assemble(self, vm: Vm, answer: _Answer, now: float) -> VmReading:

@@ -32,8 +32,12 @@ def pidfd_getfd(pidfd: int, target_fd: int) -> int:
     return fd if fd >= 0 else _checked(fd, "pidfd_getfd")
 
 
-def same_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool:
-    """Tell whether two processes' fds are one open file (kcmp(2), KCMP_FILE); raises OSError."""
+def compare_files(pid: int, other_pid: int, fd: int, other_fd: int) -> int:
+    """Compare two processes' fds: 0 for one open file, 1 if the first comes before the other, 2 if after.
+
+    kcmp(2) with KCMP_FILE; the order is the kernel's own, and the same as long as it is up. Raises OSError: EPERM
+    without CAP_SYS_PTRACE, EBADF for a closed fd, ESRCH for a process that has ended, ENOSYS without CONFIG_KCMP.
+    """
     number = ctypes.c_ulong
     order = _syscall(
         abi.SYS_kcmp,
@@ -43,7 +47,7 @@ def same_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool:
         number(fd),
         number(other_fd),
     )
-    return _checked(order, "kcmp") == 0
+    return _checked(order, "kcmp")
 
 
 def open_in_root(root_fd: int, path: str, flags: int) -> int:
@@ -52,18 +56,15 @@ def open_in_root(root_fd: int, path: str, flags: int) -> int:
     Raises OSError; ENOSYS before Linux 5.6.
     """
     how = abi.OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, abi.RESOLVE_IN_ROOT | abi.RESOLVE_NO_MAGICLINKS)
-    return _checked(
-        _syscall(
-            abi.SYS_openat2, ctypes.c_int(root_fd), os.fsencode(path), ctypes.c_char_p(how), ctypes.c_size_t(len(how))
-        ),
-        "openat2",
-    )
+    name = path.encode("utf-8", "surrogateescape")  # not in the locale's encoding, which may have no such letter
+    result = _syscall(abi.SYS_openat2, ctypes.c_int(root_fd), name, ctypes.c_char_p(how), ctypes.c_size_t(len(how)))
+    return _checked(result, "openat2")
 
 
 def perf_event_open(attr: bytes, tid: int, flags: int) -> int:
-    """Open an event of one thread on whatever CPU it runs (perf_event_open(2)); ``attr`` is a struct perf_event_attr.
+    """Open a perf event of one thread, on whichever CPU it runs (perf_event_open(2)), and return its fd.
 
-    Raises OSError: ESRCH where the thread has ended, EACCES or EPERM without CAP_PERFMON, EINVAL for an unknown id.
+    Raises OSError: EACCES or EPERM without CAP_PERFMON, ESRCH where the thread has ended, EINVAL for a bad ``attr``.
     """
     return _checked(
         _syscall(

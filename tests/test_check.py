@@ -86,9 +86,20 @@ def test_the_verdict(sources: tuple[SourceReport, ...], complete: bool, expected
     assert can_read(make_snapshot(sources=sources, complete=complete)) is expected
 
 
+def test_a_host_whose_vms_nobody_can_read_is_not_told_that_all_is_well() -> None:
+    snapshot = make_snapshot(make_unread(), make_unread(pid=4344))
+    assert not can_read(snapshot)
+    text = render_check(snapshot, ROOT, None)
+    assert "2 of 2 VMs cannot be read: its VMM holds no statistics fds (2)" in text
+    partly = make_snapshot(make_reading(), make_unread())
+    assert can_read(partly)
+    assert "1 of 2 VMs cannot be read" in render_check(partly, ROOT, None)
+
+
 def test_capabilities_are_read_from_the_bit_set() -> None:
     assert parse_effective_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n") == 0x1FFFFFFFFFF
     assert find_missing_capabilities(0x1FFFFFFFFFF) == ()
+    assert find_missing_capabilities(None) is None
     assert find_missing_capabilities(1 << 19 | 1 << 39) == ("CAP_PERFMON", "CAP_SYS_ADMIN")
 
 

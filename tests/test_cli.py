@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -57,6 +58,7 @@ def test_flags_are_what_they_say() -> None:
         (["--web.listen-address=here"], "want host:port"),
         (["--vcpu-series=some"], "invalid"),
         (["once", "--output=metrics.txt"], "reads *.prom only"),
+        (["once", "--output=a.prom", "--format=json"], "not allowed with"),
         (["--web.listen-addres=:1"], "unrecognized"),
         (["explode"], "unrecognized"),
     ],
@@ -114,5 +116,15 @@ def test_an_address_in_use_is_told_in_one_line() -> None:
 
 
 def test_the_log_can_be_json() -> None:
-    with open_agent("--log.format=logfmt", command="demo") as agent:
-        assert any(line.startswith("time=") for line in agent.log)
+    words = [sys.executable, "-m", "exporter", "serve", "--log.format=json", "--web.listen-address=192.0.2.1:1"]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    documents = [json.loads(line) for line in run.stderr.splitlines()]
+    assert documents[-1]["msg"] == "cannot go on"
+    assert documents[-1]["level"] == "ERROR"
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    script = f"{sys.executable} -m exporter --version | true; {sys.executable} -m exporter check | head -c1"
+    run = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")

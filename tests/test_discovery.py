@@ -16,11 +16,11 @@ from kvm.discovery import (
     VMM_SECONDS,
     YOUNG_SECONDS,
     Discovery,
-    parse_kvm_links,
-    parse_stat,
 )
-from kvm.model import MalformedData
+from kvm.model import MalformedData, VmKey
+from kvm.processes import parse_stat
 from kvm.uevents import parse_uevent
+from kvm.vm_files import MAX_VM_FDS, VmOwners, compare_numbers, find_distinct, holds_several_vms, parse_kvm_links
 
 CREATE = (
     b"change@/devices/virtual/misc/kvm\0ACTION=change\0DEVPATH=/devices/virtual/misc/kvm\0SUBSYSTEM=misc\0"
@@ -45,8 +45,9 @@ class FakeProc:
 class Scene:
     """Discovery over a FakeProc, with a clock that the test moves, and the troubles it told of."""
 
-    def __init__(self, proc: FakeProc) -> None:
+    def __init__(self, proc: FakeProc, process: subprocess.Popen[bytes]) -> None:
         self.proc = proc
+        self.process = process
         self.now = 1000.0
         self.uevents: list[bytes] = []
         self.troubles: list[tuple[int, str]] = []
@@ -55,6 +56,7 @@ class Scene:
             lambda pid, kind, _message: self.troubles.append((pid, kind)),
             clock=lambda: self.now,
             uevents=lambda: self.uevents.pop() if self.uevents else b"",
+            compare=compare_numbers,
         )
 
     def vcpu_ids(self, after_seconds: float = 0.0) -> list[tuple[int, ...] | None]:
@@ -65,7 +67,7 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     process = subprocess.Popen(["sleep", "600"])
-    scene = Scene(FakeProc(tmp_path, process.pid))
+    scene = Scene(FakeProc(tmp_path, process.pid), process)
     yield scene
     scene.discovery.close()
     process.kill()
@@ -85,12 +87,12 @@ def test_links_are_sorted_out() -> None:
         (11, "anon_inode:kvm-vcpu:x"),
     ]
     files = parse_kvm_links(links)
-    assert (files.vms, files.vcpus, files.stats) == ([4], {0: 5, 4: 6}, {4: 9})
+    assert (files.vms, files.vcpus, files.stats) == ([4], {0: [5], 4: [6]}, {4: 9})
 
 
 def test_a_thread_name_cannot_move_the_fields_of_stat() -> None:
     text = "77 (evil) R 1 2 3) S " + " ".join(str(number) for number in range(4, 22)) + " 123456 9 9\n"
-    assert parse_stat(text, "here") == ("S", 4, 123456)
+    assert parse_stat(text, "here") == ("S", 123456)
 
 
 @given(st.text())
@@ -171,3 +173,99 @@ def test_a_process_that_makes_no_sense_costs_only_itself(scene: Scene) -> None:
     (scene.proc.root / "999999999").mkdir()  # listed, and gone when it is looked at
     assert scene.vcpu_ids() == []
     assert scene.troubles == [(scene.proc.pid, "unreadable")]
+
+
+def test_one_vm_at_several_fds_is_one_and_keeps_the_fd_it_is_known_by() -> None:
+    files = {4: "a", 7: "a", 9: "b"}
+
+    def compare(_tid: int, _other_tid: int, fd: int, other_fd: int) -> int:
+        mine, other = files[fd], files[other_fd]
+        return 0 if mine == other else 1 if mine < other else 2
+
+    assert find_distinct(1, [4, 7, 9], [], compare) == [4, 9]
+    assert find_distinct(1, [4, 7, 9], [7], compare) == [7, 9]
+    assert find_distinct(1, [4, 9], [7], compare) == [4, 9]
+
+
+def test_two_vcpus_of_one_id_are_two_vms_unless_they_are_one_file() -> None:
+    files = parse_kvm_links([(4, "anon_inode:kvm-vm"), (5, "anon_inode:kvm-vcpu:0"), (6, "anon_inode:kvm-vcpu:0")])
+    assert holds_several_vms(1, files, compare_numbers)
+    assert not holds_several_vms(1, files, lambda *_fds: 0)
+    crowd = parse_kvm_links([(fd, "anon_inode:kvm-vcpu:0") for fd in range(MAX_VM_FDS + 1)])
+    assert holds_several_vms(1, crowd, lambda *_fds: 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3), st.integers(0, 4)), max_size=40, unique_by=lambda h: h[:2])
+)
+def test_of_those_who_hold_a_vm_the_first_started_owns_it(holders: list[tuple[int, int, int]]) -> None:
+    """Holders are (pid, fd, file); a pid's start time is the pid."""
+    files = {(pid, fd): file for pid, fd, file in holders}
+
+    def compare(tid: int, other_tid: int, fd: int, other_fd: int) -> int:
+        mine, other = files[tid, fd], files[other_tid, other_fd]
+        return 0 if mine == other else 1 if mine < other else 2
+
+    owners = VmOwners(compare)
+    said = {file: owners.claim(pid, fd, VmKey(pid, pid, fd))[0].pid for pid, fd, file in holders}
+    assert said == {file: min(pid for pid, _fd, other in holders if other == file) for file in said}
+
+
+def test_a_holder_that_is_gone_does_not_stand_in_the_way() -> None:
+    files = {(1, 4): "a", (2, 4): "b"}
+
+    def compare(tid: int, other_tid: int, fd: int, other_fd: int) -> int:
+        try:
+            mine, other = files[tid, fd], files[other_tid, other_fd]
+        except KeyError as err:
+            raise ProcessLookupError(err) from err
+        return 0 if mine == other else 1 if mine < other else 2
+
+    owners = VmOwners(compare)
+    for pid in (1, 2):
+        owners.claim(pid, 4, VmKey(pid, pid, 4))
+    files[3, 4] = files.pop((1, 4))
+    assert owners.claim(3, 4, VmKey(3, 3, 4)) == (VmKey(3, 3, 4), None)
+
+
+def test_a_failure_on_the_way_is_tried_again(scene: Scene) -> None:
+    scene.proc.put(4, "anon_inode:kvm-vm")
+    good = (scene.proc.root / str(scene.proc.pid) / "stat").read_text()
+    (scene.proc.root / str(scene.proc.pid) / "stat").write_text("nonsense")
+    assert scene.vcpu_ids() == []
+    (scene.proc.root / str(scene.proc.pid) / "stat").write_text(good)
+    assert scene.vcpu_ids(1) == [()]
+
+
+def test_a_process_that_ended_is_gone_at_once_although_its_directory_stays(scene: Scene) -> None:
+    scene.proc.put(4, "anon_inode:kvm-vm")
+    assert scene.vcpu_ids() == [()]
+    scene.process.kill()
+    os.waitid(os.P_PID, scene.proc.pid, os.WEXITED | os.WNOWAIT)  # a zombie: still in /proc
+    (scene.proc.root / str(scene.proc.pid) / "stat").write_text(f"{scene.proc.pid} (a) Z " + "0 " * 19 + "\n")
+    (scene.proc.root / str(scene.proc.pid) / "task" / str(scene.proc.pid) / "stat").write_text("1 (a) Z " + "0 " * 19)
+    assert scene.vcpu_ids(1) == []
+
+
+def test_a_slow_process_is_left_alone_for_a_hundred_times_as_long(scene: Scene) -> None:
+    scene.proc.put(4, "anon_inode:kvm-vm")
+    slow = scene.discovery
+
+    class Slowly:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self) -> float:
+            self.calls += 1
+            scene.now += 0.5
+            return scene.now
+
+    clock = Slowly()
+    slow._clock = clock
+    slow.find_vms()
+    looked_at = slow._processes[scene.proc.pid].looked_at
+    slow._clock = lambda: scene.now
+    scene.proc.put(5, "anon_inode:kvm-vcpu:0")
+    assert scene.vcpu_ids(10) == [()]
+    assert slow._processes[scene.proc.pid].looked_at == looked_at
+    assert scene.vcpu_ids(60) == [(0,)]

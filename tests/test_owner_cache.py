@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm.discovery import read_stat
+from kvm.processes import read_stat
 from kvm.model import Owner
 from kvm.owners import OwnerCache, read_program
 from tests.capture_fixtures import imitated_vmm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,14 @@ from kvm.discovery import Discovery, HeldVm
 from kvm.host import read_host
 from kvm.identities import choose_ids
 from kvm.model import EXITS, Owner, Protection, Snapshot, SourceUnavailable, VmCounters, VmKey
+from kvm.processes import read_stat
 from kvm.read_errors import ReadErrors
 from kvm.snapshot import RETRY_SECONDS, HostReader, judge_protection
 
 PID = os.getpid()
-KEY = VmKey(PID, 1, 4)
-OTHER = VmKey(PID, 1, 9)
+START = read_stat(Path("/proc"), PID).start_ticks
+KEY = VmKey(PID, START, 4)
+OTHER = VmKey(PID, START, 9)
 
 
 class ToldSource:
@@ -51,8 +53,15 @@ class ToldDiscovery(Discovery):
         super().__init__(Path("/proc"), lambda _pid, _kind, _message: None)
         self.vms = vms
 
+        self.sees_first_process = True
+        self.again: list[set[int]] = []
+
     def find_vms(self) -> list[HeldVm]:
         return list(self.vms)
+
+    def look_again(self, pids: Iterable[int]) -> list[HeldVm]:
+        self.again.append(set(pids))
+        return [vm for vm in self.vms if vm.key.pid in self.again[-1] and vm.tid]
 
 
 class Scene:
@@ -171,7 +180,28 @@ def test_a_source_that_finds_vms_by_itself_has_the_word_alone(sources: tuple[Tol
 
 def test_a_vm_that_ended_while_it_was_read_is_not_listed(sources: tuple[ToldSource, ToldSource]) -> None:
     scene = Scene(*sources)
+    scene.discovery.vms = (HeldVm(KEY, 0, -1, (0, 1), {}),)  # another look finds it no more
     assert scene.look().readings == ()
+    assert scene.discovery.again == [{PID}]
+
+
+def test_a_vm_whose_fds_changed_while_it_was_read_is_looked_at_again(sources: tuple[ToldSource, ToldSource]) -> None:
+    first, _second = sources
+    scene = Scene(*sources)
+    (reading,) = scene.look().readings
+    assert first.asked == [[KEY], [KEY]]
+    assert (reading.source, reading.counters.problem) == ("", "its fds change faster than they can be read")
+
+
+def test_what_is_hidden_makes_the_look_incomplete(sources: tuple[ToldSource, ToldSource]) -> None:
+    scene = Scene(*sources)
+    sources[0].answers = {KEY: count(1)}
+    assert scene.look().complete
+    scene.discovery.sees_first_process = False
+    assert not scene.look().complete
+    scene.discovery.sees_first_process, scene.owners = True, {}
+    scene.discovery.vms = (hold(KEY), hold(OTHER))
+    assert not scene.look().complete
 
 
 def test_what_does_not_change_is_the_same_object(sources: tuple[ToldSource, ToldSource]) -> None:
@@ -190,6 +220,7 @@ def test_a_vm_whose_owner_is_not_known_yet_is_left_out_and_counted(sources: tupl
     snapshot = scene.look()
     assert snapshot.readings == ()
     assert snapshot.errors == {("owners", "pending"): 1}
+    assert not snapshot.complete
 
 
 def test_a_clone_keeps_both_apart_and_says_so(sources: tuple[ToldSource, ToldSource]) -> None:

@@ -102,6 +102,11 @@ class GuestProcess:
         self.send("stop")
         self.wait_for("stopped")
 
+    def reset(self) -> None:
+        """Stops what runs and forgets answers that nobody waited for."""
+        self.stop()
+        self._set_aside.clear()
+
 
 @contextmanager
 def open_guest_process(

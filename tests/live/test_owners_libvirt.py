@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kvm.discovery import read_stat
 from kvm.model import Owner
 from kvm.owners import OwnerCache, OwnerReading, read_owner
+from kvm.processes import read_stat
 from tests.live.libvirt_daemon import (
     Libvirt,
     find_missing,

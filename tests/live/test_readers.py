@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvm import abi
 from kvm.discovery import Discovery, HeldVm
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SourceUnavailable
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SourceUnavailable, VmKey
 from kvm.sources.debugfs import DebugfsSource, find_vcpu_ids, find_vm_directory, read_vcpu_tids
 from kvm.sources.stats_fd import StatsFdSource
 from kvm.uevents import open_uevents, parse_uevent, read_uevent
@@ -110,6 +113,34 @@ def test_an_fd_that_holds_another_file_by_now_is_no_counter(discovery: Discovery
         assert source.read([vm])[vm.key].per_vcpu[EXITS]
         forged = HeldVm(vm.key, vm.tid, vm.pidfd, vm.vcpu_ids, {0: 0})  # the guest's standard input, a pipe
         assert "another file" in source.read([forged])[vm.key].problem
+
+
+def test_a_file_that_takes_the_place_of_a_known_one_is_no_counter() -> None:
+    """Another vCPU's statistics, a file with the same bytes, and an anonymous one that is open for writing."""
+    troubles: list[str] = []
+    source = StatsFdSource(WANTED, lambda _pid, _kind, message: troubles.append(message))
+    source.open()
+    kvm = os.open("/dev/kvm", os.O_RDWR)
+    vm = fcntl.ioctl(kvm, abi.KVM_CREATE_VM, 0)
+    vcpus = [fcntl.ioctl(vm, abi.KVM_CREATE_VCPU, vcpu_id) for vcpu_id in range(2)]
+    stats = [fcntl.ioctl(vcpu, abi.KVM_GET_STATS_FD, 0) for vcpu in vcpus]
+    with tempfile.TemporaryFile() as file:
+        file.write(os.pread(stats[0], 1 << 16, 0))
+        file.flush()
+        copy = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY)
+        pidfd = os.pidfd_open(os.getpid())
+        known, *strangers = (
+            HeldVm(VmKey(os.getpid(), 1, 1), os.getpid(), pidfd, (0,), {0: fd})
+            for fd in (stats[0], stats[1], copy, vcpus[0])
+        )
+        assert source.read([known])[known.key].per_vcpu[EXITS] == (0,)
+        for stranger in strangers:
+            assert source.read([stranger])[known.key].per_vcpu == {}
+            assert source.read([known])[known.key].per_vcpu[EXITS] == (0,)
+    for fd in (copy, pidfd, *stats, *vcpus, vm, kvm):
+        os.close(fd)
+    assert troubles
+    assert all("another file" in message for message in troubles)
 
 
 def test_a_process_with_several_vms_is_told_apart_and_its_vcpus_are_not_guessed(discovery: Discovery) -> None:

@@ -1,0 +1,60 @@
+"""Reads what a process is, and holds on to it: state, parent, start time, a living thread, a pidfd."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from kvm import abi
+from kvm.model import MalformedData
+
+
+class ProcessStat(NamedTuple):
+    """Fields 3 and 22 of a /proc/PID/stat."""
+
+    state: str
+    start_ticks: int
+
+
+def parse_stat(text: str, origin: str) -> ProcessStat:
+    """Parse a /proc/PID/stat; raises MalformedData.
+
+    A thread may be called ``) R 1 (``: the fields are counted from the last parenthesis.
+    """
+    fields = text.rpartition(")")[2].split()
+    try:
+        return ProcessStat(fields[0], int(fields[19]))
+    except (IndexError, ValueError) as err:
+        raise MalformedData(origin, f"no start time in {text[:80]!r}") from err
+
+
+def read_stat(proc: Path, pid: int) -> ProcessStat:
+    """Read what a process or thread is; raises OSError or MalformedData."""
+    path = proc / str(pid) / "stat"
+    return parse_stat(path.read_text(errors="replace"), str(path))
+
+
+def find_living_thread(proc: Path, pid: int) -> int:
+    """Return the leader, or where it has exited another thread of the process that still has its files.
+
+    Raises FileNotFoundError where none is left.
+    """
+    if read_stat(proc, pid).state not in "ZX":
+        return pid
+    threads = proc / str(pid) / "task"
+    for tid in sorted(os.listdir(threads), key=int):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if parse_stat((threads / tid / "stat").read_text(errors="replace"), tid).state not in "ZX":
+                return int(tid)
+    raise FileNotFoundError(pid)
+
+
+def open_pidfd(pid: int, tid: int) -> int:
+    """Return a pidfd through which the process's files can be had; raises OSError.
+
+    Where the leader has exited that takes a pidfd of a thread: Linux kernel commit 64bef697d33b "pidfd: implement
+    PIDFD_THREAD flag for pidfd_open()" (in v6.9); before, OSError with EINVAL.
+    """
+    return os.pidfd_open(pid) if tid == pid else os.pidfd_open(tid, abi.PIDFD_THREAD)
