@@ -15,6 +15,7 @@ import pytest
 
 from tests.agents import AgentProcess, open_agent, run_once_json
 from tests.lab.debian import find_qemu10
+from tests.live import open_guest_process
 from tests.live.libvirt_daemon import Libvirt, find_missing, render_nova_metadata, running_libvirt
 
 pytestmark = pytest.mark.live
@@ -142,6 +143,34 @@ def test_qemu_72_is_listed_with_its_vcpus_and_has_no_numbers_under_lockdown(
         assert agent.samples("kvm_vcpu_exits_total", vm=UUID) == {}
         assert agent.samples("kvm_vcpu_notify_window_exits_total", vm=UUID) == {}
         assert agent.samples("kvm_vm_notify_window_exits_total", vm=UUID) == {}
+
+
+@pytest.fixture(scope="module")
+def bpf_agent() -> Iterator[AgentProcess]:
+    with open_agent() as agent:
+        if agent.samples("kvm_exporter_source_up", source="bpf") != {(): 1.0}:
+            pytest.skip(f"bpf does not work here: {agent.log}")
+        yield agent
+
+
+def test_by_ebpf_qemu_72_has_every_series_under_lockdown(bpf_agent: AgentProcess, qemu72: str, tmp_path: Path) -> None:
+    with open_qemu(qemu72, "old", tmp_path):
+        assert bpf_agent.samples("kvm_vm_source_info", vm=UUID) == {(("source", "bpf"),): 1.0}
+        notify = bpf_agent.samples("kvm_vcpu_notify_window_exits_total", vm=UUID)
+        assert set(notify) == {(("vcpu", "0"),), (("vcpu", "1"),)}
+        assert bpf_agent.samples("kvm_vm_notify_window_exits_total", vm=UUID) == {(): 0.0}
+        before = bpf_agent.samples("kvm_vcpu_exits_total", vm=UUID)[(("vcpu", "0"),)]
+        deadline = time.monotonic() + GROW_SECONDS
+        while bpf_agent.samples("kvm_vcpu_exits_total", vm=UUID)[(("vcpu", "0"),)] <= before:
+            assert time.monotonic() < deadline, "the firmware makes no exits"
+
+
+def test_by_ebpf_a_vmm_without_statistics_fds_has_every_series(bpf_agent: AgentProcess) -> None:
+    with open_guest_process(vcpus=3, style="firecracker", name="fc-7", port_writes=23):
+        assert bpf_agent.samples("kvm_vm_source_info", vm="fc-7") == {(("source", "bpf"),): 1.0}
+        exits = bpf_agent.samples("kvm_vcpu_exits_total", vm="fc-7")
+        assert len(exits) == 3
+        assert all(23 <= value <= 25 for value in exits.values())
 
 
 @pytest.fixture
