@@ -10,7 +10,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev prometheus qemu-sy
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev
 
-.PHONY: run demo test lab bench clean test-packages run-packages
+.PHONY: run demo test lab bench bpf clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
@@ -26,6 +26,9 @@ bench: $(VENV)/.installed-dev test-packages
 
 lab: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.lab $(if $(KERNEL),--kernel $(KERNEL))
+
+bpf: $(VENV)/.installed-dev test-packages
+	$(BIN)/python -m tests.build_bpf
 
 run-packages:
 	@.ci/install-packages $(RUN_PACKAGES)

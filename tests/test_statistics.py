@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvm import abi
 from kvm.model import MalformedData, Statistic
-from kvm.sources.stats_fd import plan_layout
+from kvm.sources.stats_fd import plan_layout, read_safe_to_borrow
 from kvm.statistics import (
     MAX_DATA_BYTES,
     StatsHeader,
@@ -124,3 +125,12 @@ def test_a_layout_reads_scattered_counters_with_one_read() -> None:
     for at, value in ((1008, 11), (1040, 22), (1096, 2**64 - 1)):
         block[at : at + 8] = value.to_bytes(8, "little")
     assert layout.values.unpack(block) == (11, 22, 2**64 - 1)
+
+
+@given(st.integers(0, 70_000))
+def test_the_symbol_is_found_wherever_it_stands(before: int) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"x" * before + b"0000 t kvm_vcpu_stats_release\t[kvm]\n" + b"y" * 100)
+        file.flush()
+        assert read_safe_to_borrow(Path(file.name))
+        assert not read_safe_to_borrow(Path("/dev/null"))

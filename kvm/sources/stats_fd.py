@@ -69,8 +69,13 @@ class _KnownFile:
 
 def read_safe_to_borrow(kallsyms: Path) -> bool:
     """Tell whether this kernel keeps a VM alive while a duplicate of its statistics fd is read; raises OSError."""
-    with kallsyms.open("rb") as lines:
-        return any(_SAFE_SYMBOL in line for line in lines)
+    with kallsyms.open("rb", buffering=0) as file:
+        end = b""  # the name may lie across two pieces
+        while piece := file.read(1 << 16):
+            if _SAFE_SYMBOL in end + piece:
+                return True
+            end = piece[-len(_SAFE_SYMBOL) :]
+    return False
 
 
 class StatsFdSource:
