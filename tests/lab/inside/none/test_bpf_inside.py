@@ -1,0 +1,110 @@
+"""The eBPF source and trigger where KVM is a module: its types come from the module's own BTF."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator
+
+import pytest
+
+from kvm.model import VmKey
+from kvm.notify_trigger import NotifyCall, NotifyTrigger
+from kvm.sources.bpf import BpfSource
+from tests.lab.inside.kvm_readers import read_vcpu_statistics
+from tests.live import GuestProcess, open_guest_process
+
+RUN = "kvm_arch_vcpu_ioctl_run"
+KVM_EXIT_IO, KVM_EXIT_IO_OUT = 2, 1
+
+
+@pytest.fixture(scope="module")
+def source() -> Iterator[BpfSource]:
+    source = BpfSource(("exits", "notify_window_exits", "io_exits"))
+    source.open()
+    yield source
+    source.close()
+
+
+def find_key(source: BpfSource, guest: GuestProcess) -> VmKey:
+    (key,) = (key for key in source.read() if key.pid == guest.pid)
+    return key
+
+
+def test_vms_are_found_by_kvms_own_list(source: BpfSource) -> None:
+    assert (source.method, source.method_reason) == ("list", "")
+
+
+def test_counters_are_those_of_the_statistics_fds(source: BpfSource, guest: GuestProcess) -> None:
+    guest.run(23)
+    (counters,) = (counters for key, counters in source.read().items() if key.pid == guest.pid)
+    assert counters.vcpu_ids == tuple(vcpu.vcpu_id for vcpu in guest.vcpus)
+    assert counters.tids == tuple(vcpu.tid for vcpu in guest.vcpus)
+    statistics = [read_vcpu_statistics(guest, vcpu) for vcpu in guest.vcpus]
+    assert counters.per_vcpu == {name: tuple(s[name] for s in statistics) for name in counters.per_vcpu}
+    assert set(counters.per_vcpu) == {"exits", "notify_window_exits", "io_exits"}
+    assert (counters.notify_window_cycles, counters.notify_flags) == (0, 0)
+
+
+def test_both_ways_to_find_vms_agree(source: BpfSource, guest: GuestProcess) -> None:
+    sure = BpfSource(("exits", "notify_window_exits", "io_exits"), with_list=False)
+    sure.open()
+    try:
+        assert sure.method == "files"
+        assert sure.read() == source.read() != {}
+    finally:
+        sure.close()
+
+
+def test_registers_are_those_that_the_guest_ended_with(source: BpfSource, guest: GuestProcess) -> None:
+    key = find_key(source, guest)
+    for vcpu, done in zip(guest.vcpus, sorted(guest.run(5), key=lambda done: done["vcpu"]), strict=True):
+        state = source.read_vcpu(key, vcpu.vcpu_id)
+        assert state is not None
+        assert state.stale == frozenset()
+        assert state.registers == {name: done["registers"][name] for name in state.registers}
+        assert (state.tid, state.guest_mode) == (vcpu.tid, False)
+        assert {name: v[0] for name, v in state.statistics.items()} == read_vcpu_statistics(guest, vcpu)
+
+
+@pytest.mark.usefixtures("injector")
+def test_injected_notify_exits_are_counted(source: BpfSource, guest: GuestProcess) -> None:
+    key = find_key(source, guest)
+    before = source.read()[key].per_vcpu["notify_window_exits"]
+    guest.notify(1, exits=7)
+    guest.wait_for("done")
+    assert source.read()[key].per_vcpu["notify_window_exits"] == (before[0], before[1] + 7)
+
+
+def test_the_trigger_tells_of_each_thread_a_few_times_a_second_and_counts_all() -> None:
+    calls: list[NotifyCall] = []
+    trigger = NotifyTrigger(
+        calls.append, function=RUN, records_per_second=3, exit_reason=KVM_EXIT_IO, flags=KVM_EXIT_IO_OUT
+    )
+    assert trigger.open().attached
+    try:
+        with open_guest_process(vcpus=2, port_writes=1) as guest:
+            guest.run(999)
+            assert select.select([trigger.fd], [], [], 10)[0]
+            trigger.deliver()
+            ours = [call for call in calls if call.pid == guest.pid]
+            assert {(call.tid, call.vcpu_id) for call in ours} == {(v.tid, v.vcpu_id) for v in guest.vcpus}
+            for vcpu in guest.vcpus:
+                times = [call.time_ns for call in ours if call.tid == vcpu.tid]
+                assert times == sorted(times)
+                seconds_begun = (times[-1] - times[0]) // 10**9 + 1
+                assert 1 <= len(times) <= 3 * seconds_begun
+            counts = {thread[2:]: count for thread, count in trigger.read_context_invalid().items()}
+            assert counts == {(vcpu.tid, vcpu.vcpu_id): 1000 for vcpu in guest.vcpus}
+        trigger.forget_others([])
+        assert trigger.read_context_invalid() == {}
+        assert trigger.lost == (0, 0)
+    finally:
+        trigger.close()
+
+
+def test_where_there_is_no_such_function_that_is_a_fact() -> None:
+    trigger = NotifyTrigger(lambda call: None)
+    status = trigger.open()
+    assert not status.attached
+    assert status.reason == "no module of this kernel has handle_notify"
+    trigger.close()

@@ -1,0 +1,126 @@
+"""Which kernels are booted how, with which tests inside, and what the outcome of that is.
+
+Decisions:
+
+* Two boots a kernel. The state of lockdown can be raised at any time but never falls, so the tests for
+  ``confidentiality`` come last in the boot that starts with ``integrity``.
+* Inside nothing may be skipped: everything that a test could lack is put there by us.
+* A warning of the kernel fails a boot, whatever the tests say: the agent must not bring a kernel into trouble,
+  and what the injector does to one must be sound.
+* Two boots run at once: one is mostly one busy CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tests.lab.boot import Run, run_in_kernel
+from tests.lab.debian import SERIES, Kernel, open_kernel
+from tests.lab.initramfs import write_layers
+
+DEFAULT_SERIES = "6.12"
+JUNIT = "/tmp/junit.xml"
+AT_ONCE = 2
+COMPLAINT = re.compile(r"WARNING: |BUG: |Oops: |general protection|rcu: INFO: .* stall|hung_task")
+ENVIRONMENT = {"KVM_LAB_INSIDE": "1", "KVM_TESTS_MUST_RUN": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+# hypothesis is for the tests outside; importing it under emulation takes seconds.
+PYTEST = ("python3", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", f"--junitxml={JUNIT}")
+
+
+@dataclass(frozen=True)
+class Boot:
+    """One way to boot a kernel, and the tests that are run then."""
+
+    name: str
+    append: str
+    tests: tuple[str, ...]
+
+
+BOOTS = (
+    Boot("none", "", ("tests/lab/inside/none",)),
+    Boot("integrity", "lockdown=integrity", ("tests/lab/inside/integrity", "tests/lab/inside/confidentiality")),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the tests of one boot."""
+
+    boot: Boot
+    run: Run
+    tests: int
+    failed: int
+    skipped: int
+    complaints: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when tests ran, all of them, none failed, and the kernel did not complain."""
+        well = self.run.exit_status == 0 and not self.complaints
+        return well and self.tests > 0 and self.failed == self.skipped == 0
+
+
+def read_series(environment: Mapping[str, str]) -> list[str]:
+    """Returns the series that LAB_KERNELS names, such as "6.1 6.12 7" or "all"; one where it is not set."""
+    words = environment.get("LAB_KERNELS", DEFAULT_SERIES).replace(",", " ").split()
+    return list(SERIES) if words == ["all"] else words
+
+
+def parse_junit(xml: bytes) -> tuple[int, int, int]:
+    """Returns how many tests a junit file tells of, how many failed, and how many were skipped."""
+    suites = ET.fromstring(xml).iter("testsuite")
+    counts = [[int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")] for suite in suites]
+    tests, failures, errors, skipped = (sum(column) for column in zip(*counts, strict=True))
+    return tests, failures + errors, skipped
+
+
+def find_complaints(console: str) -> tuple[str, ...]:
+    """Returns the lines of a console in which the kernel says that something is wrong with itself."""
+    return tuple(line.strip() for line in console.splitlines() if COMPLAINT.search(line))
+
+
+def run_tests(kernel: Kernel, boot: Boot, arguments: Sequence[str] = ()) -> Outcome:
+    """Boots a kernel and runs a boot's tests in it, with further arguments for pytest; raises RunLost."""
+    command = [*PYTEST, *boot.tests, *arguments]
+    run = run_in_kernel(kernel, command, environment=ENVIRONMENT, files=[JUNIT], append=boot.append)
+    tests, failed, skipped = parse_junit(run.files[JUNIT]) if JUNIT in run.files else (0, 0, 0)
+    return Outcome(boot, run, tests, failed, skipped, find_complaints(run.console))
+
+
+@dataclass(frozen=True)
+class Boots:
+    """Boots under way, by series and name of the boot."""
+
+    kernels: Mapping[str, Kernel]
+    futures: Mapping[tuple[str, str], Future[Outcome]]
+
+
+@contextmanager
+def open_executor() -> Iterator[ThreadPoolExecutor]:
+    """Yields what runs boots, as many at once as the machine can take; at the end it waits, and starts no more."""
+    executor = ThreadPoolExecutor(max_workers=min(AT_ONCE, os.cpu_count() or 1))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def start_boots(
+    executor: ThreadPoolExecutor, series: Sequence[str], boots: Sequence[Boot], arguments: Sequence[str] = ()
+) -> Boots:
+    """Fetches and builds for one kernel after the other, then starts booting them; raises LabError."""
+    kernels = {name: open_kernel(name) for name in series}
+    for kernel in kernels.values():
+        write_layers(kernel)
+    futures = {
+        (name, boot.name): executor.submit(run_tests, kernel, boot, arguments)
+        for name, kernel in kernels.items()
+        for boot in boots
+    }
+    return Boots(kernels, futures)
