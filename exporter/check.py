@@ -127,7 +127,9 @@ def _describe_security(confinement: Confinement) -> str:
 
 def _describe_source(source: SourceReport) -> str:
     if source.up:
-        return f"works: {_SOURCE_USES.get(source.source, 'a made-up host')}"
+        return f"works: {_SOURCE_USES.get(source.source, 'a made-up host')}" + (
+            f"; but {source.reason}" if source.reason else ""
+        )
     text = f"does not work: {source.reason}"
     return f"{text} -> {source.remedy}" if source.remedy else text
 

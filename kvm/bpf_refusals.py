@@ -31,6 +31,12 @@ def explain(
     refusal = find_refusal(messages)
     causes = (
         (
+            err.errno in (errno.EMFILE, errno.ENFILE),
+            f"{os.strerror(errno.EMFILE)}: {err}",
+            "raise the service's limit of open files (LimitNOFILE)",
+        ),
+        (err.errno == errno.ENOMEM, f"no memory for the programs: {err}", "free some memory on this host"),
+        (
             not (sys / "kernel/btf/vmlinux").exists(),
             "the kernel describes no types of its own: /sys/kernel/btf/vmlinux is missing",
             "use a kernel with CONFIG_DEBUG_INFO_BTF; in a container, mount the host's /sys",

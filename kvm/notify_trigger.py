@@ -83,11 +83,13 @@ class NotifyTrigger:
         exit_reason: int = abi.KVM_EXIT_NOTIFY,
         flags: int = abi.KVM_NOTIFY_CONTEXT_INVALID,
         library: str = LIBRARY,
+        kallsyms: Path = Path("/proc/kallsyms"),
     ) -> None:
         self._on_call = on_call
         self._function = function
         self._settings = (records_per_second, exit_reason, flags)
         self._library_name = library
+        self._kallsyms = kallsyms
         self._object: BpfObject | None = None
         self._control: mmap.mmap | None = None
         self._ring: RingBuffer | None = None
@@ -164,6 +166,8 @@ class NotifyTrigger:
             if err.errno not in (errno.ESRCH, errno.ENOENT):
                 raise
             self.close()
+            if self._is_in_kernel():  # libbpf passes over modules whose types it may not read
+                raise
             return TriggerStatus(self._function, False, f"no module of this kernel has {self._function}")
         self._object.load()
         self._control = mmap.mmap(self._object.map_fd(".bss"), _CONTROL.size)
@@ -175,6 +179,14 @@ class NotifyTrigger:
         self._object.attach("on_return")
         self._object.attach("on_entry")
         return TriggerStatus(self._function, True)
+
+    def _is_in_kernel(self) -> bool:
+        name = f" {self._function}\t".encode()
+        try:
+            with self._kallsyms.open("rb") as lines:
+                return any(name in line or line.endswith(name.strip(b"\t") + b"\n") for line in lines)
+        except OSError:
+            return False
 
     def _take(self, record: bytes) -> None:
         self._on_call(NotifyCall(*_RECORD.unpack_from(record)))

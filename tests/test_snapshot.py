@@ -25,6 +25,8 @@ OTHER = VmKey(PID, START, 9)
 
 
 class ToldSource:
+    limits = ""
+
     def __init__(self, name: str, finds_vms: bool = False, unavailable: str = "") -> None:
         self.name, self.finds_vms, self.unavailable = name, finds_vms, unavailable
         self.answers: dict[VmKey, VmCounters] = {}

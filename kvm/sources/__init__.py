@@ -24,6 +24,11 @@ class CounterSource(Protocol):
     name: str
     finds_vms: bool
 
+    @property
+    def limits(self) -> str:
+        """What the source lacks although it works, and why; "" where nothing."""
+        ...
+
     def open(self) -> None:
         """Make the source ready; raises SourceUnavailable with the reason and a remedy."""
         ...

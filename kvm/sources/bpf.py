@@ -31,6 +31,7 @@ from kvm.bpf_refusals import check_own_pid, explain
 from kvm.discovery import HeldVm
 from kvm.libbpf import LIBRARY, Library, open_library
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, MalformedData, SourceUnavailable, Statistic, VmCounters, VmKey
+from kvm.processes import read_stat
 from kvm.sources.bpf_decode import (
     HostBlocks,
     VcpuState,
@@ -63,6 +64,7 @@ T = TypeVar("T")
 FIRST_CAPACITY = 16_384
 # The list is broken for the microseconds in which a VM comes or goes; each try costs as long.
 LIST_TRIES = 50
+RETRY_SECONDS = 300.0
 FILES_TRIES = 3
 # A process that ends has no memory any more some time before its VMs are gone.
 ENDING_SECONDS = 1.0
@@ -98,7 +100,6 @@ class BpfSource:
         self._device, self._proc, self._sys = device, proc, sys
         self._capacity = capacity
         self._with_list = with_list
-        self._clock = clock
         self._lock = threading.RLock()
         self._programs: VcpuPrograms | None = None
         self._assembler = VmAssembler(())
@@ -106,8 +107,15 @@ class BpfSource:
         self._marks = (-1, -1)
         self._unowned: dict[int, float] = {}
         self._unheld: set[int] = set()
+        self._clock = clock
+        self._opened_at = 0.0
         self.method = ""
         self.method_reason = ""
+
+    @property
+    def limits(self) -> str:
+        """What it lacks although it works, and why; "" where nothing."""
+        return f"the slow way, by open files, and without registers: {self.method_reason}" if self.method_reason else ""
 
     def open(self) -> None:
         """Load the programs and let them learn what KVM looks like; raises SourceUnavailable."""
@@ -155,7 +163,18 @@ class BpfSource:
                 block = self._try_list(lambda: programs.read_vcpu(kvm, vcpu_id, length))
             except (OSError, ListChanged) as err:
                 raise SourceUnavailable(f"reading a vCPU by BPF failed: {err}") from err
-            return None if block is None else decode_state(block, length, self._described)
+            if block is None:
+                return None
+            state = decode_state(block, length, self._described)
+            return state if self._is_thread_of(key, state.tid) else None
+
+    def _is_thread_of(self, key: VmKey, tid: int | None) -> bool:
+        """Tell whether a vCPU's thread belongs to the VM's process: memory of a VM that ended is used for others."""
+        try:
+            started = read_stat(self._proc, key.pid).start_ticks
+        except (OSError, MalformedData):
+            return False
+        return started == key.start_ticks and (self._proc / str(key.pid) / "task" / str(tid)).exists()
 
     def close(self) -> None:
         """Take everything out of the kernel; may be called twice."""
@@ -181,11 +200,18 @@ class BpfSource:
         if self._programs is not None and self._read_marks() != self._marks:
             log.warning("KVM has changed: loading the BPF programs again")
             self.open()
+        elif self._programs is not None and self._should_try_again():
+            self.open()
         if self._programs is None:
             raise SourceUnavailable("it is not open")
         return self._programs
 
+    def _should_try_again(self) -> bool:
+        """Tell whether it is time to try for the fast way: what forbade it may have passed."""
+        return self._with_list and self.method != "list" and self._clock() - self._opened_at >= RETRY_SECONDS
+
     def _open(self, library: Library) -> None:
+        self._opened_at = self._clock()
         with ExitStack() as stack:
             vm, self.method_reason = self._make_vm(stack)
             self._described = {} if vm is None else vm.statistics
@@ -195,7 +221,8 @@ class BpfSource:
             self._choose_statistics(programs)
             self.method = "files" if learnt else "names"
             if learnt and "list_vms" in programs.names:
-                if programs.learn_vm_list() and self._sees_own_vm(programs):
+                # The list does not stand still while a VM comes or goes.
+                if any(programs.learn_vm_list() for _ in range(LIST_TRIES)) and self._sees_own_vm(programs):
                     self.method = "list"
                 else:
                     self.method_reason = "KVM's list of VMs does not lead to a VM of our own"

@@ -73,7 +73,7 @@ class _KeptVm:
 
     __slots__ = ("identities", "key", "order", "owner", "tids", "vcpu_ids")
 
-    def __init__(self, owner: tuple[int, int, int], key: VmKey, identities: bytes) -> None:
+    def __init__(self, owner: tuple[int, int], key: VmKey, identities: bytes) -> None:
         self.owner = owner
         self.key = key
         self.identities = identities
@@ -111,12 +111,12 @@ class VmAssembler:
             end = first + count
             identities = blocks.identities[first * IDENTITY.size : end * IDENTITY.size]
             kept = kept_before.get(kvm)
-            if kept is None or kept.identities != identities or kept.owner != (tgid, start, vm_fd):
-                if kept is not None and kept.owner == (tgid, start, vm_fd):
-                    key = kept.key
+            if kept is None or kept.identities != identities or kept.owner != (tgid, start):
+                if kept is not None and kept.owner == (tgid, start):
+                    key = kept.key  # for life: a VM whose file moves to another fd is no new one
                 else:
                     key = _choose_key(tgid, start, vm_fd, used)
-                kept = _KeptVm((tgid, start, vm_fd), key, identities)
+                kept = _KeptVm((tgid, start), key, identities)
                 used.add(key)
             self._kept[kvm] = kept
             columns = {

@@ -97,6 +97,7 @@ class DebugfsSource:
 
     name = "debugfs"
     finds_vms = False
+    limits = ""
 
     def __init__(
         self, wanted: Sequence[str], kvm_directory: Path, proc: Path, on_error: Callable[[int, str, str], None]

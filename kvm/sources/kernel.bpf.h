@@ -61,6 +61,7 @@ struct files_struct {
 
 struct task_struct {
 	int pid, tgid;
+	unsigned int flags;
 	__u64 start_boottime;
 	struct task_struct *group_leader;
 	struct mm_struct *mm;

@@ -83,6 +83,7 @@ class StatsFdSource:
 
     name = "stats_fd"
     finds_vms = False
+    limits = ""
 
     def __init__(
         self, wanted: Sequence[str], on_error: Callable[[int, str, str], None], kallsyms: Path = Path("/proc/kallsyms")

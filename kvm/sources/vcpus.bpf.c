@@ -98,7 +98,7 @@ static __always_inline void read_vm(struct vm *vm, struct owner *owner)
 	__u64 files = read_files_of(owner);
 	__u32 first = control.vcpus, online;
 
-	if (!is_listed(kvm) || (__u64)BPF_CORE_READ(kvm, mm) != vm->mm)
+	if (!files || !is_listed(kvm) || (__u64)BPF_CORE_READ(kvm, mm) != vm->mm)
 		return;
 	owner->vm_fd = find_vm_fd((void *)files, vm->kvm, owner->vm_fd);
 	online = BPF_CORE_READ(kvm, online_vcpus.counter);
@@ -199,6 +199,8 @@ static long visit_vm(__u32 count, struct visit *visit)
 	return 0;
 }
 
+#define PF_KTHREAD 0x00200000 /* include/linux/sched.h */
+
 /* Finds the owners of VMs that are new, or whose owner has ended; run only if there are such. */
 SEC("iter/task")
 int find_owners(struct bpf_iter__task *ctx)
@@ -212,7 +214,8 @@ int find_owners(struct bpf_iter__task *ctx)
 		return 0;
 	mm = (__u64)task->mm;
 	leader = task->group_leader;
-	if (!mm || (leader != task && leader->mm))
+	/* A kernel thread may have borrowed the memory (vhost's do). */
+	if (!mm || task->flags & PF_KTHREAD || (leader != task && leader->mm))
 		return 0;
 	unowned = bpf_map_lookup_elem(&unowned_vms, &mm);
 	if (!unowned || unowned->round != control.round)

@@ -6,7 +6,8 @@
 #include "records.bpf.h"
 
 #define MAX_VCPUS_OF_VM 65536
-#define MAX_PROCESS_FDS (1u << 27)
+/* A VMM has its VM's fd among its first; a process with more files must not hold up the others. */
+#define MAX_PROCESS_FDS (1u << 16)
 #define CHUNK 16
 #define LOWEST_POINTER 0x1000
 
@@ -132,8 +133,9 @@ static __always_inline __s32 find_vm_fd(const struct files_struct *files, __u64 
 	if (known >= 0 && known < walk.max_fds &&
 	    is_vm_file((void *)read_u64((void *)(walk.fds + 8 * (__u64)known)), kvm))
 		return known;
-	if (walk.max_fds <= MAX_PROCESS_FDS)
-		bpf_loop((walk.max_fds + CHUNK - 1) / CHUNK, find_in_chunk, &walk, 0);
+	if (walk.max_fds > MAX_PROCESS_FDS)
+		walk.max_fds = MAX_PROCESS_FDS;
+	bpf_loop((walk.max_fds + CHUNK - 1) / CHUNK, find_in_chunk, &walk, 0);
 	return walk.found;
 }
 

@@ -219,8 +219,25 @@ def test_a_vm_whose_leader_thread_exits_between_two_looks(source: BpfSource) -> 
 def test_a_vm_whose_file_moves_to_another_fd(source: BpfSource) -> None:
     with open_strange("until_its_file_moves") as vmm:
         assert list(read_of(source, vmm["pid"])) == [make_key(vmm["pid"], vmm["vm_fd"])]
+        first = vmm["vm_fd"]
         vmm.change()
-        assert list(read_of(source, vmm["pid"])) == [make_key(vmm["pid"], vmm["vm_fd"])]
+        assert vmm["vm_fd"] != first
+        assert list(read_of(source, vmm["pid"])) == [make_key(vmm["pid"], first)]  # it is the same VM
+
+
+def test_single_vcpus_are_never_those_of_a_vm_that_took_the_place() -> None:
+    """The memory of a VM that ended is soon another's; the key of the dead one must not lead to it."""
+    answers = 0
+    source = BpfSource()
+    source.open()
+    for _ in range(30):
+        with open_guest_process(port_writes=3) as gone:
+            ((key, counters),) = read_of(source, gone.pid).items()
+            assert source.read_vcpu(key, counters.vcpu_ids[0]) is not None
+        with open_guest_process(port_writes=3):
+            answers += source.read_vcpu(key, 0) is not None
+    source.close()
+    assert answers == 0
 
 
 def test_a_process_with_as_many_files_as_it_may_have(source: BpfSource) -> None:
