@@ -94,7 +94,11 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose VM it is, as far as its VMM's command line and the host's files tell; "" where they do not."""
+    """Whose VM it is, as far as its VMM's command line and the host's files tell; "" where they do not.
+
+    ``name`` is what the VMM or libvirt calls it, ``display_name`` what its user does, where that is another name
+    (OpenStack's instance name).
+    """
 
     vmm: str
     name: str = ""
@@ -103,6 +107,7 @@ class Owner:
     vmm_version: str = ""
     project: str = ""
     namespace: str = ""
+    display_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,9 @@ def read_owner(
 def _add_libvirt(owner: Owner, status: DomainStatus | None, cgroup: Path) -> Owner:
     if status is not None:
         project = clean_text(status.project_id or status.project_name)
-        owner = replace(owner, uuid=owner.uuid or parse_uuid(status.uuid), project=project)
+        display_name = clean_text(status.display_name)
+        uuid = owner.uuid or parse_uuid(status.uuid)
+        owner = replace(owner, uuid=uuid, project=project, display_name=display_name)
     domain = _KUBEVIRT_DOMAIN.fullmatch(owner.name)
     if domain is None or not (_is_in_pod(cgroup) if status is None else status.is_kubevirt):
         return owner

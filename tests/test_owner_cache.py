@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvm.processes import read_stat
 from kvm.model import Owner
 from kvm.owners import OwnerCache, read_program
+from kvm.processes import read_stat
 from tests.capture_fixtures import imitated_vmm
 from tests.fake_proc import PATIENCE_SECONDS, START_TICKS, FakeProc, owner_threads, wait_until
 

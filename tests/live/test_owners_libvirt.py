@@ -57,7 +57,7 @@ def openstack_guest(libvirt: Libvirt) -> Iterator[int]:
 
 def test_openstack_guest_seen_from_outside_its_container(openstack_guest: int) -> None:
     assert read_owner(PROC, openstack_guest, openstack_guest, ()) == OwnerReading(
-        Owner(vmm="qemu", name="instance-0000002a", uuid=UUID, project=PROJECT)
+        Owner(vmm="qemu", name="instance-0000002a", uuid=UUID, project=PROJECT, display_name="web <1> & co")
     )
 
 
@@ -66,7 +66,9 @@ def test_openstack_guest_seen_from_beside_libvirt(libvirt: Libvirt, openstack_gu
     printed = libvirt.run_inside([sys.executable, "-c", LOOK, inner_pid], {"PYTHONPATH": str(ROOT)})
     owner, problems = json.loads(printed)
     assert problems == []
-    assert Owner(**owner) == Owner(vmm="qemu", name="instance-0000002a", uuid=UUID, project=PROJECT)
+    assert Owner(**owner) == Owner(
+        vmm="qemu", name="instance-0000002a", uuid=UUID, project=PROJECT, display_name="web <1> & co"
+    )
 
 
 def test_status_with_another_pid_is_another_guests(libvirt: Libvirt, openstack_guest: int) -> None:
@@ -106,7 +108,9 @@ def test_cache_finds_the_guest_and_forgets_it(libvirt: Libvirt, openstack_guest:
     cache = OwnerCache(lambda *error: errors.append(error))
     process = (openstack_guest, read_stat(PROC, openstack_guest).start_ticks)
     found = cache.find({process: openstack_guest}, 10.0)
-    assert found == {process: Owner(vmm="qemu", name="instance-0000002a", uuid=UUID, project=PROJECT)}
+    assert found == {
+        process: Owner(vmm="qemu", name="instance-0000002a", uuid=UUID, project=PROJECT, display_name="web <1> & co")
+    }
     assert cache.find({}, 0.0) == {}
     assert errors == []
 

@@ -185,7 +185,7 @@ def test_exits_lie_between_two_readings_of_libvirt(agent: AgentProcess, libvirt:
     name = "instance-0000002b"
     libvirt.start_domain(name, UUID, metadata=render_nova_metadata("web", PROJECT, "payments"))
     (info,) = agent.samples("kvm_vm_info", vm=UUID)
-    assert (dict(info)["name"], dict(info)["project"]) == (name, PROJECT)
+    assert [dict(info)[label] for label in ("name", "project", "display_name")] == [name, PROJECT, "web"]
     deadline = time.monotonic() + GROW_SECONDS
     while not all(libvirt.read_vcpu_statistics(name).get(f"vcpu.{vcpu}.exits.sum") for vcpu in (0, 1)):
         assert time.monotonic() < deadline, "the firmware makes no exits"
