@@ -23,14 +23,16 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from exporter import metrics, server
+from exporter import journal, metrics, server, watching
 from exporter.check import can_read, has_counters, render_check
 from exporter.collector import COLLECTORS, BuildInfo, CollectorSettings, HostCollector
+from exporter.drill import ask_for_drill
 from exporter.exposition import render_text
 from exporter.listen import Address, TcpAddress, parse_address
 from exporter.log_format import LEVELS, start_logging
 from exporter.report import render_json, render_table
 from exporter.vm_lines import VcpuSeries
+from exporter.watch import Watch
 from kvm import host
 from kvm.confinement import read_confinement
 from kvm.discovery import Discovery
@@ -57,6 +59,7 @@ COMMANDS = {
     "once": "take one look, print it and exit",
     "check": "explain what works on this host, what does not, and why",
     "demo": "serve a made-up host, to see what there is to see",
+    "drill": "let a running agent raise a stall that is not real, to test who is called",
 }
 # A process that hangs is given up on after 10 s (OwnerCache): one look waits for it.
 ONE_LOOK_WAIT_SECONDS = 11.0
@@ -117,11 +120,15 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         add_log_flags(command, "info" if name in ("serve", "demo") else "warn")
+        if name == "drill":
+            watching.add_drill_flags(command)
+            continue
         if name != "demo":
             add_source_flags(command)
         if name != "check":
             add_collector_flags(command)
         if name in ("serve", "demo"):
+            watching.add_watch_flags(command, of_this_host=name == "serve")
             add_web_flags(command)
         if name == "once":
             form = command.add_mutually_exclusive_group()
@@ -227,9 +234,12 @@ def raise_fd_limit() -> None:
 
 
 def open_host(
-    sources: Sequence[str], stack: contextlib.ExitStack, owner_wait_seconds: float = OWNER_WAIT_SECONDS
+    sources: Sequence[str],
+    stack: contextlib.ExitStack,
+    owner_wait_seconds: float = OWNER_WAIT_SECONDS,
+    bpf: BpfSource | None = None,
 ) -> HostReader:
-    """Return the reader of this host; ``stack`` closes what it needs."""
+    """Return the reader of this host; ``stack`` closes what it needs. ``bpf`` is its source of that name, if given."""
     errors = ReadErrors()
     uevents: Callable[[], bytes] = bytes  # none
     try:
@@ -237,7 +247,7 @@ def open_host(
     except OSError as err:
         log.info("no uevents: new VMs are found by looking", extra={"fields": {"why": err.strerror}})
     makers: dict[str, Callable[[], CounterSource]] = {
-        "bpf": lambda: BpfSource(WANTED),
+        "bpf": lambda: bpf or BpfSource(WANTED),
         "stats_fd": lambda: StatsFdSource(WANTED, errors.teller("stats_fd")),
         "debugfs": lambda: DebugfsSource(WANTED, KVM_DEBUGFS, PROC, errors.teller("debugfs")),
     }
@@ -250,7 +260,7 @@ def open_host(
     return reader
 
 
-def build_collector(reader: SnapshotReader, arguments: argparse.Namespace) -> HostCollector:
+def build_collector(reader: SnapshotReader, arguments: argparse.Namespace, watch: Watch | None = None) -> HostCollector:
     """Return the collector that the flags ask for."""
     settings = CollectorSettings(
         enabled=choose_collectors(arguments),
@@ -259,7 +269,7 @@ def build_collector(reader: SnapshotReader, arguments: argparse.Namespace) -> Ho
         vm_exclude=arguments.vm_exclude,
     )
     build = BuildInfo(read_version(), "", platform.python_version())
-    return HostCollector(reader, settings, build, time.perf_counter)
+    return HostCollector(reader, settings, build, time.perf_counter, watch.report if watch else None)
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -314,19 +324,34 @@ def run_server(arguments: argparse.Namespace) -> int:
     )
     with contextlib.ExitStack() as stack:
         if arguments.command == "demo":
-            reader: SnapshotReader = SimulatedHost()
+            made_up = SimulatedHost()
+            reader = watching.SharedReader(made_up)
+            watch = watching.open_simulated_watch(arguments, reader, made_up)
         else:
-            reader = open_host(arguments.sources, stack)
-        asyncio.run(serve_until_signalled(build_collector(reader, arguments), settings))
+            bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
+            reader = watching.SharedReader(open_host(arguments.sources, stack, bpf=bpf))
+            watch = watching.open_watch(arguments, reader, bpf)
+        asyncio.run(serve_until_signalled(build_collector(reader, arguments, watch), settings, watch))
     return 0
 
 
-async def serve_until_signalled(collector: HostCollector, settings: server.ServerSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then finish what is under way."""
-    stop = asyncio.Event()
+async def serve_until_signalled(collector: HostCollector, settings: server.ServerSettings, watch: Watch) -> None:
+    """Serve and watch until SIGINT or SIGTERM, then finish what is under way."""
+    stop, stop_watching = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await server.serve(collector, settings, stop)
+    watching_task = asyncio.create_task(watch.run(stop_watching))
+    try:
+        await server.serve(collector, settings, stop, watch)
+    finally:
+        stop_watching.set()  # only now: the last scrape still asks the watch
+        await watching_task
+
+
+def run_drill(arguments: argparse.Namespace) -> int:
+    """Let a running agent raise a drill; 0 if it does."""
+    sys.stdout.write(f"{ask_for_drill(arguments.url, arguments.vm)}\n")
+    return 0
 
 
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
@@ -339,11 +364,12 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = parse_command_line(sys.argv[1:] if words is None else words)
     start_logging(arguments.log_level, arguments.log_format)
+    journal.use_journal(os.environ, sys.stderr.fileno())
     for stream in (sys.stdout, sys.stderr):  # a name may have letters that the locale's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     raise_fd_limit()
-    commands = {"serve": run_server, "demo": run_server, "once": run_once, "check": run_check}
+    commands = {"serve": run_server, "demo": run_server, "once": run_once, "check": run_check, "drill": run_drill}
     try:
         code = commands[arguments.command](arguments)
         sys.stdout.flush()

@@ -21,6 +21,8 @@ from exporter import metrics
 from exporter.exposition import Family
 from exporter.metrics import METRICS, Metric, order_labels
 from exporter.movements import Movements
+from exporter.verdict_lines import VerdictLines
+from exporter.verdicts import WatchReport
 from exporter.vm_lines import VcpuSeries, VmLines
 from kvm.model import Host, MalformedData, Protection, Snapshot, SnapshotReader, SourceReport, Vm, VmKey, VmReading
 from kvm.read_errors import ReadErrors
@@ -91,14 +93,17 @@ class HostCollector:
         settings: CollectorSettings,
         build: BuildInfo,
         clock: Callable[[], float],
+        read_watch: Callable[[], WatchReport] | None = None,
     ) -> None:
-        """``clock`` gives seconds for durations, as time.perf_counter does."""
+        """``clock`` gives seconds for durations, as time.perf_counter does; ``read_watch`` what the watch has found."""
         self.settings = settings
         self.build = build
         self.snapshot: Snapshot | None = None
         """The last look that went well: for pages that show how the host is doing without looking anew."""
         self._reader = reader
         self._clock = clock
+        self._read_watch = read_watch
+        self._verdicts: VerdictLines | None = None
         self._movements = Movements()
         self._errors = ReadErrors()
         self._lines: dict[VmKey, tuple[VmLines, bool]] = {}
@@ -153,6 +158,7 @@ class HostCollector:
 
     def _look(self) -> list[Family]:
         snapshot = self._reader.read()
+        self._verdicts = VerdictLines(self._read_watch(), snapshot.readings) if self._read_watch else None
         self._movements.observe(snapshot)
         self._shown = list(self._arrange(snapshot))
         self._errors.log_new({reading.vm.key.pid: reading.vm for reading in snapshot.readings})
@@ -202,12 +208,17 @@ class HostCollector:
         return self._render_vms(render)
 
     def _collect_vcpus(self) -> list[Family]:
-        def render(reading: VmReading, lines: VmLines) -> Iterator[tuple[Metric, str]]:
-            yield from lines.render_vcpus(reading, self.settings.vcpu_series)
-            if moves := lines.render_last_moves(self._movements.last_moves(reading.vm.key)):
-                yield metrics.VCPU_LAST_NOTIFY_EXIT, moves
+        with_series = self.settings.vcpu_series is not VcpuSeries.NONE
 
-        return [] if self.settings.vcpu_series is VcpuSeries.NONE else self._render_vms(render)
+        def render(reading: VmReading, lines: VmLines) -> Iterator[tuple[Metric, str]]:
+            if with_series:
+                yield from lines.render_vcpus(reading, self.settings.vcpu_series)
+                if moves := lines.render_last_moves(self._movements.last_moves(reading.vm.key)):
+                    yield metrics.VCPU_LAST_NOTIFY_EXIT, moves
+            if self._verdicts is not None:
+                yield from self._verdicts.render_vcpus(reading, with_series)
+
+        return self._render_vms(render) if with_series or self._verdicts else []
 
     def _collect_host(self) -> list[Family]:
         snapshot = self._snapshot()
@@ -218,7 +229,8 @@ class HostCollector:
             supported.add((), int(snapshot.host.notify_supported))
         if self._movements.readable:
             total.add((), self._movements.increases_total)
-        return [info, supported, total, *_count_vms(snapshot)]
+        found = self._verdicts.build_host_families() if self._verdicts else []
+        return [info, supported, total, *_count_vms(snapshot), *found]
 
     def _collect_sources(self) -> list[Family]:
         snapshot = self._snapshot()
@@ -227,7 +239,7 @@ class HostCollector:
             up.add((name,), int(works))
         for (source, kind), count in sorted((Counter(snapshot.errors) + Counter(self._errors.counts)).items()):
             errors.add(order_labels(metrics.READ_ERRORS, source=source, kind=kind), count)
-        return [up, errors]
+        return [up, errors, *(self._verdicts.build_watch_families() if self._verdicts else ())]
 
     def _snapshot(self) -> Snapshot:
         if self.snapshot is None:

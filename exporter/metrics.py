@@ -49,6 +49,31 @@ VCPU_EXITS = Metric(
     "KVM stat exits of a vCPU: VM exits of all kinds.",
     ("vcpu", "vm"),
 )
+VCPU_TRACED_EXITS = Metric(
+    "kvm_vcpu_notify_traced_exits_total",
+    MetricType.COUNTER,
+    "Notify VM exits of a vCPU whose RIP was seen: only some of them are, while a vCPU is looked at.",
+    ("vcpu", "vm"),
+)
+VCPU_SAME_RIP_EXITS = Metric(
+    "kvm_vcpu_notify_same_rip_exits_total",
+    MetricType.COUNTER,
+    "Of kvm_vcpu_notify_traced_exits_total, those at the RIP of the one before.",
+    ("vcpu", "vm"),
+)
+VCPU_CONTEXT_INVALID = Metric(
+    "kvm_vcpu_notify_context_invalid_exits_total",
+    MetricType.COUNTER,
+    "Notify VM exits of a vCPU with an invalid VM context since the agent runs, each of them counted; "
+    "absent where handle_notify() cannot be watched.",
+    ("vcpu", "vm"),
+)
+VCPU_NO_PROGRESS = Metric(
+    "kvm_vcpu_no_forward_progress",
+    MetricType.GAUGE,
+    "Whether a vCPU is stuck at one RIP, for vCPUs with at least one notify VM exit; absent where that is not known.",
+    ("vcpu", "vm"),
+)
 VCPU_LAST_NOTIFY_EXIT = Metric(
     "kvm_vcpu_last_notify_exit_timestamp_seconds",
     MetricType.GAUGE,
@@ -66,7 +91,7 @@ VM_INFO = Metric(
     "kvm_vm_info",
     MetricType.GAUGE,
     "Who a VM is, as its VMM's command line and the host's files tell; always 1.",
-    ("name", "namespace", "pid", "project", "uuid", "vm", "vmm", "vmm_version"),
+    ("display_name", "name", "namespace", "pid", "project", "uuid", "vm", "vmm", "vmm_version"),
 )
 VM_SOURCE_INFO = Metric(
     "kvm_vm_source_info",
@@ -141,6 +166,60 @@ HOST_VCPUS = Metric(
     "absent for a state with a VM whose vCPUs could not be counted.",
     ("protection",),
 )
+HOST_NO_PROGRESS = Metric(
+    "kvm_host_vcpus_no_forward_progress",
+    MetricType.GAUGE,
+    "Number of vCPUs that are stuck at one RIP now; absent where RIPs cannot be had.",
+)
+HOST_INTERVAL_MIN = Metric(
+    "kvm_host_notify_interval_min_seconds",
+    MetricType.GAUGE,
+    "Shortest time seen between two notify VM exits in a row at one RIP, by the VM's window: the window and the CPU's "
+    "own threshold take no longer.",
+    ("window_cycles",),
+    "seconds",
+)
+POLL_PERIOD = Metric(
+    "kvm_exporter_poll_period_seconds",
+    MetricType.GAUGE,
+    "How often counters are polled for notify VM exits; 0 where nothing needs polling.",
+    unit="seconds",
+)
+TRACED_VCPUS = Metric(
+    "kvm_exporter_traced_vcpus",
+    MetricType.GAUGE,
+    "Number of vCPU threads whose exits are traced now.",
+)
+TRACE_ARMINGS = Metric(
+    "kvm_exporter_trace_armings_total",
+    MetricType.COUNTER,
+    "How often a vCPU thread's exits began to be traced.",
+)
+TRACE_RECORDS = Metric(
+    "kvm_exporter_trace_records_total",
+    MetricType.COUNTER,
+    "Trace records of notify VM exits that were read.",
+)
+TRACE_LOST_RECORDS = Metric(
+    "kvm_exporter_trace_lost_records_total",
+    MetricType.COUNTER,
+    "Trace records of notify VM exits that were lost or made no sense; they prove nothing.",
+)
+TRACE_BUDGET_EXHAUSTED = Metric(
+    "kvm_exporter_trace_budget_exhausted_total",
+    MetricType.COUNTER,
+    "Looks at a vCPU that had to wait because enough is traced already.",
+)
+WARNINGS = Metric(
+    "kvm_exporter_warnings_total",
+    MetricType.COUNTER,
+    "Lines about stalled vCPUs that were logged, drills among them.",
+)
+WARNINGS_SUPPRESSED = Metric(
+    "kvm_exporter_warnings_suppressed_total",
+    MetricType.COUNTER,
+    "Stalls of vCPUs that were not logged at once, so that no guest can fill the log.",
+)
 SOURCE_UP = Metric(
     "kvm_exporter_source_up",
     MetricType.GAUGE,
@@ -176,6 +255,10 @@ BUILD_INFO = Metric(
 METRICS: tuple[Metric, ...] = (
     VCPU_NOTIFY_WINDOW_EXITS,
     VCPU_EXITS,
+    VCPU_TRACED_EXITS,
+    VCPU_SAME_RIP_EXITS,
+    VCPU_CONTEXT_INVALID,
+    VCPU_NO_PROGRESS,
     VCPU_LAST_NOTIFY_EXIT,
     VM_NOTIFY_WINDOW_EXITS,
     VM_INFO,
@@ -189,8 +272,18 @@ METRICS: tuple[Metric, ...] = (
     HOST_NOTIFY_WINDOW_EXITS,
     HOST_VMS,
     HOST_VCPUS,
+    HOST_NO_PROGRESS,
+    HOST_INTERVAL_MIN,
     SOURCE_UP,
     READ_ERRORS,
+    POLL_PERIOD,
+    TRACED_VCPUS,
+    TRACE_ARMINGS,
+    TRACE_RECORDS,
+    TRACE_LOST_RECORDS,
+    TRACE_BUDGET_EXHAUSTED,
+    WARNINGS,
+    WARNINGS_SUPPRESSED,
     SCRAPE_DURATION,
     SCRAPE_SUCCESS,
     BUILD_INFO,

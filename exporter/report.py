@@ -9,10 +9,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
+from exporter.verdicts import State
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Snapshot, VmReading
 
 UNKNOWN = "-"
-_TABLE_HEADER = ("VM", "NAME", "OWNER", "VMM", "PID", "VCPU", "TID", "NOTIFY EXITS", "EXITS", "PROTECTION", "SOURCE")
+_TABLE_HEADER = (
+    *("VM", "NAME", "OWNER", "VMM", "PID", "VCPU", "STATE", "TID", "NOTIFY EXITS", "EXITS"),
+    *("PROTECTION", "SOURCE"),
+)
 _RIGHT = {"PID", "VCPU", "TID", "NOTIFY EXITS", "EXITS"}
 
 
@@ -51,7 +55,19 @@ def _build_vm(reading: VmReading) -> dict[str, object]:
 def _build_vcpus(reading: VmReading) -> Iterable[dict[str, object]]:
     for position, vcpu in enumerate(reading.vcpus):
         counters = {name: values[position] for name, values in sorted(reading.counters.per_vcpu.items())}
-        yield {"vcpu": vcpu.index, "vcpu_id": vcpu.vcpu_id, "tid": vcpu.tid, **counters}
+        state = judge_once(counters)
+        yield {"vcpu": vcpu.index, "vcpu_id": vcpu.vcpu_id, "tid": vcpu.tid, "state": state, **counters}
+
+
+def judge_once(counters: Mapping[str, int]) -> State | None:
+    """Judge a vCPU as far as one look can: it has never taken a notify exit, or it may be taking them; None: not read.
+
+    Whether it is stuck takes a trace, and time: that is what ``serve`` is for.
+    """
+    notify_exits = counters.get(NOTIFY_WINDOW_EXITS)
+    if notify_exits is None:
+        return None
+    return State.UNKNOWN if notify_exits else State.QUIET
 
 
 def render_json(snapshot: Snapshot) -> str:
@@ -75,11 +91,12 @@ def _build_rows(reading: VmReading) -> Iterable[Sequence[object]]:
     if not columns:
         totals = reading.counters.totals
         vcpus = f"all {reading.vcpu_count}" if reading.vcpu_count is not None else UNKNOWN
-        yield (*who, reading.vm.key.pid, vcpus, UNKNOWN, *_pick(totals), *how)
+        yield (*who, reading.vm.key.pid, vcpus, judge_once(totals) or UNKNOWN, UNKNOWN, *_pick(totals), *how)
         return
     for position, vcpu in enumerate(reading.vcpus):
         counters = {name: values[position] for name, values in columns.items()}
-        yield (*who, reading.vm.key.pid, vcpu.index, vcpu.tid or UNKNOWN, *_pick(counters), *how)
+        about = (vcpu.index, judge_once(counters) or UNKNOWN, vcpu.tid or UNKNOWN)
+        yield (*who, reading.vm.key.pid, *about, *_pick(counters), *how)
 
 
 def _pick(counters: Mapping[str, int]) -> tuple[object, object]:

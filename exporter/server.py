@@ -17,7 +17,7 @@ from typing import Final
 
 from aiohttp import web
 
-from exporter import landing_page
+from exporter import api, drill, landing_page
 from exporter.collector import BadSelection, HostCollector, select_collectors
 from exporter.connections import NEXT_REQUEST_SECONDS, ConnectionGuard
 from exporter.exposition import (
@@ -29,6 +29,7 @@ from exporter.exposition import (
     render_document,
 )
 from exporter.listen import BACKLOG, Address, TcpAddress, find_address, open_sockets, parse_address
+from exporter.stall_pages import StallPages, Watcher
 
 __all__ = ["ServerSettings", "create_app", "open_server", "parse_address", "serve"]
 
@@ -64,8 +65,8 @@ class ServerSettings:
         path = self.telemetry_path
         if not path.startswith("/") or not path.isprintable() or any(char in path for char in "{}?#%\\ "):
             raise ValueError(f"telemetry path {path!r}: want a plain path such as /metrics")
-        if path in (HEALTHY_PATH, READY_PATH):
-            raise ValueError(f"telemetry path {path!r} is taken by the agent's health")
+        if path in (HEALTHY_PATH, READY_PATH, api.PATH, drill.PATH):
+            raise ValueError(f"telemetry path {path!r} is taken by the agent itself")
 
 
 class MetricsApp:
@@ -140,7 +141,8 @@ class MetricsApp:
     async def answer_landing_page(self, request: web.Request) -> web.Response:
         """Say what this is and how the sources went at the last look."""
         build = self._collector.build
-        links = {"Metrics": self._settings.telemetry_path, "Healthy": HEALTHY_PATH, "Ready": READY_PATH}
+        links = {"Metrics": self._settings.telemetry_path, "vCPUs that take notify exits": api.PATH}
+        links |= {"Healthy": HEALTHY_PATH, "Ready": READY_PATH}
         page = landing_page.render_page(build.version, build.revision, links, self._collector.sources)
         return web.Response(text=page, content_type="text/html", headers=landing_page.HEADERS)
 
@@ -159,13 +161,17 @@ class MetricsApp:
         return compress_document(document) if zipped else document
 
 
-def create_app(collector: HostCollector, settings: ServerSettings, guard: ConnectionGuard) -> web.Application:
-    """Make the application; it owns neither the collector nor its reader."""
-    pages = MetricsApp(collector, settings, guard)
+def create_app(
+    collector: HostCollector, settings: ServerSettings, guard: ConnectionGuard, watcher: Watcher | None = None
+) -> web.Application:
+    """Make the application; it owns neither the collector nor its reader, nor the watcher."""
+    pages, stalls = MetricsApp(collector, settings, guard), StallPages(watcher)
     app = web.Application(middlewares=[pages.frame_request])
     app.router.add_get(settings.telemetry_path, pages.answer_metrics)
     app.router.add_get(HEALTHY_PATH, pages.answer_healthy)
     app.router.add_get(READY_PATH, pages.answer_ready)
+    app.router.add_get(api.PATH, stalls.answer_vcpus)
+    app.router.add_post(drill.PATH, stalls.answer_drill)
     if settings.telemetry_path != "/":
         app.router.add_get("/", pages.answer_landing_page)
     app.on_response_prepare.append(_set_headers)
@@ -175,7 +181,10 @@ def create_app(collector: HostCollector, settings: ServerSettings, guard: Connec
 
 @asynccontextmanager
 async def open_server(
-    collector: HostCollector, settings: ServerSettings, guard: ConnectionGuard | None = None
+    collector: HostCollector,
+    settings: ServerSettings,
+    guard: ConnectionGuard | None = None,
+    watcher: Watcher | None = None,
 ) -> AsyncIterator[tuple[Address, ...]]:
     """Serve inside the context, which gets the addresses as the kernel chose them.
 
@@ -184,7 +193,7 @@ async def open_server(
     """
     guard = guard or ConnectionGuard()
     runner = web.AppRunner(
-        create_app(collector, settings, guard),
+        create_app(collector, settings, guard, watcher),
         access_log=None,
         auto_decompress=False,
         handler_cancellation=True,
@@ -209,9 +218,11 @@ async def open_server(
             guard.abort_all()
 
 
-async def serve(collector: HostCollector, settings: ServerSettings, stop: asyncio.Event) -> None:
+async def serve(
+    collector: HostCollector, settings: ServerSettings, stop: asyncio.Event, watcher: Watcher | None = None
+) -> None:
     """Serve until ``stop`` is set; raises ListenError."""
-    async with open_server(collector, settings) as listening:
+    async with open_server(collector, settings, watcher=watcher) as listening:
         for address in listening:
             log.info("listening", extra={"fields": {"address": str(address)}})
         await stop.wait()

@@ -136,6 +136,7 @@ def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
         metrics.VM_INFO,
         vm=vm.id,
         name=owner.name,
+        display_name=owner.display_name,
         uuid=owner.uuid,
         vmm=owner.vmm,
         vmm_version=owner.vmm_version,

@@ -132,7 +132,15 @@ def test_counters_of_each_vcpu_by_the_guests_numbers() -> None:
 
 def test_what_a_vm_is() -> None:
     series = parse_series(open_collector(make_snapshot(make_reading(window_cycles=128_000))))
-    labels = {"name": "web", "namespace": "", "pid": "100", "project": "shop", "uuid": "uuid-1", "vm": "a"}
+    labels = {
+        "name": "web",
+        "display_name": "",
+        "namespace": "",
+        "pid": "100",
+        "project": "shop",
+        "uuid": "uuid-1",
+        "vm": "a",
+    }
     assert find(series, "kvm_vm_info", vmm="qemu", vmm_version="10.0", **labels) == 1
     assert find(series, "kvm_vm_source_info", vm="a", source="bpf") == 1
     assert find(series, "kvm_vm_start_time_seconds", vm="a") == NOW - 50.5

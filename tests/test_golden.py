@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / "fixtures" / "golden" / "demo.prom"
 VARIES = re.compile(
     r"^(kvm_(?:vcpu_\w+|vm_notify_window_exits_total|vm_start_time_seconds|host_notify_\w+_total"
     r"|host_notify_interval_min_seconds|exporter_scrape_collector_duration_seconds|exporter_trace\w+"
-    r"|exporter_warnings\w+|host_vcpus_no_forward_progress)(?:\{.*\})?) \S+$",
+    r"|exporter_warnings\w+|exporter_poll_period_seconds|host_vcpus_no_forward_progress)(?:\{.*\})?) \S+$",
     re.MULTILINE,
 )
 BUILD = re.compile(r"^kvm_exporter_build_info\{.*\} 1$", re.MULTILINE)

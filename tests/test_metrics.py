@@ -14,8 +14,10 @@ from exporter import metrics
 from exporter.collector import BuildInfo, CollectorSettings, HostCollector
 from exporter.exposition import render_text
 from exporter.metrics import METRICS, Metric, MetricType, order_labels
+from exporter.verdicts import WatchReport
 from kvm.model import Snapshot
 from kvm.sources.simulated import SimulatedHost
+from tests.reports import make_report
 
 # promtool's own lists (client_golang, prometheus/testutil/promlint).
 NOT_BASE_UNITS = {"milliseconds", "microseconds", "nanoseconds", "minutes", "hours", "days", "weeks", "kelvin", "bits"}
@@ -97,9 +99,17 @@ class ErringHost:
         self._host.close()
 
 
+def make_watch_report() -> WatchReport:
+    """What the watch might say of the made-up host, with something of everything."""
+    reading = next(r for r in SimulatedHost().read().readings if r.vm.owner.name == "batch-1")
+    report = replace(make_report(vm=reading.vm), vcpu=reading.vcpus[0])
+    return WatchReport(vcpus=(report,), interval_min_seconds={128_000: 0.025}, context_invalid={})
+
+
 def test_produced_is_declared() -> None:
     reader = ErringHost(iter([0.0, 1.0, 100.0]))
-    collector = HostCollector(reader, CollectorSettings(), BuildInfo("1", "2", "3"), time.perf_counter)
+    build = BuildInfo("1", "2", "3")
+    collector = HostCollector(reader, CollectorSettings(), build, time.perf_counter, make_watch_report)
     collector.collect()
     families = list(text_string_to_metric_families(render_text(collector.collect())))
     assert [family.name for family in families] == [metric.family for metric in METRICS]

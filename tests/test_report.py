@@ -14,10 +14,13 @@ from tests.snapshots import make_reading, make_snapshot, make_unread
 def test_the_table_has_a_row_a_vcpu_and_a_row_a_vm_that_could_not_be_read() -> None:
     table = render_table(make_snapshot(make_reading(), make_unread()))
     assert table == (
-        "VM                NAME  OWNER  VMM           PID   VCPU   TID  NOTIFY EXITS  EXITS  PROTECTION  SOURCE\n"
-        "uuid-4242         web   p1     qemu         4242      0  5000             3   1003  unknown     stats_fd\n"
-        "uuid-4242         web   p1     qemu         4242      1  5001             0   1000  unknown     stats_fd\n"
-        "firecracker-4343  -     -      firecracker  4343  all 2     -             -      -  unknown     "
+        "VM                NAME  OWNER  VMM           PID   VCPU  STATE     TID  NOTIFY EXITS  EXITS  PROTECTION  "
+        "SOURCE\n"
+        "uuid-4242         web   p1     qemu         4242      0  unknown  5000             3   1003  unknown     "
+        "stats_fd\n"
+        "uuid-4242         web   p1     qemu         4242      1  quiet    5001             0   1000  unknown     "
+        "stats_fd\n"
+        "firecracker-4343  -     -      firecracker  4343  all 2  -           -             -      -  unknown     "
         "its VMM holds no statistics fds\n"
     )
 
@@ -42,7 +45,8 @@ def test_columns_keep_one_line_a_row(rows: list[list[str]]) -> None:
 def test_json_says_null_for_what_is_not_known() -> None:
     document = json.loads(render_json(make_snapshot(make_reading(), make_unread())))
     read, unread = document["vms"]
-    assert read["vcpus"][0] == {"vcpu": 0, "vcpu_id": 0, "tid": 5000, "exits": 1003, "notify_window_exits": 3}
+    counters = {"exits": 1003, "notify_window_exits": 3}
+    assert read["vcpus"][0] == {"vcpu": 0, "vcpu_id": 0, "tid": 5000, "state": "unknown", **counters}
     assert (read["source"], read["problem"], read["name"], read["project"]) == ("stats_fd", None, "web", "p1")
     assert (unread["source"], unread["problem"], unread["vcpus"]) == (None, "its VMM holds no statistics fds", [])
     assert unread["start_time_seconds"] is None

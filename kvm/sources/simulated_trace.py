@@ -10,7 +10,8 @@ import os
 from typing import Final
 
 from kvm.model import NotifyExit, VmGone
-from kvm.notify_trace import RECORDS_A_LOOK, TraceRecords
+from kvm.notify_records import TraceRecords
+from kvm.notify_trace import RECORDS_A_LOOK
 from kvm.sources.simulated import SimulatedHost, SimulatedVcpu
 
 # Where Linux has its kernel's text, and a place in a user's program.

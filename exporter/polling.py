@@ -1,0 +1,83 @@
+"""Which vCPUs' counters have moved from look to look, and how often to look.
+
+Only VMs whose counter can move need polling: not where the host does not support notify exits, nor VMs that have them
+switched off. Where that is not known they can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, Vcpu, VmKey, VmReading
+
+POLL_SECONDS: Final = 1.0
+POLLED_VCPUS: Final = 1000
+# New VMs are looked for so often where notify exits are supported and no VM has them armed.
+IDLE_SECONDS: Final = 10.0
+# What a host does not support it may support after a module is loaded.
+RETRY_SECONDS: Final = 300.0
+
+
+class Polling(NamedTuple):
+    """How long until the next look, and the period if anything needs polling, else 0."""
+
+    delay_seconds: float
+    period_seconds: float
+
+
+def choose_polling(snapshot: Snapshot, always: bool) -> Polling:
+    """Choose when to look next, where nothing but looking tells of notify exits."""
+    can_move = [
+        reading.vcpu_count or 1
+        for reading in snapshot.readings
+        if always or reading.protection in (Protection.ARMED, Protection.UNKNOWN)
+    ]
+    if can_move or always:
+        period = POLL_SECONDS * max(1.0, sum(can_move) / POLLED_VCPUS)
+        return Polling(period, period)
+    return Polling(RETRY_SECONDS if snapshot.host.notify_supported is False else IDLE_SECONDS, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A vCPU whose counter has moved: what it was when, and what it is."""
+
+    reading: VmReading
+    vcpu: Vcpu
+    before: int
+    before_seconds: float
+    now: int
+
+
+class Counters:
+    """The notify counters of the last look."""
+
+    def __init__(self) -> None:
+        self._columns: dict[VmKey, tuple[float, tuple[Vcpu, ...], tuple[int, ...]]] = {}
+
+    def observe(self, snapshot: Snapshot) -> Iterator[Moved]:
+        """Yield what has moved since the last look; a VM that is seen for the first time has not."""
+        before, self._columns = self._columns, {}
+        for reading in snapshot.readings:
+            column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
+            if column is None or len(column) != len(reading.vcpus):
+                continue
+            key = reading.vm.key
+            self._columns[key] = (snapshot.monotonic_seconds, reading.vcpus, column)
+            last = before.get(key)
+            if last is None or last[2] == column:
+                continue
+            yield from _compare(reading, last, column)
+
+
+def _compare(
+    reading: VmReading, last: tuple[float, tuple[Vcpu, ...], tuple[int, ...]], column: tuple[int, ...]
+) -> Iterator[Moved]:
+    seconds, vcpus, values = last
+    known = {vcpu.vcpu_id: value for vcpu, value in zip(vcpus, values, strict=True)}
+    for vcpu, value in zip(reading.vcpus, column, strict=True):
+        # A vCPU that was not there before has been plugged in: it counts from 0.
+        if value != known.get(vcpu.vcpu_id, 0):
+            yield Moved(reading, vcpu, known.get(vcpu.vcpu_id, 0), seconds, value)

@@ -1,0 +1,103 @@
+"""The words for what is found out about vCPUs: states, verdicts, and what the watch as a whole has to report.
+
+Plain values: what the detector finds crosses in them to the metrics, the log and the API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kvm.model import Vcpu, Vm
+
+
+class State(StrEnum):
+    """What is known of a vCPU's forward progress."""
+
+    QUIET = "quiet"
+    NOTIFYING = "notifying"
+    PROGRESSING = "progressing"
+    SUSPECT = "suspect"
+    STALLED = "stalled"
+    RECOVERED = "recovered"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class StallRule:
+    """How long and for how many exits a vCPU must have been suspect to be called stalled."""
+
+    exits: int = 10
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is known of one vCPU, at the moment the state began or was asked for.
+
+    ``why`` is the evidence in words. ``rip``, ``streak`` (records in a row at it), ``exits`` (of the counter, all at
+    it), ``stuck_since_seconds``, ``registers_alike`` (None: could not be read) and the rest are about the RIP that the
+    vCPU is or, if recovered, was suspected at. ``episode`` numbers the stalls of this vCPU: one that is stalled, then
+    unknown, then stalled again has not had a second one. ``nested`` is None where it is not known.
+    """
+
+    state: State
+    since_seconds: float
+    why: str = ""
+    rip: int | None = None
+    streak: int = 0
+    exits: int = 0
+    stuck_since_seconds: float | None = None
+    registers_alike: bool | None = None
+    nested: bool | None = None
+    context_invalid: bool = False
+    idt_vectoring: int = 0
+    episode: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuReport:
+    """A verdict with whom it is about.
+
+    ``source`` is where the VM's counters come from, ``notify_exits`` the counter as it was last read, ``moved_seconds``
+    when a notify exit was last known to happen (CLOCK_MONOTONIC). ``traced_exits`` and ``same_rip_exits`` count records
+    since the agent runs. ``can_judge`` is False where nothing can be said: RIPs are hidden, or the thread is not known.
+    ``drill`` marks a verdict that an operator has asked for to test the alarm.
+    """
+
+    vm: Vm
+    vcpu: Vcpu
+    verdict: Verdict
+    source: str = ""
+    notify_exits: int | None = None
+    moved_seconds: float | None = None
+    traced_exits: int = 0
+    same_rip_exits: int = 0
+    can_judge: bool = True
+    drill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WatchReport:
+    """What the watch has found, and how it works.
+
+    ``vcpus`` are those that have taken a notify exit in the agent's time; every other one is quiet. ``problem`` says
+    why RIPs cannot be had ("" where they can). ``trigger`` is what tells of notify exits: "bpf", "poll", or "" where
+    none can happen. ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
+    tid and vcpu_id, None where nothing counts it.
+    """
+
+    vcpus: tuple[VcpuReport, ...] = ()
+    problem: str = ""
+    trigger: str = ""
+    poll_period_seconds: float = 0.0
+    traced_vcpus: int = 0
+    armings: int = 0
+    records: int = 0
+    lost_records: int = 0
+    budget_exhausted: int = 0
+    warnings: int = 0
+    warnings_suppressed: int = 0
+    interval_min_seconds: Mapping[int, float] = field(default_factory=dict)
+    context_invalid: Mapping[tuple[int, int, int, int], int] | None = None

@@ -1,0 +1,354 @@
+"""When to look closer: what tells of notify exits, and what becomes of what is found.
+
+Three ways lead here, and none costs a guest anything while nothing happens:
+
+- the **trigger**, BPF programs at handle_notify(), tells of each vCPU that takes a notify exit, a few times a second;
+- where it cannot be attached, counters are **polled**, but only while there are VMs whose counter can move;
+- vCPUs that were seen to take notify exits are **followed**: their counters and registers are read each second, until
+  they are quiet.
+
+A perf kprobe on handle_notify() in each vCPU's thread would be a trigger without BPF. It is not used: it needs an event
+held open for every vCPU of the host, all the time, for what a poll does.
+
+Everything here runs in the event loop and waits for nothing; what waits runs in worker threads of the watch's own, so
+that a scrape cannot delay a verdict. ``report`` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from exporter.budget import Limits, VcpuKey
+from exporter.drill import DRILL_SECONDS, Drill, NoDrill, find_vm
+from exporter.followed import Followed
+from exporter.holds import Holds
+from exporter.look import Reading, Run
+from exporter.looks import Looks
+from exporter.means import Means, PollMode
+from exporter.polling import IDLE_SECONDS, RETRY_SECONDS, Counters, Polling, choose_polling
+from exporter.progress import VcpuProgress
+from exporter.stall_log import StallLog
+from exporter.triggering import HeldTrigger
+from exporter.verdicts import StallRule, State, VcpuReport, Verdict, WatchReport
+from kvm.model import Snapshot, SourceUnavailable, Vcpu, VmKey, VmReading
+from kvm.notify_trigger import NotifyCall
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FOLLOW_SECONDS: Final = 1.0
+# More than this are read with the whole host at once.
+FOLLOWED_SINGLY: Final = 32
+# Reading the whole host each second for a few vCPUs is too much with more vCPUs than this.
+FOLLOWED_VCPUS: Final = 4000
+# A look at the host that somebody wants out of turn comes so long after the last one.
+POLL_GAP_SECONDS: Final = 0.5
+# A VM that is missing from a look may be back in the next.
+MISSING_SECONDS: Final = 60.0
+UNPLACED_CALLS: Final = 64
+WORKERS: Final = 4
+_NEVER: Final = float("inf")
+
+
+class Watch:
+    """Watches a host's vCPUs for stalls: ``run`` does it, ``report`` tells of it."""
+
+    def __init__(
+        self,
+        means: Means,
+        *,
+        rule: StallRule,
+        poll: PollMode = PollMode.AUTO,
+        limits: Limits | None = None,
+        unix: Callable[[], float] = time.time,
+        run: Run | None = None,
+    ) -> None:
+        """``run`` runs what waits for the kernel; by default in worker threads of the watch's own."""
+        self._means, self._rule, self._poll_mode, self._unix, self._run_given = means, rule, poll, unix, run
+        self._clock: Callable[[], float] = time.monotonic
+        self._workers: ThreadPoolExecutor | None = None
+        self._looks = Looks(
+            means.tracer,
+            limits or Limits(),
+            self._call,
+            is_thread=means.is_thread,
+            read=self._read_vcpu,
+            on_change=self._take,
+        )
+        self._holds = Holds(means.hold, self._call, self._forget)
+        self._stall_log = StallLog()
+        self._counters = Counters()
+        self._snapshot: Snapshot | None = None
+        self._vcpu_count = 0
+        self._by_pid: dict[int, list[VmReading]] = {}
+        self._unplaced: list[NotifyCall] = []
+        self._followed: dict[VcpuKey, Followed] = {}
+        self._active: dict[VcpuKey, Followed] = {}
+        self._missing: dict[VmKey, float] = {}
+        self._trigger = HeldTrigger(means.make_trigger, self._call, self.take_call)
+        self._registers_left_out, self._registers_problem = means.read_vcpu is None, ""
+        self._polling = Polling(0.0, 0.0)
+        self._poll_wanted = True
+        self._polled_at = self._read_at = self._retry_at = 0.0
+        self._wake = asyncio.Event()
+        self._drill: Drill | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Watch until ``stop`` is set, then give everything back."""
+        self._clock = asyncio.get_running_loop().time
+        if self._run_given is None:
+            self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="watch")
+        stopping = asyncio.ensure_future(stop.wait())
+        stopping.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not stop.is_set():
+                self._wake.clear()
+                await self._keep_up()
+                await self._rest()
+        finally:
+            stopping.cancel()
+            await self._close()
+
+    def report(self) -> WatchReport:
+        """Return what is known now; from any thread."""
+        looks, drill = self._looks, self._drill
+        followed = [self._report(vcpu) for vcpu in list(self._followed.values())]
+        return WatchReport(
+            vcpus=(*followed, *([drill.report()] if drill else [])),
+            problem=looks.problem,
+            trigger="bpf" if self._trigger.attached else "poll" if self._polling.period_seconds else "",
+            poll_period_seconds=self._polling.period_seconds,
+            traced_vcpus=looks.armed,
+            armings=looks.armings,
+            records=looks.records,
+            lost_records=looks.lost,
+            budget_exhausted=looks.exhausted,
+            warnings=self._stall_log.warnings,
+            warnings_suppressed=self._stall_log.suppressed,
+            interval_min_seconds=dict(looks.intervals),
+            context_invalid=self._trigger.read_context_invalid(),
+        )
+
+    async def start_drill(self, name: str) -> VcpuReport:
+        """Begin a drill with a VM, by its id or its name; raises NoDrill."""
+        snapshot = await self._call(self._means.reader.read)
+        if self._drill is not None:  # perhaps only since we wait
+            raise NoDrill(f"a drill is under way; it ends within {DRILL_SECONDS:.0f} s")
+        now = self._clock()
+        self._drill = Drill(find_vm(snapshot, name), self._rule, now)
+        for report in self._drill.begin(now):
+            self._stall_log.tell(report, now, self._unix())
+        self._wake.set()
+        return self._drill.report()
+
+    def take_call(self, call: NotifyCall) -> None:
+        """Take in what the trigger tells of; a thread that is not known is looked for."""
+        found = self._find_thread(call)
+        if found is not None:
+            vcpu = self._follow(*found)
+            self._take(vcpu, vcpu.progress.observe_trigger(self._clock()))
+            vcpu.moved = True
+            self._looks.consider(vcpu)
+        elif len(self._unplaced) < UNPLACED_CALLS:
+            self._unplaced.append(call)
+            self._poll_wanted = True
+            self._wake.set()
+
+    async def _keep_up(self) -> None:
+        """Do what is due; nothing that goes wrong here ends the watch."""
+        try:
+            if self._clock() >= self._retry_at:
+                self._retry_at = self._clock() + RETRY_SECONDS
+                self._registers_left_out = self._means.read_vcpu is None
+                await self._looks.open()
+                await self._trigger.open()
+            if self._clock() >= self._find_poll_time():
+                await self._poll()
+            elif self._active and self._clock() >= self._read_at + FOLLOW_SECONDS:
+                await self._read_singly()
+            now = self._clock()
+            self._stall_log.flush(now, self._unix())
+            self._end_drill(now)
+            for key in [key for key, since in self._missing.items() if now - since >= MISSING_SECONDS]:
+                self._forget(key)
+            await self._looks.cool(now)
+        except Exception as err:
+            log.error("watching for stalls failed, and goes on", extra={"fields": {"why": repr(err)}})
+            log.debug("watching for stalls failed", exc_info=True)
+            self._polled_at = self._read_at = self._clock()
+
+    async def _rest(self) -> None:
+        """Wait until something is due or somebody wakes us."""
+        now = self._clock()
+        due = [self._find_poll_time(), self._looks.cool_at]
+        if self._looks.problem or self._registers_left_out or not self._trigger.attached:
+            due.append(self._retry_at)
+        if self._active:
+            due.append(self._read_at + FOLLOW_SECONDS)
+        if self._stall_log.busy:
+            due.append(now + FOLLOW_SECONDS)
+        if self._drill is not None:
+            due.append(self._drill.ends_at)
+        due += [since + MISSING_SECONDS for since in self._missing.values()]
+        try:
+            async with asyncio.timeout_at(None if min(due) == _NEVER else max(min(due), now + 0.001)):
+                await self._wake.wait()
+        except TimeoutError:
+            return  # that is what was wanted
+
+    def _find_poll_time(self) -> float:
+        """Return when the next look at the host is due."""
+        if self._poll_wanted:
+            return self._polled_at + POLL_GAP_SECONDS if self._snapshot else 0.0
+        if self._active and (self._registers_left_out or len(self._active) > FOLLOWED_SINGLY):
+            return self._polled_at + FOLLOW_SECONDS * max(1.0, self._vcpu_count / FOLLOWED_VCPUS)
+        if self._missing:
+            return self._polled_at + min(IDLE_SECONDS, self._polling.delay_seconds)
+        return self._polled_at + self._polling.delay_seconds
+
+    async def _poll(self) -> None:
+        """Look at the whole host."""
+        self._poll_wanted = False
+        began = self._clock()
+        snapshot = await self._call(self._means.reader.read)
+        ended = self._polled_at = self._read_at = self._clock()
+        self._snapshot, self._by_pid = snapshot, {}
+        self._vcpu_count = sum(len(reading.vcpus) for reading in snapshot.readings)
+        always = self._poll_mode is PollMode.ALWAYS
+        self._polling = Polling(_NEVER, 0.0) if self._trigger.attached else choose_polling(snapshot, always)
+        for moved in self._counters.observe(snapshot):
+            if VcpuKey(moved.reading.vm.key, moved.vcpu.vcpu_id) not in self._followed:
+                vcpu = self._follow(moved.reading, moved.vcpu)
+                vcpu.progress.observe_counter(moved.before_seconds, moved.before_seconds, moved.before)
+        present = {reading.vm.key: reading for reading in snapshot.readings}
+        for vcpu in list(self._followed.values()):
+            reading = present.get(vcpu.key.vm)
+            if reading is None:
+                self._missing.setdefault(vcpu.key.vm, ended)
+                continue
+            self._missing.pop(vcpu.key.vm, None)
+            if counts := vcpu.renew(reading):
+                self._take_counts(vcpu, began, ended, *counts)
+        unplaced, self._unplaced = self._unplaced, []
+        for call in unplaced:
+            if self._find_thread(call) is not None:
+                self.take_call(call)
+
+    async def _read_singly(self) -> None:
+        """Read the active vCPUs one by one."""
+        active, clock = list(self._active.values()), self._clock
+
+        def read() -> list[tuple[Followed, float, Reading | None, float]]:
+            return [(vcpu, clock(), self._read_vcpu(vcpu.key), clock()) for vcpu in active]
+
+        for vcpu, began, reading, ended in await self._call(read):
+            if reading is not None and vcpu.key in self._followed:
+                self._take(vcpu, vcpu.progress.observe_registers(began, ended, reading.registers, reading.nested))
+                self._take_counts(vcpu, began, ended, reading.notify_exits, reading.exits)
+        self._read_at = self._clock()
+
+    def _read_vcpu(self, key: VcpuKey) -> Reading | None:
+        """Read one vCPU; in a worker thread."""
+        if self._means.read_vcpu is None or self._registers_left_out:
+            return None
+        try:
+            return self._means.read_vcpu(key.vm, key.vcpu_id)
+        except SourceUnavailable as err:
+            self._registers_left_out = True
+            if str(err) != self._registers_problem:
+                self._registers_problem = str(err)
+                fields = {"why": err.reason, "remedy": err.remedy}
+                log.warning("registers cannot be read: a long REP will look like a stall", extra={"fields": fields})
+            return None
+
+    def _take_counts(self, vcpu: Followed, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
+        before = vcpu.progress.notify_exits
+        self._take(vcpu, vcpu.progress.observe_counter(began, ended, notify_exits))
+        vcpu.see_counts(ended, notify_exits != before and before is not None, exits)
+        self._looks.consider(vcpu)
+
+    def _find_thread(self, call: NotifyCall) -> tuple[VmReading, Vcpu] | None:
+        if not self._by_pid and self._snapshot is not None:
+            for reading in self._snapshot.readings:
+                self._by_pid.setdefault(reading.vm.key.pid, []).append(reading)
+        for reading in self._by_pid.get(call.pid, ()):
+            for vcpu in reading.vcpus:
+                if (vcpu.tid, vcpu.vcpu_id) == (call.tid, call.vcpu_id):
+                    return reading, vcpu
+        return None
+
+    def _follow(self, reading: VmReading, vcpu: Vcpu) -> Followed:
+        key = VcpuKey(reading.vm.key, vcpu.vcpu_id)
+        found = self._followed.get(key)
+        if found is None:
+            found = Followed(key, reading.vm, vcpu, reading.source, VcpuProgress(self._rule, self._clock()))
+            found.renew(reading)
+            self._followed[key] = found
+            self._holds.hold(key.vm)
+        return found
+
+    def _forget(self, key: VmKey) -> None:
+        """Forget a VM that has ended: nothing of ours outlives it."""
+        self._holds.release(key)
+        self._looks.forget(key)
+        self._missing.pop(key, None)
+        for vcpu in [vcpu for vcpu in self._followed if vcpu.vm == key]:
+            del self._followed[vcpu]
+            self._active.pop(vcpu, None)
+        self._stall_log.tell_end(key, self._clock())
+
+    def _take(self, vcpu: Followed, changes: Sequence[Verdict]) -> None:
+        """Take in what has been found out about a vCPU."""
+        now = self._clock()
+        for verdict in changes:
+            if verdict.state is State.SUSPECT:
+                self._poll_wanted = True  # so that, if it comes to that, the VM is called by its newest name
+            if verdict.state is State.QUIET:
+                self._active.pop(vcpu.key, None)
+            else:
+                self._active[vcpu.key] = vcpu
+            fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "state": verdict.state, "why": verdict.why}
+            fields["seconds_after"] = f"{now - verdict.since_seconds:.4f}"  # how late we are to know it
+            log.debug("verdict", extra={"fields": fields})
+            self._stall_log.tell(self._report(vcpu, verdict), now, self._unix())
+        if changes:
+            self._wake.set()
+
+    def _report(self, vcpu: Followed, verdict: Verdict | None = None) -> VcpuReport:
+        progress = vcpu.progress
+        return VcpuReport(
+            vm=vcpu.vm,
+            vcpu=vcpu.vcpu,
+            verdict=verdict or progress.verdict,
+            source=vcpu.source,
+            notify_exits=progress.notify_exits,
+            moved_seconds=progress.moved_seconds,
+            traced_exits=progress.traced_exits,
+            same_rip_exits=progress.same_rip_exits,
+            can_judge=not self._looks.problem and not progress.rip_hidden and vcpu.vcpu.tid is not None,
+        )
+
+    def _end_drill(self, now: float) -> None:
+        if self._drill is not None and now >= self._drill.ends_at:
+            drill, self._drill = self._drill, None
+            for report in drill.end(now):
+                self._stall_log.tell(report, now, self._unix())
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        """Run what waits for the kernel."""
+        if self._run_given is not None:
+            return await self._run_given(call)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, call)
+
+    async def _close(self) -> None:
+        await self._looks.close()
+        await self._holds.close()
+        await self._trigger.close()
+        if self._workers is not None:
+            self._workers.shutdown(wait=True)

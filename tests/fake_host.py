@@ -1,0 +1,318 @@
+"""A host whose guests do what a test says: counters, registers, traces and a trigger, without a kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from exporter.look import Reading
+from kvm.model import (
+    EXITS,
+    NOTIFY_WINDOW_EXITS,
+    Host,
+    NotifyExit,
+    Owner,
+    Protection,
+    Snapshot,
+    SourceReport,
+    SourceUnavailable,
+    Vcpu,
+    Vm,
+    VmCounters,
+    VmGone,
+    VmKey,
+    VmReading,
+)
+from kvm.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
+from tests.snapshots import INTEL
+
+R = 0xFFFFFFFF81000000
+ALLOWANCE = 64
+
+
+@dataclass
+class Exit:
+    seconds: float
+    rip: int
+    is_notify: bool
+
+
+@dataclass
+class FakeVcpu:
+    """``behaviour`` is what it does: idle, stuck, alternating, others, rep, running."""
+
+    tid: int
+    interval: float = 0.01
+    behaviour: str = "idle"
+    notify_exits: int = 0
+    exits: int = 0
+    rcx: int = 10**6
+    until: float = 1000.0
+    armed: list[FakeArmed] = field(default_factory=list)
+
+    def live(self, now: float, on_notify: Callable[[FakeVcpu, float], None]) -> None:
+        """Do what is to be done until now."""
+        while self.behaviour != "idle" and self.until + self.interval <= now:
+            self.until += self.interval
+            for number, (rip, is_notify) in enumerate(self.act()):
+                self.exits += 1
+                self.notify_exits += is_notify
+                if is_notify:
+                    on_notify(self, self.until)
+                for armed in self.armed:
+                    armed.take(Exit(self.until + number * 1e-6, rip, is_notify))
+        if self.behaviour == "idle":
+            self.until = now
+
+    def act(self) -> list[tuple[int, bool]]:
+        match self.behaviour:
+            case "stuck":
+                return [(R, True), (R, False)]
+            case "alternating":
+                return [(R, True), (R + 16, True)]
+            case "others":
+                return [(R, True), (R + 2, False)]
+            case "rep":
+                self.rcx -= 1
+                return [(R, True)]
+            case "hidden":
+                return [(0, True)]
+        return [(R + 64, False)]
+
+
+class FakeArmed:
+    def __init__(self, host: FakeHost, vcpu: FakeVcpu) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._host, self._vcpu = host, vcpu
+        self._exits: list[NotifyExit] = []
+        self._left = ALLOWANCE
+        self._rip: int | None = None
+        self._other = False
+        self.lost = 0
+        host.settle()
+        vcpu.armed.append(self)
+        host.armed_at[vcpu.tid] = host.clock()
+        host.most_armed = max(host.most_armed, sum(len(v.armed) for v in host.vcpus()))
+
+    def take(self, made: Exit) -> None:
+        if self._rip is not None and made.rip != self._rip:
+            self._other = True
+            os.eventfd_write(self.fd, 1)
+        if made.is_notify and self._left:
+            self._left -= 1
+            os.eventfd_write(self.fd, 1)
+            if self._host.loses:
+                self.lost += 1
+            else:
+                self._exits.append(NotifyExit(round(made.seconds * 1e9), self._vcpu.tid, made.rip or None, 0, 0))
+
+    def read(self) -> FakeRecords:
+        self._host.settle()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+        exits, self._exits = tuple(self._exits), []
+        lost, self.lost = self.lost, 0
+        return FakeRecords(exits, lost, self._other, self._vcpu.tid in self._host.dead_threads)
+
+    def watch_other_rips(self, rip: int) -> None:
+        self._host.settle()
+        self._rip, self._other = rip, False
+
+    def refresh(self) -> None:
+        if not self._left:
+            self._left = ALLOWANCE
+
+    def disarm(self) -> None:
+        if self.fd >= 0:
+            self._host.settle()
+            os.close(self.fd)
+            self.fd = -1
+            self._vcpu.armed.remove(self)
+            began = self._host.armed_at[self._vcpu.tid]
+            self._host.armed_times.append((self._vcpu.tid, began, self._host.clock()))
+
+
+@dataclass(frozen=True)
+class FakeRecords:
+    exits: tuple[NotifyExit, ...]
+    lost: int
+    other_rip: bool
+    gone: bool
+    odd: int = 0
+
+
+class FakeVm:
+    def __init__(self, name: str, pid: int, vcpus: int, project: str = "shop") -> None:
+        self.key = VmKey(pid, 77, 9)
+        self.vm = Vm(f"id-{name}", self.key, Owner("qemu", name=name, uuid=f"id-{name}", project=project), 1.7e9)
+        self.vcpus = [FakeVcpu(pid + 10 + number) for number in range(vcpus)]
+        self.protection = Protection.ARMED
+        self.window: int | None = 128_000
+        self.ended_fd = -1
+
+    def read(self) -> VmReading:
+        vcpus = tuple(Vcpu(number, 2 * number, vcpu.tid) for number, vcpu in enumerate(self.vcpus))
+        counters = VmCounters(
+            tuple(vcpu.vcpu_id for vcpu in vcpus),
+            tuple(vcpu.tid for vcpu in vcpus),
+            {
+                NOTIFY_WINDOW_EXITS: tuple(vcpu.notify_exits for vcpu in self.vcpus),
+                EXITS: tuple(vcpu.exits for vcpu in self.vcpus),
+            },
+            notify_window_cycles=self.window,
+        )
+        return VmReading(self.vm, "bpf", vcpus, len(vcpus), counters, self.protection)
+
+
+class FakeHost:
+    """A reader, a tracer and a trigger in one; ``clock`` is the loop's."""
+
+    def __init__(self, clock: Callable[[], float], *vms: FakeVm, host: Host = INTEL) -> None:
+        self.clock = clock
+        self.vms = list(vms)
+        self.host = host
+        self.polls: list[float] = []
+        self.armed_at: dict[int, float] = {}
+        self.armed_times: list[tuple[int, float, float]] = []
+        self.most_armed = 0
+        self.loses = False
+        self.dead_threads: set[int] = set()
+        self.strangers: set[int] = set()
+        self.refusal: SourceUnavailable | None = None
+        self.refused_threads: set[int] = set()
+        self.warm = False
+        self.trigger: FakeTrigger | None = None
+        self.pidfds: dict[VmKey, tuple[int, int]] = {}
+        self.closed = False
+
+    def vcpus(self) -> list[FakeVcpu]:
+        return [vcpu for vm in self.vms for vcpu in vm.vcpus]
+
+    async def live(self) -> None:
+        """Let guests live while nobody looks."""
+        while True:
+            busy = any(vcpu.behaviour != "idle" for vm in self.vms if vm for vcpu in vm.vcpus)
+            await asyncio.sleep(0.01 if busy else 0.25)
+            if all(self.vms):
+                self.settle()
+
+    def settle(self) -> None:
+        for vm in self.vms:
+            for vcpu in vm.vcpus:
+                vcpu.live(self.clock(), self._tell)
+
+    def _tell(self, vcpu: FakeVcpu, seconds: float) -> None:
+        if self.trigger is not None:
+            self.trigger.tell(vcpu, seconds)
+
+    def set(self, vcpu: FakeVcpu, behaviour: str, interval: float = 0.01) -> None:
+        self.settle()
+        vcpu.behaviour, vcpu.interval = behaviour, interval
+
+    # the reader
+    def read(self) -> Snapshot:
+        self.settle()
+        self.polls.append(self.clock())
+        readings = tuple(vm.read() for vm in self.vms)
+        return Snapshot(self.clock(), 1.7e9, self.host, readings, (SourceReport("bpf", up=True),), {})
+
+    def read_vcpu(self, key: VmKey, vcpu_id: int) -> Reading | None:
+        self.settle()
+        for vm in self.vms:
+            if vm.key == key:
+                vcpu = vm.vcpus[vcpu_id // 2]
+                return Reading({"rax": 1, "rcx": vcpu.rcx, "rip": 3}, False, vcpu.notify_exits, vcpu.exits)
+        return None
+
+    # the tracer
+    def open(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
+    def arm(self, tid: int) -> FakeArmed:
+        if self.refusal is not None:
+            raise self.refusal
+        if tid in self.refused_threads:
+            raise SourceUnavailable("SELinux forbids it", "allow it")
+        for vcpu in self.vcpus():
+            if vcpu.tid == tid and tid not in self.dead_threads:
+                return FakeArmed(self, vcpu)
+        raise VmGone(f"no thread {tid}")
+
+    def hold_warm(self) -> None:
+        self.warm = True
+
+    def release_warm(self) -> None:
+        self.warm = False
+
+    def close(self) -> None:
+        self.closed = True
+        self.warm = False
+
+    # processes
+    def hold(self, key: VmKey) -> int:
+        if key not in [vm.key for vm in self.vms]:
+            raise VmGone(f"no process {key.pid}")
+        read, write = os.pipe()
+        self.pidfds[key] = (read, write)
+        return read
+
+    def end(self, vm: FakeVm) -> None:
+        """Let a VM's process end: its pidfd becomes readable."""
+        self.settle()
+        self.vms.remove(vm)
+        _, write = self.pidfds.pop(vm.key, (-1, -1))
+        if write >= 0:
+            os.close(write)
+
+    def is_thread(self, pid: int, tid: int) -> bool:
+        return tid not in self.strangers
+
+    def make_trigger(self, on_call: Callable[[NotifyCall], None]) -> FakeTrigger:
+        self.trigger = FakeTrigger(self, on_call)
+        return self.trigger
+
+
+class FakeTrigger:
+    def __init__(self, host: FakeHost, on_call: Callable[[NotifyCall], None]) -> None:
+        self._host, self._on_call = host, on_call
+        self.status = TriggerStatus("handle_notify", True)
+        self.refusal: SourceUnavailable | None = None
+        self.fd = -1
+        self._calls: list[NotifyCall] = []
+        self._told: dict[tuple[int, int], int] = {}
+        self.invalid: dict[VcpuThread, int] = {}
+
+    def open(self) -> TriggerStatus:
+        if self.refusal is not None:
+            raise self.refusal
+        if self.status.attached:
+            self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        return self.status
+
+    def tell(self, vcpu: FakeVcpu, seconds: float) -> None:
+        """As the BPF program does: four a second and thread."""
+        second = (vcpu.tid, int(seconds))
+        self._told[second] = self._told.get(second, 0) + 1
+        if self.fd >= 0 and self._told[second] <= 4:
+            number, vm = next((vm.vcpus.index(vcpu), vm) for vm in self._host.vms if vcpu in vm.vcpus)
+            self._calls.append(NotifyCall(round(seconds * 1e9), vm.key.pid, vcpu.tid, 2 * number))
+            os.eventfd_write(self.fd, 1)
+
+    def deliver(self) -> int:
+        os.eventfd_read(self.fd)
+        calls, self._calls = self._calls, []
+        for call in calls:
+            self._on_call(call)
+        return len(calls)
+
+    def read_context_invalid(self) -> dict[VcpuThread, int]:
+        return dict(self.invalid)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

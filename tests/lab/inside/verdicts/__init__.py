@@ -1,0 +1,1 @@
+"""Tests for a kernel whose lockdown is ``none``."""

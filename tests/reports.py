@@ -1,0 +1,51 @@
+"""Made-up verdicts about made-up vCPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporter.verdicts import State, VcpuReport, Verdict
+from kvm.model import Owner, Vcpu, Vm, VmKey
+
+RIP = 0xFFFFFFFF81012345
+
+
+def make_vm(name: str = "web", pid: int = 4242) -> Vm:
+    owner = Owner("qemu", name=name, uuid=f"uuid-{pid}", project="shop")
+    return Vm(f"uuid-{pid}", VmKey(pid, 77, 9), owner, 1.7e9)
+
+
+def make_verdict(state: State = State.STALLED, since: float = 100.0, **fields: Any) -> Verdict:  # noqa: ANN401
+    values: dict[str, Any] = {
+        "why": "it took 40 notify exits in a row at one RIP",
+        "rip": RIP,
+        "streak": 64,
+        "exits": 40,
+        "stuck_since_seconds": 99.0,
+        "registers_alike": True,
+        "nested": False,
+        "episode": 1,
+    }
+    return Verdict(state, since, **(values | fields))
+
+
+def make_report(
+    state: State = State.STALLED,
+    *,
+    vm: Vm | None = None,
+    vcpu: int = 0,
+    drill: bool = False,
+    source: str = "bpf",
+    **fields: Any,  # noqa: ANN401
+) -> VcpuReport:
+    return VcpuReport(
+        vm=vm or make_vm(),
+        vcpu=Vcpu(vcpu, 2 * vcpu, 5000 + vcpu),
+        verdict=make_verdict(state, **fields),
+        source=source,
+        notify_exits=1234,
+        moved_seconds=99.5,
+        traced_exits=64,
+        same_rip_exits=63,
+        drill=drill,
+    )
