@@ -107,6 +107,19 @@ def to_seconds(line: dict[str, str]) -> float:
 
 
 @contextmanager
+def open_guest(number: int, name: str, vcpus: int = 1) -> Iterator[GuestProcess]:
+    """Start a guest whose threads stay on their CPUs.
+
+    QEMU's emulation of SVM loses its way if vCPU threads move between emulated CPUs while guests flood: guests triple
+    fault after some 100,000 exits, and the kernel's own stacks are overwritten. Pinned they run for millions.
+    """
+    with open_guest_process(vcpus=vcpus, uuid=make_uuid(number), name=name, stats_fds=True) as guest:
+        for vcpu in guest.vcpus:
+            os.sched_setaffinity(vcpu.tid, {(number + vcpu.index) % 2})
+        yield guest
+
+
+@contextmanager
 def held_still(agent: AgentProcess) -> Iterator[None]:
     """Let the agent do nothing for a while."""
     os.kill(agent.pid, signal.SIGSTOP)
@@ -146,7 +159,7 @@ def listener() -> Iterator[Listener]:
 def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(listener: Listener) -> None:
     agent = listener.agent
     assert Path("/sys/kernel/tracing/events/kvm/kvm_exit/enable").read_text().strip() == "0"
-    with open_guest_process(uuid=make_uuid(1), name="calm", stats_fds=True) as guest:
+    with open_guest(1, "calm") as guest:
         guest.send("loop")
         before = read_cpu_seconds(agent.pid)
         ratio, medians = compare_rates(guest, agent, 16, 0.3)
@@ -161,15 +174,15 @@ def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(listener: 
 def test_a_stuck_guest_is_told_of_and_others_are_not(listener: Listener) -> None:
     """Everything about one stall, while three guests that make progress are observed for a minute."""
     with ExitStack() as stack:
-        stuck, vm = stack.enter_context(open_guest_process(vcpus=2, uuid=make_uuid(2), name="stuck")), make_uuid(2)
+        stuck, vm = stack.enter_context(open_guest(2, "stuck", 2)), make_uuid(2)
         code = check_stall(listener, stuck, vm)
         lively = {}
         for number, (name, keys) in enumerate(LIVELY.items()):
             lively[name] = make_uuid(10 + number)
-            guest = stack.enter_context(open_guest_process(uuid=lively[name], name=name))
+            guest = stack.enter_context(open_guest(10 + number, name))
             guest.notify(0, **keys)
         began = time.monotonic()
-        check_interrupts(listener, vm, stuck.vcpus[1].tid)
+        check_interrupts(listener, vm)
         check_pause(listener, stuck, vm)
         check_recovery(listener, stuck, vm, code)
         time.sleep(max(0.0, OBSERVED_SECONDS - (time.monotonic() - began)))
@@ -207,15 +220,15 @@ def read_interrupts() -> dict[str, int]:
     return {row[0].rstrip(":"): sum(int(word) for word in row[1:] if word.isdigit()) for row in rows}
 
 
-def check_interrupts(listener: Listener, vm: str, tid: int) -> None:
+def check_interrupts(listener: Listener, vm: str) -> None:
     """Ticks and IPIs hit the stuck vCPU, at its RIP: they hide nothing."""
     before, verdicts = read_interrupts(), len(listener.verdicts(vm))
     until = time.monotonic() + 12  # more than one look at a stalled vCPU
     while time.monotonic() < until:
-        for cpu in (0, 1):  # moving a thread that runs takes an IPI to its CPU
-            os.sched_setaffinity(tid, {cpu})
+        for cpu in (0, 1):  # moving to a CPU that is busy takes an IPI to it
+            os.sched_setaffinity(0, {cpu})
             time.sleep(0.02)
-    os.sched_setaffinity(tid, {0, 1})
+    os.sched_setaffinity(0, {0, 1})
     after = read_interrupts()
     counts = {name: after[name] - before[name] for name in ("LOC", "RES", "CAL")}
     print(f"interrupts during the stall: {counts['LOC']} ticks, {counts['RES'] + counts['CAL']} IPIs")
@@ -254,9 +267,11 @@ def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str) 
 def test_a_flood_hides_nobodys_stall(listener: Listener) -> None:
     agent = listener.agent
     with ExitStack() as stack:
-        flood = stack.enter_context(open_guest_process(vcpus=16, uuid=make_uuid(30), name="flood"))
-        neighbour = stack.enter_context(open_guest_process(uuid=make_uuid(31), name="neighbour", stats_fds=True))
-        victim, vm = stack.enter_context(open_guest_process(uuid=make_uuid(32), name="victim")), make_uuid(32)
+        flood = stack.enter_context(open_guest(30, "flood", 16))
+        neighbour = stack.enter_context(open_guest(31, "neighbour"))
+        victim, vm = stack.enter_context(open_guest(32, "victim")), make_uuid(32)
+        for vcpu in flood.vcpus:  # hosts have CPUs for them; here they get what the others leave
+            os.setpriority(os.PRIO_PROCESS, vcpu.tid, 19)
         flood.send("notify rips=2 rounds=0")
         neighbour.send("loop")
         time.sleep(5)
@@ -278,8 +293,9 @@ def test_a_flood_hides_nobodys_stall(listener: Listener) -> None:
         print(f"\na stall among 16 vCPUs that flood is told of after {found_after:.2f} s; {samples}")
         print(f"neighbour's exits a second with and without the agent: {medians}, ratio {ratio:.3f}")
         print(f"the agent, emulated: {100 * (after - before) / (ended - began):.1f} % of a core; {warnings} warnings")
-        # On a real host the goal is 5 s; here 18 busy vCPUs share two emulated CPUs with the agent.
-        assert found_after < 10
+        # Here 18 busy vCPUs share two emulated CPUs with the agent, that is slower than real ones by far.
+        assert found_after < 5
+        assert ratio > 0.8
         assert warnings <= 5
         assert samples["budget_exhausted"] > 0
 
@@ -287,7 +303,7 @@ def test_a_flood_hides_nobodys_stall(listener: Listener) -> None:
 def test_a_trigger_makes_it_faster() -> None:
     """The programs for handle_notify(), at the function that handles the guest's port writes here."""
     flags = ("--poll=always", "--trigger.function=io_interception", "--log.level=debug")
-    with open_agent(*flags) as agent, open_guest_process(uuid=make_uuid(40), name="event") as guest:
+    with open_agent(*flags) as agent, open_guest(40, "event") as guest:
         listener, vm = Listener(agent), make_uuid(40)
         assert any("attached=true" in line for line in agent.log), agent.log
         assert count_events(agent.pid) == 0
@@ -306,7 +322,7 @@ def test_a_trigger_makes_it_faster() -> None:
 
 
 def test_no_event_outlives_its_vm_and_none_is_left_in_the_end(listener: Listener) -> None:
-    with open_guest_process(uuid=make_uuid(50), name="brief") as guest:
+    with open_guest(50, "brief") as guest:
         guest.notify(0, exits=0)
         listener.wait_for(make_uuid(50), "suspect")
     deadline = time.monotonic() + 5
