@@ -1,13 +1,17 @@
-"""What every test may use, and the rule about skips: a reason always, and none at all where KVM_TESTS_MUST_RUN=1."""
+"""What every test may use, and the rule about skips: a reason always, and none at all where KVM_TESTS_MUST_RUN=1.
+
+Figures that a reader of the run shall see go through the fixture ``tell``; they are printed when all tests have run.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 
 MUST_RUN = os.environ.get("KVM_TESTS_MUST_RUN") == "1"
+_FIGURES = pytest.StashKey[list[str]]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -20,3 +24,16 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} must run (KVM_TESTS_MUST_RUN=1), but: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes a line with figures, for the end of the run."""
+    return request.config.stash.setdefault(_FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(_FIGURES, []):
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)
