@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 
 # libbpf1: the eBPF source works without it being there, but then the next source takes over.
 RUN_PACKAGES := python3-venv libbpf1
-TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev prometheus qemu-system-x86 \
+TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
+	prometheus prometheus-alertmanager chromium chromium-driver \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev
 
