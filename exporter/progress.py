@@ -63,7 +63,7 @@ class _Suspicion:
     """A RIP at which two records in a row were seen, and what speaks for a stall there.
 
     ``exits`` and ``seconds`` are the sums of the spans that have ended. ``alike_since`` and ``alike_until`` bound the
-    time for which the registers are known to have stayed alike.
+    time for which the registers are known to have stayed alike. ``enough_seconds`` is when exits were known to suffice.
     """
 
     rip: int
@@ -74,6 +74,7 @@ class _Suspicion:
     exits: int = 0
     seconds: float = 0.0
     streak: int = 2
+    enough_seconds: float | None = None
     stalled: bool = False
     nested: bool | None = None
     context_invalid: bool = False
@@ -330,10 +331,16 @@ class VcpuProgress:
         exits, seconds = self._sum(suspicion)
         if suspicion.registers is not None:
             seconds = min(seconds, suspicion.alike_until - suspicion.alike_since)
-        if exits >= self._rule.exits and seconds >= self._rule.seconds:
+        if exits < self._rule.exits:
+            return
+        if suspicion.enough_seconds is None:
+            suspicion.enough_seconds = now
+        if seconds >= self._rule.seconds:
+            ripe = self.ripe_seconds
+            since = now if ripe is None else min(now, max(ripe, suspicion.enough_seconds))
             suspicion.stalled = True
             self._episode += 1
-            self._become(State.STALLED, now, f"it took {exits} notify exits in a row at one RIP")
+            self._become(State.STALLED, since, f"it took {exits} notify exits in a row at one RIP")
 
     def _prove(self, seconds: float, why: str) -> None:
         """Take in that the guest goes on: whatever was held against it is void."""

@@ -106,6 +106,25 @@ def test_a_stall_takes_both_its_time_and_its_exits_and_says_what_was_found() -> 
     assert found.stuck_since_seconds == pytest.approx(1000.001, abs=0.001)
 
 
+def test_a_stall_began_when_its_conditions_held_however_late_that_is_known() -> None:
+    story = Story().trace(R).watch()
+    for _ in range(20):
+        story.trace(R).read()
+    first = story.changes[1].since_seconds
+    assert story.state is State.SUSPECT
+    story.wait(4.0).read().trace(R)
+    assert story.state is State.STALLED
+    assert story.changes[-1].since_seconds == pytest.approx(first + 1.0, abs=0.01)
+
+
+def test_a_stall_whose_exits_come_slowly_begins_with_the_last_that_it_takes() -> None:
+    story = Story().trace(R).watch()
+    for _ in range(12):
+        story.wait(0.5).trace(R).read()
+    assert story.state is State.STALLED
+    assert story.changes[-1].since_seconds - story.changes[1].since_seconds == pytest.approx(5.0, abs=0.05)
+
+
 def test_what_the_last_record_says_is_in_the_verdict() -> None:
     story = Story().trace(R, R, qualification=1, idt_vectoring=0x80000B11)
     verdict = story.progress.verdict
