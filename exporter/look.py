@@ -4,7 +4,7 @@ A look that finds nothing ends soon; one that finds the vCPU at one RIP goes on 
 because what happens between two looks proves nothing. Records come in bursts of at most an allowance each
 ``PACE_SECONDS``: a guest that floods makes some hundred records a second and not some hundred thousand.
 
-What waits for the kernel (arming and disarming, event B, reading registers) runs in worker threads.
+What waits for the kernel (arming, refreshing and disarming, event B, reading registers) runs in worker threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SILENT_SECONDS: Final = 0.5
 
 
 class Records(Protocol):
-    """What a trace has given since the last read."""
+    """What a trace has given since the last read; ``ended`` when no more comes without a refresh."""
 
     @property
     def exits(self) -> tuple[NotifyExit, ...]: ...  # noqa: D102
@@ -38,6 +38,8 @@ class Records(Protocol):
     def odd(self) -> int: ...  # noqa: D102
     @property
     def other_rip(self) -> bool: ...  # noqa: D102
+    @property
+    def ended(self) -> bool: ...  # noqa: D102
     @property
     def gone(self) -> bool: ...  # noqa: D102
 
@@ -152,7 +154,8 @@ class _Look:
                 await self._read()
             if found.lost or len(found.exits) > 1 or self._progress.suspected:
                 await self._pace()
-            self._armed.refresh()
+            if found.ended:
+                await self._run(self._armed.refresh)
             await self._wait(min(self._deadline, self._clock() + WAIT_SECONDS))
 
     def _take(self, found: Records, now: float) -> None:

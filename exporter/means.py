@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -24,9 +24,12 @@ class Trigger(Protocol):
 
     @property
     def fd(self) -> int: ...  # noqa: D102
+    @property
+    def lost(self) -> tuple[int, int]: ...  # noqa: D102
     def open(self) -> TriggerStatus: ...  # noqa: D102
     def deliver(self) -> int: ...  # noqa: D102
     def read_context_invalid(self) -> dict[VcpuThread, int]: ...  # noqa: D102
+    def forget(self, processes: Collection[tuple[int, int]]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 

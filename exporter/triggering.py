@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from exporter.look import Run
 from exporter.means import Trigger
@@ -46,6 +46,11 @@ class HeldTrigger:
             words = {"function": status.function, "attached": str(status.attached).lower(), "why": status.reason}
             log.info("trigger for notify exits", extra={"fields": words})
 
+    @property
+    def lost(self) -> int:
+        """How much it could not tell of or count, for want of room, since it was attached."""
+        return sum(self._trigger.lost) if self._trigger is not None and self.attached else 0
+
     def read_context_invalid(self) -> dict[tuple[int, int, int, int], int] | None:
         """Read exits with an invalid context by pid, start_ticks, tid, vcpu_id; None where nobody counts them."""
         if self._trigger is None or not self.attached:
@@ -56,6 +61,16 @@ class HeldTrigger:
             log.error("exits with an invalid context cannot be read", extra={"fields": {"why": str(err)}})
             return None
         return {(thread.pid, thread.start_ticks, thread.tid, thread.vcpu_id): found[thread] for thread in found}
+
+    async def forget(self, processes: Collection[tuple[int, int]]) -> None:
+        """Forget what was counted for processes that have ended, by pid and start_ticks."""
+        trigger = self._trigger
+        if trigger is None or not self.attached or not processes:
+            return
+        try:
+            await self._run(lambda: trigger.forget(processes))
+        except OSError as err:  # the table is full some day; then NotifyTrigger.lost counts
+            log.error("exits with an invalid context cannot be forgotten", extra={"fields": {"why": str(err)}})
 
     async def close(self) -> None:
         """Detach it."""

@@ -91,6 +91,7 @@ class Watch:
         self._followed: dict[VcpuKey, Followed] = {}
         self._active: dict[VcpuKey, Followed] = {}
         self._missing: dict[VmKey, float] = {}
+        self._ended: set[tuple[int, int]] = set()
         self._trigger = HeldTrigger(means.make_trigger, self._call, self.take_call)
         self._registers_left_out, self._registers_problem = means.read_vcpu is None, ""
         self._polling = Polling(0.0, 0.0)
@@ -127,7 +128,7 @@ class Watch:
             traced_vcpus=looks.armed,
             armings=looks.armings,
             records=looks.records,
-            lost_records=looks.lost,
+            lost_records=looks.lost + self._trigger.lost,
             budget_exhausted=looks.exhausted,
             warnings=self._stall_log.warnings,
             warnings_suppressed=self._stall_log.suppressed,
@@ -178,6 +179,8 @@ class Watch:
             for key in [key for key, since in self._missing.items() if now - since >= MISSING_SECONDS]:
                 self._forget(key)
             await self._looks.cool(now)
+            ended, self._ended = self._ended, set()
+            await self._trigger.forget(ended)
         except Exception as err:
             log.error("watching for stalls failed, and goes on", extra={"fields": {"why": repr(err)}})
             log.debug("watching for stalls failed", exc_info=True)
@@ -302,6 +305,8 @@ class Watch:
             del self._followed[vcpu]
             self._active.pop(vcpu, None)
         self._stall_log.tell_end(key, self._clock())
+        self._ended.add((key.pid, key.start_ticks))
+        self._wake.set()
 
     def _take(self, vcpu: Followed, changes: Sequence[Verdict]) -> None:
         """Take in what has been found out about a vCPU."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import mmap
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -128,13 +128,12 @@ class NotifyTrigger:
         found = self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size)
         return {_decode_thread(key): _COUNT.unpack(value)[0] for key, value in found.items()}
 
-    def forget_others(self, processes: Iterable[tuple[int, int]]) -> None:
-        """Forget the counts of processes that are not among these (pid, start_ticks); raises OSError."""
+    def forget(self, processes: Collection[tuple[int, int]]) -> None:
+        """Forget the counts of processes that have ended, by pid and start_ticks; raises OSError."""
         if self._object is None:
             return
-        alive = set(processes)
         for key in self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size):
-            if _decode_thread(key)[:2] not in alive:
+            if _decode_thread(key)[:2] in processes:
                 self._object.delete_key("invalid_exits", key)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from exporter.look import Reading
@@ -115,7 +115,8 @@ class FakeArmed:
             os.eventfd_read(self.fd)
         exits, self._exits = tuple(self._exits), []
         lost, self.lost = self.lost, 0
-        return FakeRecords(exits, lost, self._other, self._vcpu.tid in self._host.dead_threads)
+        gone = self._vcpu.tid in self._host.dead_threads
+        return FakeRecords(exits, lost, self._other, gone, gone or not self._left)
 
     def watch_other_rips(self, rip: int) -> None:
         self._host.settle()
@@ -141,6 +142,7 @@ class FakeRecords:
     lost: int
     other_rip: bool
     gone: bool
+    ended: bool
     odd: int = 0
 
 
@@ -285,6 +287,7 @@ class FakeTrigger:
         self._calls: list[NotifyCall] = []
         self._told: dict[tuple[int, int], int] = {}
         self.invalid: dict[VcpuThread, int] = {}
+        self.lost = (0, 0)
 
     def open(self) -> TriggerStatus:
         if self.refusal is not None:
@@ -311,6 +314,9 @@ class FakeTrigger:
 
     def read_context_invalid(self) -> dict[VcpuThread, int]:
         return dict(self.invalid)
+
+    def forget(self, processes: Collection[tuple[int, int]]) -> None:
+        self.invalid = {thread: count for thread, count in self.invalid.items() if thread[:2] not in processes}
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -506,6 +506,31 @@ def test_exits_with_an_invalid_context_are_told_by_the_trigger() -> None:
     play(act, FakeVm("web", 100, 1), trigger=True)
 
 
+def test_what_was_counted_for_a_vm_that_has_ended_is_forgotten() -> None:
+    vm, other = FakeVm("web", 100, 1), FakeVm("db", 200, 1)
+
+    async def act(scene: Scene) -> None:
+        trigger = scene.host.trigger
+        assert trigger is not None
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED)
+        trigger.invalid = {VcpuThread(*vm.key[:2], 110, 0): 3, VcpuThread(*other.key[:2], 210, 0): 4}
+        scene.host.end(vm)
+        await asyncio.sleep(0.1)
+        assert scene.watch.report().context_invalid == {(*other.key[:2], 210, 0): 4}
+
+    play(act, vm, other, trigger=True)
+
+
+def test_what_the_trigger_drops_is_counted() -> None:
+    async def act(scene: Scene) -> None:
+        assert scene.host.trigger is not None
+        scene.host.trigger.lost = (2, 3)
+        assert scene.watch.report().lost_records == 5
+
+    play(act, FakeVm("web", 100, 1), trigger=True)
+
+
 def test_a_drill_goes_through_everything_and_ends(caplog: pytest.LogCaptureFixture) -> None:
     vm = FakeVm("web", 100, 2)
 

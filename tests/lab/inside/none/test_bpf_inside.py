@@ -95,7 +95,11 @@ def test_the_trigger_tells_of_each_thread_a_few_times_a_second_and_counts_all() 
                 assert 1 <= len(times) <= 3 * seconds_begun
             counts = {thread[2:]: count for thread, count in trigger.read_context_invalid().items()}
             assert counts == {(vcpu.tid, vcpu.vcpu_id): 1000 for vcpu in guest.vcpus}
-        trigger.forget_others([])
+        threads = list(trigger.read_context_invalid())
+        assert {thread.pid for thread in threads} == {guest.pid}
+        trigger.forget({(guest.pid + 1, threads[0].start_ticks), (guest.pid, threads[0].start_ticks + 1)})
+        assert list(trigger.read_context_invalid()) == threads
+        trigger.forget({threads[0][:2]})
         assert trigger.read_context_invalid() == {}
         assert trigger.lost == (0, 0)
     finally:
