@@ -27,9 +27,17 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session")
-def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Takes a line with figures, for the end of the run."""
-    return request.config.stash.setdefault(_FIGURES, []).append
+def tell(
+    request: pytest.FixtureRequest, record_testsuite_property: Callable[[str, object], None]
+) -> Callable[[str], None]:
+    """Takes a line with figures, for the end of the run; a junit file has them as properties called ``figure``."""
+    figures = request.config.stash.setdefault(_FIGURES, [])
+
+    def tell(line: str) -> None:
+        figures.append(line)
+        record_testsuite_property("figure", line)
+
+    return tell
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

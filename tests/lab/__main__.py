@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tests.lab.apt import LabError, say
 from tests.lab.boot import RunLost
@@ -21,6 +22,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     """Parses our flags; what is left is for pytest."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab", allow_abbrev=False, description=__doc__)
     parser.add_argument("--kernel", action="append", choices=SERIES, help="only this series; repeatable")
+    parser.add_argument("--boot", choices=[boot.name for boot in BOOTS], help="only this boot")
     parser.add_argument("--lockdown", choices=["none", "integrity", "confidentiality"], default="none")
     parser.add_argument("--verbose", action="store_true", help="print the output of the tests and the console too")
     return parser.parse_known_args(words)
@@ -30,7 +32,7 @@ def render_line(release: str, outcomes: Sequence[Outcome]) -> str:
     """Returns the line about one kernel. Boots run side by side, so that their seconds overlap."""
     seconds = sum(outcome.run.seconds for outcome in outcomes)
     tests, failed, skipped = (sum(getattr(o, name) for o in outcomes) for name in ("tests", "failed", "skipped"))
-    boots = ", ".join(f"lockdown={o.boot.name} {o.run.seconds:.0f} s" for o in outcomes)
+    boots = ", ".join(f"{o.boot.name} {o.run.seconds:.0f} s" for o in outcomes)
     return f"{release}: {tests} tests, {failed} failed, {skipped} skipped, {seconds:.0f} s ({boots})"
 
 
@@ -53,6 +55,8 @@ def report_kernel(series: str, boots: Boots, verbose: bool) -> bool:
             print(outcome.run.output, *outcome.complaints, sep="\n")
         if verbose:
             print(outcome.run.console)
+        for figure in outcome.figures:
+            print(f"{outcome.run.release}: {figure}")
     print(render_line(boots.kernels[series].release, outcomes), flush=True)
     return well
 
@@ -61,8 +65,10 @@ def main(words: Sequence[str]) -> int:
     """Runs the lab."""
     arguments, for_pytest = parse_arguments(words)
     series = arguments.kernel or list(SERIES)
-    boots_wanted: Sequence[Boot] = BOOTS
-    if for_pytest:
+    boots_wanted: Sequence[Boot] = [boot for boot in BOOTS if arguments.boot in (None, boot.name)]
+    if for_pytest and arguments.boot:
+        boots_wanted = [replace(boot, tests=()) for boot in boots_wanted]
+    elif for_pytest:
         append = "" if arguments.lockdown == "none" else f"lockdown={arguments.lockdown}"
         boots_wanted = [Boot(arguments.lockdown, append, ())]
     with open_executor() as executor:

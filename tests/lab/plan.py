@@ -2,8 +2,9 @@
 
 Decisions:
 
-* Two boots a kernel. The state of lockdown can be raised at any time but never falls, so the tests for
-  ``confidentiality`` come last in the boot that starts with ``integrity``.
+* Three boots a kernel. The state of lockdown can be raised at any time but never falls, so the tests for
+  ``confidentiality`` come last in the boot that starts with ``integrity``. The verdicts need guests that flood, which
+  only CPUs that take turns bear; there everything is slow, so nothing else is in that boot.
 * Inside nothing may be skipped: everything that a test could lack is put there by us.
 * A warning of the kernel fails a boot, whatever the tests say: the agent must not bring a kernel into trouble,
   and what the injector does to one must be sound.
@@ -20,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.lab.boot import Run, run_in_kernel
+from tests.lab.boot import Run, Threads, run_in_kernel
 from tests.lab.debian import SERIES, Kernel, open_kernel
 from tests.lab.initramfs import write_layers
 
@@ -40,9 +41,11 @@ class Boot:
     name: str
     append: str
     tests: tuple[str, ...]
+    threads: Threads = Threads.MULTI
 
 
 BOOTS = (
+    Boot("verdicts", "", ("tests/lab/inside/verdicts",), Threads.SINGLE),
     Boot("none", "", ("tests/lab/inside/none",)),
     Boot("integrity", "lockdown=integrity", ("tests/lab/inside/integrity", "tests/lab/inside/confidentiality")),
 )
@@ -58,6 +61,7 @@ class Outcome:
     failed: int
     skipped: int
     complaints: tuple[str, ...]
+    figures: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -80,6 +84,12 @@ def parse_junit(xml: bytes) -> tuple[int, int, int]:
     return tests, failures + errors, skipped
 
 
+def parse_figures(xml: bytes) -> tuple[str, ...]:
+    """Returns the lines with figures that the tests of a junit file have told."""
+    properties = ET.fromstring(xml).iter("property")
+    return tuple(found.get("value", "") for found in properties if found.get("name") == "figure")
+
+
 def find_complaints(console: str) -> tuple[str, ...]:
     """Returns the lines of a console in which the kernel says that something is wrong with itself."""
     return tuple(line.strip() for line in console.splitlines() if COMPLAINT.search(line))
@@ -88,9 +98,13 @@ def find_complaints(console: str) -> tuple[str, ...]:
 def run_tests(kernel: Kernel, boot: Boot, arguments: Sequence[str] = ()) -> Outcome:
     """Boots a kernel and runs a boot's tests in it, with further arguments for pytest; raises RunLost."""
     command = [*PYTEST, *boot.tests, *arguments]
-    run = run_in_kernel(kernel, command, environment=ENVIRONMENT, files=[JUNIT], append=boot.append)
-    tests, failed, skipped = parse_junit(run.files[JUNIT]) if JUNIT in run.files else (0, 0, 0)
-    return Outcome(boot, run, tests, failed, skipped, find_complaints(run.console))
+    run = run_in_kernel(
+        kernel, command, environment=ENVIRONMENT, files=[JUNIT], append=boot.append, threads=boot.threads
+    )
+    junit = run.files.get(JUNIT)
+    tests, failed, skipped = parse_junit(junit) if junit else (0, 0, 0)
+    figures = parse_figures(junit) if junit else ()
+    return Outcome(boot, run, tests, failed, skipped, find_complaints(run.console), figures)
 
 
 @dataclass(frozen=True)

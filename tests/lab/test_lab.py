@@ -70,10 +70,12 @@ def read_failure(trial: Future[Run]) -> str:
 
 @pytest.mark.parametrize("boot", [boot.name for boot in BOOTS])
 @pytest.mark.parametrize("series", SERIES)
-def test_inside(boots: Boots, trials: object, series: str, boot: str) -> None:
+def test_inside(boots: Boots, trials: object, series: str, boot: str, tell: Callable[[str], None]) -> None:
     outcome = boots.futures[series, boot].result()
     run = outcome.run
-    print(f"{run.release} lockdown={boot}: {outcome.tests} tests, {outcome.skipped} skipped, {run.seconds:.0f} s")
+    tell(f"{run.release} {boot}: {outcome.tests} tests, {outcome.skipped} skipped, {run.seconds:.0f} s")
+    for figure in outcome.figures:
+        tell(f"{run.release} {boot}: {figure}")
     assert not outcome.complaints, f"{run.release} complained:\n{run.console}"
     assert outcome.passed, f"{run.release}, {outcome.failed} of {outcome.tests} tests failed inside:\n{run.output}"
 

@@ -14,7 +14,7 @@ from tests.lab.boot import Limits, Listener, RunLost
 from tests.lab.debian import parse_numbers
 from tests.lab.inside.perf_reader import Field, parse_format
 from tests.lab.modules import parse_depends
-from tests.lab.plan import find_complaints, parse_junit, read_series
+from tests.lab.plan import find_complaints, parse_figures, parse_junit, read_series
 
 DEB822 = """Types: deb
 # http://snapshot.example/archive
@@ -71,6 +71,13 @@ def test_fields_of_a_record_are_where_the_format_says() -> None:
 def test_counts_come_from_the_junit_file() -> None:
     xml = b'<testsuites><testsuite tests="5" failures="1" errors="1" skipped="2"/></testsuites>'
     assert parse_junit(xml) == (5, 2, 2)
+
+
+def test_figures_come_from_the_junit_file() -> None:
+    properties = (
+        b'<properties><property name="figure" value="3 &lt; 4"/><property name="other" value="5"/></properties>'
+    )
+    assert parse_figures(b"<testsuites><testsuite>" + properties + b"</testsuite></testsuites>") == ("3 < 4",)
 
 
 def test_what_a_kernel_complains_of_is_found() -> None:

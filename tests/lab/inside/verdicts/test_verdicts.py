@@ -1,25 +1,33 @@
 """From a guest that is stuck to the line that a person reads: the agent as an operator runs it, on real guests.
 
 One agent polls through most of this module, since its start takes seconds here; guests that must never be called
-stalled run beside it all the while. What emulation makes slow is printed and not held against goals for real machines.
+stalled run beside it all the while. The agent has a CPU of its own, as guests that are measured have, and a busy
+program keeps the agent's CPU from idling: CPUs that take turns then always get the same share of the machine, and what
+the agent uses is not taken from a guest. Its CPU time is told as that of a machine where Python is not emulated.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from kvm.libvirt_status import parse_domain_status
 from tests.agents import AgentProcess, open_agent
+from tests.lab.calibration import find_slowdown
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
 
@@ -28,6 +36,9 @@ pytestmark = pytest.mark.usefixtures("injector")
 STALL = "vCPU makes no forward progress"
 END = "vCPU makes progress again"
 POLLING_SECONDS = 1.2
+AGENTS_CPU, GUESTS_CPU = 0, 1
+LIBVIRT_STATUS = Path(__file__).parents[3] / "fixtures/owners/libvirt-openstack/status.xml"
+Tell = Callable[[str], None]
 COUNT_IN_RCX = 2
 OBSERVED_SECONDS = 60.0
 # What makes progress at one RIP or another, and takes notify exits all the time.
@@ -107,16 +118,44 @@ def to_seconds(line: dict[str, str]) -> float:
 
 
 @contextmanager
-def open_guest(number: int, name: str, vcpus: int = 1) -> Iterator[GuestProcess]:
-    """Start a guest whose threads stay on their CPUs.
-
-    QEMU's emulation of SVM loses its way if vCPU threads move between emulated CPUs while guests flood: guests triple
-    fault after some 100,000 exits, and the kernel's own stacks are overwritten. Pinned they run for millions.
-    """
+def open_guest(number: int, name: str, vcpus: int = 1, cpu: int | None = None) -> Iterator[GuestProcess]:
+    """Start a guest whose threads stay on one CPU, if one is given."""
     with open_guest_process(vcpus=vcpus, uuid=make_uuid(number), name=name, stats_fds=True) as guest:
-        for vcpu in guest.vcpus:
-            os.sched_setaffinity(vcpu.tid, {(number + vcpu.index) % 2})
+        if cpu is not None:
+            for vcpu in guest.vcpus:
+                os.sched_setaffinity(vcpu.tid, {cpu})
         yield guest
+
+
+@contextmanager
+def pinned(cpu: int) -> Iterator[None]:
+    """Let what is started inside stay on one CPU."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def open_listener(*flags: str) -> Iterator[Listener]:
+    """Start an agent on its CPU."""
+    with ExitStack() as stack:
+        with pinned(AGENTS_CPU):
+            agent = stack.enter_context(open_agent("--poll=always", "--log.level=debug", *flags))
+        yield Listener(agent)
+
+
+@contextmanager
+def busy(cpu: int) -> Iterator[None]:
+    """Let a CPU never be idle; everything else goes first."""
+    with pinned(cpu), subprocess.Popen(["sh", "-c", "while :; do :; done"]) as process:
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 @contextmanager
@@ -129,86 +168,141 @@ def held_still(agent: AgentProcess) -> Iterator[None]:
         os.kill(agent.pid, signal.SIGCONT)
 
 
-def measure_rate(guest: GuestProcess, seconds: float) -> float:
-    began, before = time.monotonic(), read_vcpu_statistics(guest, guest.vcpus[0])["exits"]
+@contextmanager
+def open_yardstick(cpu: int) -> Iterator[memoryview]:
+    """Run a program on a CPU that counts its steps: how much of the machine that CPU is given."""
+    program = (
+        "import mmap, sys; steps = memoryview(mmap.mmap(int(sys.argv[1]), 8)).cast('Q')\nwhile True: steps[0] += 1"
+    )
+    with tempfile.TemporaryFile() as file, pinned(cpu):
+        file.truncate(8)
+        words = [sys.executable, "-S", "-c", program, str(file.fileno())]
+        with subprocess.Popen(words, pass_fds=[file.fileno()]) as process:
+            try:
+                yield memoryview(mmap.mmap(file.fileno(), 8)).cast("Q")
+            finally:
+                process.kill()
+
+
+def measure_rate(guest: GuestProcess, yardstick: memoryview, seconds: float) -> float:
+    """Return a guest's exits for each thousand steps of the yardstick."""
+    steps, before = yardstick[0], read_vcpu_statistics(guest, guest.vcpus[0])["exits"]
     time.sleep(seconds)
-    after, ended = read_vcpu_statistics(guest, guest.vcpus[0])["exits"], time.monotonic()
-    return (after - before) / (ended - began)
+    after, stepped = read_vcpu_statistics(guest, guest.vcpus[0])["exits"], yardstick[0]
+    return 1000 * (after - before) / (stepped - steps)
 
 
-def compare_rates(guest: GuestProcess, agent: AgentProcess, pairs: int, seconds: float) -> tuple[float, list[float]]:
-    """Measure a guest's exits with the agent running and held still, in turns; the ratio of the medians."""
+def compare_rates(guest: GuestProcess, agent: AgentProcess, pairs: int, seconds: float) -> tuple[float, str]:
+    """Measure a guest's exits with the agent running and held still, in turns; the ratio of the medians, and in words.
+
+    They are measured against what else is done on the guest's CPU: CPUs that take turns get no equal shares of time.
+    """
     running, still = [], []
-    for number in range(pairs):
-        if number % 2:  # in the order A B B A, so that a machine that slows down slows both
-            running.append(measure_rate(guest, seconds))
-        with held_still(agent):
-            still.append(measure_rate(guest, seconds))
-        if not number % 2:
-            running.append(measure_rate(guest, seconds))
-    medians = [statistics.median(running), statistics.median(still)]
-    return medians[0] / medians[1], medians
+    with open_yardstick(GUESTS_CPU) as yardstick:
+        while not yardstick[0]:
+            time.sleep(0.1)
+        for number in range(pairs):
+            if number % 2:  # in the order A B B A, so that a machine that slows down slows both
+                running.append(measure_rate(guest, yardstick, seconds))
+            with held_still(agent):
+                still.append(measure_rate(guest, yardstick, seconds))
+            if not number % 2:
+                running.append(measure_rate(guest, yardstick, seconds))
+    with_agent, without = statistics.median(running), statistics.median(still)
+    spread = f"{min(still):.1f} to {max(still):.1f} without"
+    told = f"{with_agent:.1f} and {without:.1f}, ratio {with_agent / without:.3f} ({pairs} pairs, {spread})"
+    return with_agent / without, told
 
 
 @pytest.fixture(scope="module")
 def listener() -> Iterator[Listener]:
-    with open_agent("--poll=always", "--no-trigger.bpf", "--log.level=debug") as agent:
-        yield Listener(agent)
+    with open_listener("--no-trigger.bpf") as opened:
+        yield opened
 
 
-def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(listener: Listener) -> None:
+@pytest.fixture(scope="module")
+def slowdown() -> float:
+    """How many times as long Python takes here as on a real core; taken with the other CPU busy, as it is later."""
+    with pinned(AGENTS_CPU), busy(GUESTS_CPU):
+        return find_slowdown()
+
+
+def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(
+    listener: Listener, slowdown: float, tell: Tell
+) -> None:
     agent = listener.agent
     assert Path("/sys/kernel/tracing/events/kvm/kvm_exit/enable").read_text().strip() == "0"
-    with open_guest(1, "calm") as guest:
+    with open_guest(1, "calm", cpu=GUESTS_CPU) as guest, busy(AGENTS_CPU):
         guest.send("loop")
-        before = read_cpu_seconds(agent.pid)
-        ratio, medians = compare_rates(guest, agent, 16, 0.3)
-        used = (read_cpu_seconds(agent.pid) - before) / (16 * 0.3)
+        began, before = time.monotonic(), read_cpu_seconds(agent.pid)
+        ratio, told = compare_rates(guest, agent, 16, 1.0)
+        used = 2 * (read_cpu_seconds(agent.pid) - before) / (time.monotonic() - began)  # half of the time it was still
         assert count_events(agent.pid) == 0
-        print(f"\nexits a second with and without the agent: {medians[0]:.0f}, {medians[1]:.0f}, ratio {ratio:.3f}")
-        print(f"CPU of the agent polling one VM each second, emulated: {100 * used:.1f} % of a core")
-    assert ratio > 0.9
+        tell(f"idle: a guest's exits with and without the agent: {told}")
+        told = (
+            f"{100 * used / slowdown:.2f} % of a core ({100 * used:.1f} % of this one's, {slowdown:.0f} times as slow)"
+        )
+        tell(f"idle: polling one VM takes {told}")
+    assert ratio > 0.93  # as near as emulation comes
     assert agent.samples("kvm_exporter_trace_armings_total") == {(): 0.0}
 
 
-def test_a_stuck_guest_is_told_of_and_others_are_not(listener: Listener) -> None:
+def test_a_stuck_guest_is_told_of_and_others_are_not(listener: Listener, tell: Tell) -> None:
     """Everything about one stall, while three guests that make progress are observed for a minute."""
     with ExitStack() as stack:
         stuck, vm = stack.enter_context(open_guest(2, "stuck", 2)), make_uuid(2)
-        code = check_stall(listener, stuck, vm)
+        give_owner(stuck, "stuck", vm)
+        code = check_stall(listener, stuck, vm, tell)
         lively = {}
         for number, (name, keys) in enumerate(LIVELY.items()):
             lively[name] = make_uuid(10 + number)
             guest = stack.enter_context(open_guest(10 + number, name))
             guest.notify(0, **keys)
         began = time.monotonic()
-        check_interrupts(listener, vm)
+        check_interrupts(listener, vm, tell)
         check_pause(listener, stuck, vm)
-        check_recovery(listener, stuck, vm, code)
+        check_recovery(listener, stuck, vm, code, tell)
         time.sleep(max(0.0, OBSERVED_SECONDS - (time.monotonic() - began)))
         for name, uuid in lively.items():
             states = listener.states(uuid)
             found = listener.find_vcpu(uuid)
-            print(f"{name}: {len(states)} verdicts, {found['traced_exits']} traced, of {found['notify_window_exits']}")
+            exits = f"{found['traced_exits']} of {found['notify_window_exits']} notify exits traced"
+            tell(f"lively ({name}): never stalled in {time.monotonic() - began:.0f} s; {exits}, {len(states)} verdicts")
             assert "stalled" not in states, listener.verdicts(uuid)
             assert found["traced_exits"]
             assert listener.lines(STALL, uuid) == []
 
 
-def check_stall(listener: Listener, stuck: GuestProcess, vm: str) -> str:
-    stuck.notify(1, exits=0)
-    suspect = listener.wait_for(vm, "suspect")
-    stalled = listener.wait_for(vm, "stalled")
+def give_owner(guest: GuestProcess, name: str, uuid: str) -> None:
+    """Leave what libvirt leaves about a VM of OpenStack: whose it is."""
+    document = LIBVIRT_STATUS.read_text()
+    for tag, text in (("name", name), ("uuid", uuid)):
+        document = re.sub(f"<{tag}>[^<]*</{tag}>", f"<{tag}>{text}</{tag}>", document, count=1)
+    document = re.sub(r" pid='\d+'", f" pid='{guest.process.pid}'", document, count=1)
+    path = Path("/run/libvirt/qemu") / f"{name}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(document)
+
+
+def find_lateness(listener: Listener, vm: str) -> tuple[float, float, dict[str, str]]:
+    """Return the seconds from the first pair to suspect, those from a stall's conditions to its line, and the line."""
+    suspect, stalled = listener.wait_for(vm, "suspect"), listener.wait_for(vm, "stalled")
     line = listener.wait_for_line(STALL, vm)
-    late = float(suspect["seconds_after"]), float(stalled["seconds_after"])
-    apart = to_seconds(line) - to_seconds(suspect) - 1.0
-    print(f"\nfrom the first pair to suspect {late[0]:.3f} s, from the evidence to stalled {late[1]:.3f} s")
-    print(f"from suspect and a second more to the warning {apart:.3f} s")
-    assert late[0] < POLLING_SECONDS
-    assert apart < POLLING_SECONDS
-    print({key: line[key] for key in ("name", "vcpu", "tid", "rip", "exits_at_rip", "registers", "seconds")})
+    written = to_seconds(line) - to_seconds(stalled)
+    return float(suspect["seconds_after"]), float(stalled["seconds_after"]) + written, line
+
+
+def check_stall(listener: Listener, stuck: GuestProcess, vm: str, tell: Tell) -> str:
+    stuck.notify(1, exits=0)
+    to_suspect, to_line, line = find_lateness(listener, vm)
+    tell(f"polling: first pair to suspect {to_suspect:.3f} s, conditions of a stall to the line {to_line:.3f} s")
+    assert to_suspect < POLLING_SECONDS
+    assert to_line < POLLING_SECONDS
+    shown = ("name", "owner", "vcpu", "tid", "rip", "exits_at_rip", "registers", "seconds")
+    tell("polling: " + " ".join(f"{key}={line[key]}" for key in shown if key in line))
     found = listener.find_vcpu(vm, 1)
-    assert (line["name"], line["vcpu"], line["tid"]) == ("stuck", "1", str(stuck.vcpus[1].tid))
+    assert (line["name"], line["owner"]) == ("stuck", parse_domain_status(LIBVIRT_STATUS.read_bytes(), "").project_id)
+    assert (line["vcpu"], line["tid"]) == ("1", str(stuck.vcpus[1].tid))
     assert (found["state"], found["rip"], found["registers_alike"]) == ("stalled", line["rip"], True)
     assert listener.agent.samples("kvm_vcpu_no_forward_progress", vm=vm) == {(("vcpu", "1"),): 1.0}
     assert listener.agent.samples("kvm_host_vcpus_no_forward_progress") == {(): 1.0}
@@ -220,7 +314,7 @@ def read_interrupts() -> dict[str, int]:
     return {row[0].rstrip(":"): sum(int(word) for word in row[1:] if word.isdigit()) for row in rows}
 
 
-def check_interrupts(listener: Listener, vm: str) -> None:
+def check_interrupts(listener: Listener, vm: str, tell: Tell) -> None:
     """Ticks and IPIs hit the stuck vCPU, at its RIP: they hide nothing."""
     before, verdicts = read_interrupts(), len(listener.verdicts(vm))
     until = time.monotonic() + 12  # more than one look at a stalled vCPU
@@ -231,7 +325,7 @@ def check_interrupts(listener: Listener, vm: str) -> None:
     os.sched_setaffinity(0, {0, 1})
     after = read_interrupts()
     counts = {name: after[name] - before[name] for name in ("LOC", "RES", "CAL")}
-    print(f"interrupts during the stall: {counts['LOC']} ticks, {counts['RES'] + counts['CAL']} IPIs")
+    tell(f"a stall goes on through {counts['LOC']} ticks and {counts['RES'] + counts['CAL']} IPIs")
     assert min(counts["LOC"], counts["RES"] + counts["CAL"]) > 100
     assert listener.verdicts(vm)[verdicts:] == []
     assert listener.find_vcpu(vm, 1)["state"] == "stalled"
@@ -250,7 +344,7 @@ def check_pause(listener: Listener, stuck: GuestProcess, vm: str) -> None:
     assert len(listener.lines(STALL, vm)) == 1
 
 
-def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str) -> None:
+def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str, tell: Tell) -> None:
     stuck.stop()
     done = stuck.wait_for("done")
     assert hex(done["code"]) == code
@@ -260,65 +354,60 @@ def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str) 
     while listener.agent.samples("kvm_vcpu_no_forward_progress", vm=vm) != {(("vcpu", "1"),): 0.0}:
         assert time.monotonic() < began + 15
         time.sleep(0.1)
-    print(f"the guest goes on: metric and line after {time.monotonic() - began:.1f} s, why: {line['why']}")
+    tell(f"the guest goes on: line and metric after {time.monotonic() - began:.1f} s, because {line['why']}")
     stuck.stop()
 
 
-def test_a_flood_hides_nobodys_stall(listener: Listener) -> None:
+def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: Tell) -> None:
     agent = listener.agent
     with ExitStack() as stack:
-        flood = stack.enter_context(open_guest(30, "flood", 16))
-        neighbour = stack.enter_context(open_guest(31, "neighbour"))
-        victim, vm = stack.enter_context(open_guest(32, "victim")), make_uuid(32)
-        for vcpu in flood.vcpus:  # hosts have CPUs for them; here they get what the others leave
+        flood = stack.enter_context(open_guest(30, "flood", 16, AGENTS_CPU))
+        neighbour = stack.enter_context(open_guest(31, "neighbour", cpu=GUESTS_CPU))
+        victim, vm = stack.enter_context(open_guest(32, "victim", cpu=GUESTS_CPU)), make_uuid(32)
+        for vcpu in flood.vcpus:  # hosts have CPUs for them; here they get what the agent leaves
             os.setpriority(os.PRIO_PROCESS, vcpu.tid, 19)
         flood.send("notify rips=2 rounds=0")
         neighbour.send("loop")
         time.sleep(5)
-        verdicts, lines = len(listener.verdicts(vm)), len(agent.log)
+        lines = len(agent.log)
         began, before = time.monotonic(), read_cpu_seconds(agent.pid)
         victim.notify(0, exits=0)
         listener.wait_for_line(STALL, vm)
-        found_after = time.monotonic() - began
-        timeline = [(line["state"], line["seconds_after"], line["why"]) for line in listener.verdicts(vm)[verdicts:]]
-        print(f"\nthe victim: {timeline}")
-        assert timeline[-1][0] == "stalled"
-        ratio, medians = compare_rates(neighbour, agent, 4, 1.5)
-        ended, after = time.monotonic(), read_cpu_seconds(agent.pid)
+        found_after, used = time.monotonic() - began, read_cpu_seconds(agent.pid) - before
+        tell(f"flood: the stall of another VM is told of after {found_after:.2f} s, 1 s of which makes it a stall")
+        ratio, told = compare_rates(neighbour, agent, 16, 1.0)
         warnings = sum("level=WARN" in line for line in agent.log[lines:])
         samples = {
-            name: agent.samples(f"kvm_exporter_trace_{name}_total")[()]
+            name: round(agent.samples(f"kvm_exporter_trace_{name}_total")[()])
             for name in ("armings", "records", "lost_records", "budget_exhausted")
         }
-        print(f"\na stall among 16 vCPUs that flood is told of after {found_after:.2f} s; {samples}")
-        print(f"neighbour's exits a second with and without the agent: {medians}, ratio {ratio:.3f}")
-        print(f"the agent, emulated: {100 * (after - before) / (ended - began):.1f} % of a core; {warnings} warnings")
-        # Here 18 busy vCPUs share two emulated CPUs with the agent, that is slower than real ones by far.
+        tell(f"flood: a neighbour's exits with and without the agent: {told}")
+        share = used / found_after
+        tell(f"flood: the agent takes {100 * share / slowdown:.2f} % of a core ({100 * share:.0f} % of this one's)")
+        tell(f"flood: {warnings} warnings, {samples}")
         assert found_after < 5
-        assert ratio > 0.8
+        assert ratio > 0.93
+        assert share / slowdown < 0.05
         assert warnings <= 5
         assert samples["budget_exhausted"] > 0
 
 
-def test_a_trigger_makes_it_faster() -> None:
+def test_a_trigger_makes_it_faster(tell: Tell) -> None:
     """The programs for handle_notify(), at the function that handles the guest's port writes here."""
-    flags = ("--poll=always", "--trigger.function=io_interception", "--log.level=debug")
-    with open_agent(*flags) as agent, open_guest(40, "event") as guest:
-        listener, vm = Listener(agent), make_uuid(40)
+    with open_listener("--trigger.function=io_interception") as listener, open_guest(40, "event") as guest:
+        agent, vm = listener.agent, make_uuid(40)
         assert any("attached=true" in line for line in agent.log), agent.log
         assert count_events(agent.pid) == 0
         assert agent.samples("kvm_exporter_poll_period_seconds") == {(): 0.0}
-        began = time.monotonic_ns()
+        began = time.monotonic()
         guest.notify(0, exits=0)
-        suspect = listener.wait_for(vm, "suspect")
-        line = listener.wait_for_line(STALL, vm)
-        apart = to_seconds(line) - to_seconds(suspect) - 1.0
-        seen = (time.monotonic_ns() - began) / 1e9
-        print(f"\nevent-driven: pair to suspect {suspect['seconds_after']} s, warning {apart:.3f} s after its time")
-        print(f"event-driven: from the guest's first exit to the line {seen:.2f} s, of which 1 s is the stall's time")
+        to_suspect, to_line, _line = find_lateness(listener, vm)
+        seen = time.monotonic() - began
+        tell(f"trigger: first pair to suspect {to_suspect:.3f} s, conditions of a stall to the line {to_line:.3f} s")
+        tell(f"trigger: first exit to the line {seen:.2f} s, 1 s of which makes it a stall")
         guest.stop()
-        assert float(suspect["seconds_after"]) < POLLING_SECONDS
-        assert apart < POLLING_SECONDS
+        assert to_suspect < POLLING_SECONDS
+        assert to_line < POLLING_SECONDS
 
 
 def test_no_event_outlives_its_vm_and_none_is_left_in_the_end(listener: Listener) -> None:
