@@ -235,7 +235,7 @@ def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(
     with open_guest(1, "calm", cpu=GUESTS_CPU) as guest, busy(AGENTS_CPU):
         guest.send("loop")
         began, before = time.monotonic(), read_cpu_seconds(agent.pid)
-        ratio, told = compare_rates(guest, agent, 16, 1.0)
+        ratio, told = compare_rates(guest, agent, 20, 1.0)
         used = 2 * (read_cpu_seconds(agent.pid) - before) / (time.monotonic() - began)  # half of the time it was still
         assert count_events(agent.pid) == 0
         tell(f"idle: a guest's exits with and without the agent: {told}")
@@ -243,7 +243,7 @@ def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(
             f"{100 * used / slowdown:.2f} % of a core ({100 * used:.1f} % of this one's, {slowdown:.0f} times as slow)"
         )
         tell(f"idle: polling one VM takes {told}")
-    assert ratio > 0.93  # as near as emulation comes
+    assert ratio > 0.9  # as near as emulation comes
     assert agent.samples("kvm_exporter_trace_armings_total") == {(): 0.0}
 
 
@@ -376,7 +376,7 @@ def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: 
         listener.wait_for_line(STALL, vm)
         found_after, used = time.monotonic() - began, read_cpu_seconds(agent.pid) - before
         tell(f"flood: the stall of another VM is told of after {found_after:.2f} s, 1 s of which makes it a stall")
-        ratio, told = compare_rates(neighbour, agent, 16, 1.0)
+        ratio, told = compare_rates(neighbour, agent, 20, 1.0)
         warnings = sum("level=WARN" in line for line in agent.log[lines:])
         samples = {
             name: round(agent.samples(f"kvm_exporter_trace_{name}_total")[()])
@@ -387,7 +387,7 @@ def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: 
         tell(f"flood: the agent takes {100 * share / slowdown:.2f} % of a core ({100 * share:.0f} % of this one's)")
         tell(f"flood: {warnings} warnings, {samples}")
         assert found_after < 5
-        assert ratio > 0.93
+        assert ratio > 0.9
         assert share / slowdown < 0.05
         assert warnings <= 5
         assert samples["budget_exhausted"] > 0
