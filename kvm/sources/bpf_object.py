@@ -38,7 +38,7 @@ CONTROL_FIELDS = (
     ("wanted_vm", "Q"),
     *((name, "I") for name in ("wanted_vcpu_id", "wanted_bytes", "own_tgid", "found")),
     *((name, "I") for name in ("exits_offset", "notify_window_exits_offset")),
-    *((name, "I") for name in ("round", "vms", "vcpus", "broken", "next_vm", "unowned")),
+    *((name, "I") for name in ("round", "vms", "vcpus", "broken", "next_vm", "unowned", "slots", "reserved")),
 )
 CONTROL_BYTES = struct.calcsize("=" + "".join(format_ for _, format_ in CONTROL_FIELDS))
 
@@ -145,7 +145,7 @@ class VcpuPrograms:
         """Read every VM by KVM's list; raises OSError, ListChanged, RoomNeeded."""
         control = self.control
         round_ = (control.read("round") + 1) & 0xFFFFFFFF
-        control.write(round=round_, vms=0, vcpus=0, broken=1, next_vm=0, unowned=0)
+        control.write(round=round_, vms=0, vcpus=0, broken=1, next_vm=0, unowned=0, slots=0)
         self._object.run("list_vms")
         if control.read("broken"):
             raise ListChanged

@@ -25,6 +25,8 @@ struct control {
 	/* answers of a read */
 	__u32 round, vms, vcpus, broken;
 	__u32 next_vm, unowned;
+	/* how many slots of fd tables were looked at in this read */
+	__u32 slots, reserved;
 };
 struct control control;
 
@@ -45,6 +47,7 @@ struct vcpu_identity {
 
 struct unowned {
 	__u32 round, first;
+	__u64 files; /* the fd table that was searched last: threads share one */
 };
 
 struct {
@@ -85,6 +88,7 @@ struct owner {
 	__u64 task, start_boottime;
 	__u32 tgid;
 	__s32 vm_fd;
+	__u32 searched, reserved; /* the round in which vm_fd was searched for in vain, 0 if never */
 };
 
 struct {

@@ -27,6 +27,8 @@
 #define NO_VM 0xffffffff
 #define BATCH_VCPUS 512
 #define BATCH_VMS 256
+/* Some 30 ms. */
+#define BATCH_SLOTS (1u << 20)
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -100,7 +102,7 @@ static __always_inline void read_vm(struct vm *vm, struct owner *owner)
 
 	if (!files || !is_listed(kvm) || (__u64)BPF_CORE_READ(kvm, mm) != vm->mm)
 		return;
-	owner->vm_fd = find_vm_fd((void *)files, vm->kvm, owner->vm_fd);
+	owner->vm_fd = find_vm_fd((void *)files, vm->kvm, owner);
 	online = BPF_CORE_READ(kvm, online_vcpus.counter);
 	/* A VM that is being made is listed before its process has got the fd; and an exiting task gives up its files
 	 * before any is closed, so that what was not found in them proves nothing. */
@@ -145,21 +147,28 @@ static __always_inline void note_unowned(struct vm *vm, __u32 index)
 	bpf_map_update_elem(&unowned_vms, &vm->mm, &new, BPF_ANY);
 }
 
-static long read_next_vm(__u32 count, const __u32 *vcpus_before)
+struct batch {
+	__u32 vcpus_before, slots_before;
+};
+
+static long read_next_vm(__u32 count, const struct batch *batch)
 {
 	__u32 index = control.next_vm;
 	struct vm *vm = bpf_map_lookup_elem(&vms, &index);
 	struct owner *known, owner;
 
-	if (index >= control.vms || !vm || control.vcpus - *vcpus_before >= BATCH_VCPUS)
+	if (index >= control.vms || !vm || control.vcpus - batch->vcpus_before >= BATCH_VCPUS ||
+	    control.slots - batch->slots_before >= BATCH_SLOTS)
 		return 1;
 	control.next_vm = index + 1;
 	known = bpf_map_lookup_elem(&owners, &vm->kvm);
 	if (known && is_owner_still(known, vm->mm)) {
 		owner = *known;
 		read_vm(vm, &owner);
-		if (vm->tgid && owner.vm_fd != known->vm_fd)
+		if (vm->tgid) {
 			known->vm_fd = owner.vm_fd;
+			known->searched = owner.searched;
+		}
 	}
 	if (!vm->tgid)
 		note_unowned(vm, index);
@@ -171,15 +180,15 @@ static long read_next_vm(__u32 count, const __u32 *vcpus_before)
 SEC("raw_tp")
 int read_batch(void *ctx)
 {
-	__u32 vcpus_before = control.vcpus;
+	struct batch batch = { .vcpus_before = control.vcpus, .slots_before = control.slots };
 
-	bpf_loop(BATCH_VMS, read_next_vm, &vcpus_before, 0);
+	bpf_loop(BATCH_VMS, read_next_vm, &batch, 0);
 	return 0;
 }
 
 struct visit {
 	struct owner owner;
-	__u32 index;
+	__u32 index, slots_before;
 };
 
 static long visit_vm(__u32 count, struct visit *visit)
@@ -187,8 +196,8 @@ static long visit_vm(__u32 count, struct visit *visit)
 	struct vm *vm = bpf_map_lookup_elem(&vms, &visit->index);
 	struct owner owner = visit->owner;
 
-	if (!vm)
-		return 1;
+	if (!vm || control.slots - visit->slots_before >= BATCH_SLOTS)
+		return 1; /* the next look finds the rest */
 	/* A child between vfork() and exec() has the same memory: the process that started first is the owner. */
 	if (!vm->tgid || (vm->tgid != owner.tgid && owner.start_boottime < vm->start_boottime)) {
 		read_vm(vm, &owner);
@@ -220,8 +229,12 @@ int find_owners(struct bpf_iter__task *ctx)
 	unowned = bpf_map_lookup_elem(&unowned_vms, &mm);
 	if (!unowned || unowned->round != control.round)
 		return 0;
-	visit.index = unowned->first;
 	visit.owner.task = (__u64)task;
+	if (unowned->files == read_files_of(&visit.owner))
+		return 0;
+	unowned->files = read_files_of(&visit.owner);
+	visit.index = unowned->first;
+	visit.slots_before = control.slots;
 	visit.owner.tgid = task->tgid;
 	visit.owner.start_boottime = leader->start_boottime;
 	bpf_loop(MAX_VMS, visit_vm, &visit, 0);

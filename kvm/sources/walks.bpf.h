@@ -9,6 +9,7 @@
 /* A VMM has its VM's fd among its first; a process with more files must not hold up the others. */
 #define MAX_PROCESS_FDS (1u << 16)
 #define CHUNK 16
+#define SEARCH_ROUNDS 64
 #define LOWEST_POINTER 0x1000
 
 /* ---- what a VM and a vCPU say of themselves ----------------------------------------------------------------------- */
@@ -122,10 +123,14 @@ static long find_in_chunk(__u32 index, struct fd_walk *walk)
 	return 0;
 }
 
-/* Return the lowest fd at which a process holds a VM's file, -1 if it does not; `known` is where it was before. */
-static __always_inline __s32 find_vm_fd(const struct files_struct *files, __u64 kvm, __s32 known)
+/* Return the lowest fd at which a process holds a VM's file, -1 if it does not.
+ *
+ * What is known of it is looked at first. A VM whose file its process has closed would cost a search of all its fds in
+ * each look, and a process can have many: that is searched for again after SEARCH_ROUNDS only. */
+static __always_inline __s32 find_vm_fd(const struct files_struct *files, __u64 kvm, struct owner *owner)
 {
 	struct fdtable *table = BPF_CORE_READ(files, fdt);
+	__s32 known = owner->vm_fd;
 	struct fd_walk walk = { .kvm = kvm, .found = -1 };
 
 	walk.fds = (__u64)BPF_CORE_READ(table, fd);
@@ -133,9 +138,13 @@ static __always_inline __s32 find_vm_fd(const struct files_struct *files, __u64 
 	if (known >= 0 && known < walk.max_fds &&
 	    is_vm_file((void *)read_u64((void *)(walk.fds + 8 * (__u64)known)), kvm))
 		return known;
+	if (known < 0 && owner->searched && control.round - owner->searched < SEARCH_ROUNDS)
+		return -1;
 	if (walk.max_fds > MAX_PROCESS_FDS)
 		walk.max_fds = MAX_PROCESS_FDS;
 	bpf_loop((walk.max_fds + CHUNK - 1) / CHUNK, find_in_chunk, &walk, 0);
+	control.slots += walk.found < 0 ? walk.max_fds : walk.found;
+	owner->searched = walk.found < 0 ? control.round : 0;
 	return walk.found;
 }
 

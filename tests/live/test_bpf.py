@@ -176,6 +176,18 @@ def test_vms_without_a_vm_file_keep_keys_of_their_own(source: BpfSource) -> None
         assert set(read_of(source, vmm["pid"])) == keys
 
 
+def test_fds_are_searched_for_a_file_that_its_process_has_closed_only_now_and_then(list_source: BpfSource) -> None:
+    assert list_source._programs is not None
+    control = list_source._programs.control
+    with open_strange("vcpus_only") as vmm:
+        searched = []
+        for _ in range(130):
+            assert len(read_of(list_source, vmm["pid"])) == 2
+            searched.append(control.read("slots"))
+    assert searched[0] > 0
+    assert 2 <= sum(slots > 0 for slots in searched[1:]) <= 6  # two VMs, each 64 looks, some of which are repeated
+
+
 def test_duplicated_files_count_once_and_the_lowest_fd_names_the_vm(source: BpfSource) -> None:
     with open_strange("duplicates") as vmm:
         ((key, counters),) = read_of(source, vmm["pid"]).items()
