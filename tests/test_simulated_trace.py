@@ -12,7 +12,13 @@ from exporter.verdicts import StallRule, State
 from exporter.watch import Watch
 from exporter.watching import make_vcpu_reader
 from kvm.model import VmGone
-from kvm.sources.simulated import CYCLE_SECONDS, STUCK_FROM_SECONDS, STUCK_SECONDS, SimulatedHost
+from kvm.sources.simulated import (
+    CYCLE_SECONDS,
+    STUCK_EXITS_PER_SECOND,
+    STUCK_FROM_SECONDS,
+    STUCK_SECONDS,
+    SimulatedHost,
+)
 from kvm.sources.simulated_trace import STUCK_RIP, SimulatedTracer
 from tests.virtual_time import run_inline, run_virtual
 
@@ -40,6 +46,7 @@ def test_each_cycle_shows_one_stall_and_one_recovery_and_nobody_else_is_stalled(
         stop.set()
         await running
         assert watch.report().warnings == CYCLES
+        assert watch.report().interval_min_seconds[128_000] == pytest.approx(1 / STUCK_EXITS_PER_SECOND)
         return seen
 
     seen = run_virtual(main())

@@ -109,6 +109,11 @@ class SimulatedVcpu:
         """How long it takes from one notify exit to the next."""
         return 1 / STUCK_EXITS_PER_SECOND if self.gets_stuck else RARE_SECONDS
 
+    def newest_exit_age_seconds(self, seconds: float) -> float:
+        """Return how long ago its newest notify exit was after so many seconds, of those in which it takes them."""
+        taking_seconds = count_stuck_seconds(seconds) if self.gets_stuck else seconds
+        return taking_seconds / self.interval_seconds % 1 * self.interval_seconds
+
     def is_stuck(self, seconds: float) -> bool:
         """Tell whether it is stuck after so many seconds."""
         return self.gets_stuck and is_stuck(seconds)
@@ -165,9 +170,9 @@ class SimulatedHost:
             errors={},
         )
 
-    def now(self) -> float:
-        """Return the time by this host's clock."""
-        return self._monotonic_clock()
+    def find_time(self, age_seconds: float) -> float:
+        """Return what this host's clock showed at an age of it."""
+        return self._made_seconds + age_seconds
 
     def age_seconds(self) -> float:
         """Return for how long this host has been there: what its numbers are a function of."""

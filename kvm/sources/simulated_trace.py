@@ -61,8 +61,8 @@ class SimulatedThread:
             os.close(fd)
 
     def _make_exit(self, number: int, made: int, seconds: float) -> NotifyExit:
-        now_ns = round(self._host.now() * 1e9)
-        time_ns = now_ns - round((made - 1 - number) * self._vcpu.interval_seconds * 1e9)
+        age_seconds = self._vcpu.newest_exit_age_seconds(seconds) + (made - 1 - number) * self._vcpu.interval_seconds
+        time_ns = round(self._host.find_time(seconds - age_seconds) * 1e9)
         if self._vcpu.gets_stuck:
             return NotifyExit(time_ns, self.tid, STUCK_RIP, 0, VECTORING_AC)
         return NotifyExit(time_ns, self.tid, RARE_RIP + 64 * math.floor(seconds), 0, 0)
