@@ -1,0 +1,1 @@
+"""Dashboards, alert rules and provisioning for Grafana and Prometheus."""

@@ -1,0 +1,223 @@
+"""The dashboard of all hosts: what they are, whether notify exits are armed, who takes them, and how agents fare.
+
+It asks for series of hosts and of VMs. Of the vCPUs it asks only for those that are stalled: a few series, which are
+there whatever ``--vcpu-series`` says.
+"""
+
+from __future__ import annotations
+
+from exporter import metrics as m
+from grafana.builder.fleet_members import make_agents_row, make_hosts_row, make_vms_row
+from grafana.builder.layout import (
+    FLEET_UID,
+    Json,
+    Row,
+    instance_variable,
+    job_variable,
+    render_dashboard,
+    stall_annotation,
+)
+from grafana.builder.panels import (
+    GREEN_UNTIL_ONE,
+    PROTECTION_COLORS,
+    WARN_FROM_ONE,
+    Column,
+    Query,
+    make_graph,
+    make_stat,
+    make_table,
+)
+from grafana.builder.queries import (
+    ARMED_VCPUS,
+    ARMED_VMS,
+    CPU,
+    HOST_EXITS,
+    HOST_KEYS,
+    UP,
+    increase,
+    rate,
+    seen_agents,
+    select,
+    with_cpu,
+)
+
+CPU_COLUMNS = (
+    Column(field="cpu_model_name", title="CPU"),
+    Column(field="cpu_family", title="Family", width=80),
+    Column(field="cpu_model", title="Model", width=80),
+    Column(field="cpu_stepping", title="Stepping", width=90),
+    Column(field="microcode", title="Microcode", width=120),
+)
+
+
+def render() -> Json:
+    """Return the dashboard."""
+    return render_dashboard(
+        uid=FLEET_UID,
+        title="KVM notify exits: fleet",
+        description="Notify VM exits of all KVM hosts: who is stalled, who is protected, which CPUs take them.",
+        time_from="now-24h",
+        variables=[job_variable(), instance_variable(all_first=True)],
+        annotations=[
+            stall_annotation(
+                f"max by (instance) (max_over_time({select(m.HOST_NO_PROGRESS)}[$__rate_interval])) > 0",
+                "vCPUs stalled on {{instance}}",
+                "At least one vCPU of this host made no forward progress.",
+            )
+        ],
+        rows=[_now(), _protection(), _cpus(), make_vms_row(), make_hosts_row(), make_agents_row()],
+    )
+
+
+def _now() -> Row:
+    all_vms, armed_vms = (
+        f"sum({selector})" for selector in (select(m.HOST_VMS), select(m.HOST_VMS, protection="armed"))
+    )
+    blind = f"{select(m.BUILD_INFO)} unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
+    return Row(
+        1,
+        "Now",
+        [
+            make_stat(
+                2,
+                "Stalled vCPUs",
+                "vCPUs that are stuck at one RIP now. Hosts where RIPs cannot be had are not in it: see the next "
+                "panel.",
+                Query(f"sum({select(m.HOST_NO_PROGRESS)})"),
+                thresholds=GREEN_UNTIL_ONE,
+            ),
+            make_stat(
+                3,
+                "Hosts that cannot see stalls",
+                "Hosts whose agent counts notify exits but cannot have their RIPs; its log says why.",
+                Query(f"count({blind})"),
+                no_value="none",
+                thresholds=WARN_FROM_ONE,
+            ),
+            make_stat(
+                4,
+                "Notify exits",
+                "Notify VM exits in the time range, those of VMs that are gone among them.",
+                Query(f"sum({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"),
+                decimals=0,
+            ),
+            make_stat(
+                5,
+                "VMs protected",
+                "Share of VMs with notify exits armed.",
+                Query(f"{armed_vms} / ({all_vms} > 0)"),
+                unit="percentunit",
+                no_value="no VMs",
+            ),
+            make_stat(
+                6,
+                "Hosts",
+                "Hosts whose agent answers.",
+                Query(f"count({select(m.BUILD_INFO)})"),
+                no_value="none",
+            ),
+            make_stat(
+                7,
+                "Agents down",
+                "Targets that Prometheus cannot scrape now and that were this agent in the time range.",
+                Query(f"count({seen_agents(f'({select(UP)} == 0)')})"),
+                no_value="none",
+                thresholds=GREEN_UNTIL_ONE,
+            ),
+        ],
+    )
+
+
+def _protection() -> Row:
+    meaning = (
+        "armed: notify exits are on. off: the host could, the VMM did not ask. unsupported: the host cannot. "
+        "unknown: it could not be found out. Only where it is armed does a count of 0 mean that nothing happened."
+    )
+    return Row(
+        10,
+        "Protection",
+        [
+            make_graph(
+                11,
+                "VMs by protection",
+                meaning,
+                [Query(f"sum by (protection) ({select(m.HOST_VMS)})", "{{protection}}")],
+                unit="short",
+                stacked=True,
+                colors=PROTECTION_COLORS,
+            ),
+            make_graph(
+                12,
+                "vCPUs by protection",
+                f"{meaning} A host is left out of a state in which it has a VM whose vCPUs could not be counted.",
+                [Query(f"sum by (protection) ({select(m.HOST_VCPUS)})", "{{protection}}")],
+                unit="short",
+                stacked=True,
+                colors=PROTECTION_COLORS,
+            ),
+        ],
+    )
+
+
+def _cpus() -> Row:
+    group = f"sum by ({CPU})"
+    exits_per_day = f"{group} ({with_cpu(f'sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)})')}) * 86400"
+    armed = f"{group} ({with_cpu(ARMED_VCPUS)})"
+    exits = f"{group} ({with_cpu(HOST_EXITS)})"
+    interval = f"max by ({HOST_KEYS}, window_cycles) ({select(m.HOST_INTERVAL_MIN)})"
+    return Row(
+        20,
+        "CPU models, steppings and microcode",
+        [
+            make_table(
+                21,
+                "Groups of hosts",
+                "Hosts by CPU and microcode. Exits of the whole time range count for the microcode that a host has "
+                "now; the graph below shows each at its time.",
+                {
+                    "hosts": f"count by ({CPU}) (max by ({HOST_KEYS}, {CPU}) ({select(m.HOST_INFO)}))",
+                    "supported": f"{group} ({with_cpu(f'max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})')})",
+                    "armed_vms": f"{group} ({with_cpu(ARMED_VMS)})",
+                    "armed_vcpus": armed,
+                    "exits": exits,
+                    "exits_per_day": f"{exits} * 86400 / $__range_s / ({armed} > 0)",
+                },
+                [
+                    *CPU_COLUMNS,
+                    Column(field="hosts", title="Hosts"),
+                    Column(field="supported", title="Hosts that support it"),
+                    Column(field="armed_vms", title="VMs armed"),
+                    Column(field="armed_vcpus", title="vCPUs armed"),
+                    Column(field="exits", title="Notify exits", decimals=0),
+                    Column(field="exits_per_day", title="Exits a day per armed vCPU", decimals=3),
+                ],
+                sort_by="Exits a day per armed vCPU",
+            ),
+            make_graph(
+                22,
+                "Notify exits a day per armed vCPU",
+                "By CPU and microcode: a microcode update that moves the CPU's own threshold shows here.",
+                [Query(f"{exits_per_day} / ({armed} > 0)", "{{cpu_model_name}} {{cpu_stepping}} {{microcode}}")],
+                unit="short",
+            ),
+            make_table(
+                23,
+                "Shortest interval between notify exits",
+                "Shortest time seen between two notify exits in a row at one RIP, by CPU, microcode and the VM's "
+                "window: the window and the CPU's own threshold take no longer. Agents forget it when they restart.",
+                {
+                    "seconds": f"min by ({CPU}, window_cycles) ({with_cpu(interval)})",
+                    "hosts": f"count by ({CPU}, window_cycles) ({with_cpu(interval)})",
+                },
+                [
+                    *CPU_COLUMNS,
+                    Column(field="window_cycles", title="Window (cycles)"),
+                    Column(field="seconds", title="Shortest interval", unit="s"),
+                    Column(field="hosts", title="Hosts"),
+                ],
+                sort_by="Shortest interval",
+                width=12,
+                no_value="no stall was seen since the agents started",
+            ),
+        ],
+    )

@@ -1,0 +1,202 @@
+"""The rows of the fleet's dashboard about its members: VMs, hosts, agents."""
+
+from __future__ import annotations
+
+from exporter import metrics as m
+from grafana.builder.layout import Row, link_to_host, link_to_vm
+from grafana.builder.panels import GREEN_UNTIL_ONE, YES_NO, Column, Query, make_graph, make_table
+from grafana.builder.queries import (
+    ARMED_VCPUS,
+    ARMED_VMS,
+    HOST_EXITS,
+    HOST_KEYS,
+    OWNER,
+    UP,
+    VM_KEYS,
+    find_stalled,
+    increase,
+    rate,
+    seen_agents,
+    select,
+    vm_seconds_lost,
+    with_owner,
+)
+
+OWNER_COLUMNS = (
+    Column(field="name", title="Name", links=[link_to_vm()]),
+    Column(field="display_name", title="User's name"),
+    Column(field="project", title="Project"),
+    Column(field="namespace", title="Namespace"),
+)
+
+
+def make_vms_row() -> Row:
+    """Return the row about who is stalled, and who takes the most notify exits."""
+    top = f"topk(20, sum by ({VM_KEYS}) ({increase(m.VM_NOTIFY_WINDOW_EXITS)}) > 0)"
+    top_rates = f"topk(10, sum by ({VM_KEYS}) ({rate(m.VM_NOTIFY_WINDOW_EXITS)}) > 0)"
+    return Row(
+        30,
+        "VMs",
+        [
+            make_table(
+                31,
+                "Stalled vCPUs now",
+                "Each vCPU that makes no forward progress, and whose VM it is. The RIP is in the agent's log and API.",
+                {"stalled": find_stalled(OWNER)},
+                [
+                    *OWNER_COLUMNS,
+                    Column(field="vcpu", title="vCPU", width=70),
+                    Column(field="vm", title="VM", links=[link_to_vm()]),
+                    Column(field="instance", title="Host", links=[link_to_host()]),
+                    Column(field="job", title="Job"),
+                ],
+                sort_by="Host",
+                no_value="no vCPU is stalled",
+            ),
+            make_table(
+                32,
+                "Top VMs",
+                "The 20 VMs with the most notify exits in the time range.",
+                {"exits": with_owner(top)},
+                [
+                    *OWNER_COLUMNS,
+                    Column(field="exits", title="Notify exits", decimals=0),
+                    Column(field="vm", title="VM", links=[link_to_vm()]),
+                    Column(field="instance", title="Host", links=[link_to_host()]),
+                    Column(field="job", title="Job"),
+                ],
+                sort_by="Notify exits",
+                width=12,
+                no_value="no VM took a notify exit",
+            ),
+            make_graph(
+                33,
+                "Notify exits of the top VMs",
+                "The ten VMs with the highest rate at each point in time.",
+                [Query(with_owner(top_rates, "name"), "{{name}} {{vm}} on {{instance}}")],
+                unit="cps",
+                links=[link_to_vm("__field.labels")],
+                no_value="no VM took a notify exit",
+            ),
+        ],
+    )
+
+
+def make_hosts_row() -> Row:
+    """Return the row about what each host is and how it fares."""
+    lost = vm_seconds_lost(rate(m.VM_NOTIFY_WINDOW_EXITS))
+    by_host = {
+        "info": f"max by ({HOST_KEYS}, cpu_model_name, microcode, kernel) ({select(m.HOST_INFO)})",
+        "supported": f"max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})",
+        "vms": f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS)})",
+        "armed_vms": ARMED_VMS,
+        "armed_vcpus": ARMED_VCPUS,
+        "exits": HOST_EXITS,
+        "stalled": f"max by ({HOST_KEYS}) ({select(m.HOST_NO_PROGRESS)})",
+    }
+    return Row(
+        40,
+        "Hosts",
+        [
+            make_table(
+                41,
+                "Hosts",
+                "What each host is and how it fares. An empty cell is not 0: it is not known.",
+                by_host,
+                [
+                    Column(field="instance", title="Host", links=[link_to_host()]),
+                    Column(field="job", title="Job"),
+                    Column(field="cpu_model_name", title="CPU"),
+                    Column(field="microcode", title="Microcode", width=120),
+                    Column(field="kernel", title="Kernel"),
+                    Column(field="supported", title="Supports notify exits", mappings=YES_NO),
+                    Column(field="vms", title="VMs"),
+                    Column(field="armed_vms", title="VMs armed"),
+                    Column(field="armed_vcpus", title="vCPUs armed"),
+                    Column(field="exits", title="Notify exits", decimals=0),
+                    Column(field="stalled", title="vCPUs stalled", thresholds=GREEN_UNTIL_ONE),
+                ],
+                sort_by="Notify exits",
+                height=10,
+            ),
+            make_graph(
+                42,
+                "Hosts with the most notify exits",
+                "The ten hosts with the highest rate at each point in time.",
+                [Query(f"topk(10, sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)}) > 0)", "{{instance}}")],
+                unit="cps",
+                links=[link_to_host("__field.labels")],
+                no_value="no host took a notify exit",
+            ),
+            make_graph(
+                43,
+                "Guest time lost",
+                "Notify exits times the shortest interval between two of them with that window: 1 is one vCPU that "
+                "gets nothing done. Ten hosts with the most. Empty until an agent has seen a stall with that window.",
+                [Query(f"topk(10, sum by ({HOST_KEYS}) ({lost}) > 0)", "{{instance}}")],
+                unit="short",
+                links=[link_to_host("__field.labels")],
+                no_value="none known",
+            ),
+        ],
+    )
+
+
+def make_agents_row() -> Row:
+    """Return the row about what keeps agents from seeing everything."""
+    unread = f"{select(m.VM_INFO)} unless on ({VM_KEYS}) {select(m.VM_SOURCE_INFO)}"
+    problems = {
+        "down": seen_agents(f"(max by ({HOST_KEYS}) (1 - {select(UP)}) == 1)"),
+        "sourceless": f"(1 - max by ({HOST_KEYS}) ({select(m.SOURCE_UP)})) == 1",
+        "unread": f"count by ({HOST_KEYS}) ({unread})",
+        "errors": f"sum by ({HOST_KEYS}) ({increase(m.READ_ERRORS)}) > 0",
+        "failing": f"count by ({HOST_KEYS}) ({select(m.SCRAPE_SUCCESS)} == 0)",
+        "lost": f"sum by ({HOST_KEYS}) ({increase(m.TRACE_LOST_RECORDS)}) > 0",
+    }
+    return Row(
+        50,
+        "Agents",
+        [
+            make_table(
+                51,
+                "Agents with problems",
+                "Hosts that need a look, and why. The agent's log and its page at / give the reason. An error that "
+                "happened once since the agent started is not counted yet.",
+                problems,
+                [
+                    Column(field="instance", title="Host", links=[link_to_host()]),
+                    Column(field="job", title="Job"),
+                    Column(field="down", title="Down", mappings=YES_NO),
+                    Column(field="sourceless", title="No source works", mappings=YES_NO),
+                    Column(field="unread", title="VMs not read"),
+                    Column(field="errors", title="Read errors", decimals=0),
+                    Column(field="failing", title="Collectors that fail"),
+                    Column(field="lost", title="Trace records lost", decimals=0),
+                ],
+                sort_by="Read errors",
+                width=12,
+                no_value="no agent has a problem",
+            ),
+            make_graph(
+                52,
+                "Hosts on which a source works",
+                "debugfs does not work under Secure Boot, and need not. What matters is that one source does.",
+                [Query(f"sum by (source) ({select(m.SOURCE_UP)})", "{{source}}")],
+                unit="short",
+                width=6,
+            ),
+            make_table(
+                53,
+                "Versions of the agent",
+                "How many hosts run which version.",
+                {"hosts": f"count by (version, revision) ({select(m.BUILD_INFO)})"},
+                [
+                    Column(field="version", title="Version"),
+                    Column(field="revision", title="Revision"),
+                    Column(field="hosts", title="Hosts"),
+                ],
+                sort_by="Hosts",
+                width=6,
+            ),
+        ],
+    )

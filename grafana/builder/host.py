@@ -1,0 +1,266 @@
+"""The dashboard of one host (or a few): what it is, its VMs, and how its agent fares."""
+
+from __future__ import annotations
+
+from exporter import metrics as m
+from grafana.builder.host_agent import make_agent_row, make_tracing_row
+from grafana.builder.layout import (
+    HOST_UID,
+    Json,
+    Row,
+    instance_variable,
+    job_variable,
+    link_to_vm,
+    render_dashboard,
+    stall_annotation,
+)
+from grafana.builder.panels import (
+    GREEN_UNTIL_ONE,
+    PROTECTION,
+    PROTECTION_COLORS,
+    WARN_FROM_ONE,
+    YES_NO,
+    Column,
+    Query,
+    make_graph,
+    make_stat,
+    make_table,
+)
+from grafana.builder.queries import (
+    HOST_KEYS,
+    OWNER,
+    VM_KEYS,
+    find_stalled,
+    increase,
+    rate,
+    select,
+    vm_seconds_lost,
+    with_owner,
+)
+
+
+def render() -> Json:
+    """Return the dashboard."""
+    return render_dashboard(
+        uid=HOST_UID,
+        title="KVM notify exits: host",
+        description="Notify VM exits of one KVM host: its VMs, who of them is stalled, and how its agent fares.",
+        time_from="now-6h",
+        variables=[job_variable(), instance_variable(all_first=False)],
+        annotations=[
+            stall_annotation(
+                f"max by (instance, vm, vcpu) (max_over_time({select(m.VCPU_NO_PROGRESS)}[$__rate_interval])) == 1",
+                "vCPU {{vcpu}} of VM {{vm}} stalled",
+                "It made no forward progress. The mark ends up to one rate interval late.",
+            )
+        ],
+        rows=[_what_it_is(), _exits(), _vms(), make_agent_row(), make_tracing_row()],
+    )
+
+
+def _what_it_is() -> Row:
+    labels = "cpu_model_name, cpu_family, cpu_model, cpu_stepping, microcode, kernel, kvm_module, lockdown"
+    return Row(
+        1,
+        "Host $instance",
+        [
+            make_table(
+                2,
+                "What it is",
+                "CPU, kernel and KVM as the agent sees them, and the agent's version.",
+                {
+                    "info": f"max by ({HOST_KEYS}, {labels}) ({select(m.HOST_INFO)})",
+                    "supported": f"max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})",
+                    "build": f"max by ({HOST_KEYS}, version) ({select(m.BUILD_INFO)})",
+                },
+                [
+                    Column(field="instance", title="Host"),
+                    Column(field="cpu_model_name", title="CPU"),
+                    Column(field="cpu_family", title="Family", width=80),
+                    Column(field="cpu_model", title="Model", width=80),
+                    Column(field="cpu_stepping", title="Stepping", width=90),
+                    Column(field="microcode", title="Microcode", width=120),
+                    Column(field="kernel", title="Kernel"),
+                    Column(field="kvm_module", title="KVM module"),
+                    Column(field="lockdown", title="Lockdown"),
+                    Column(field="supported", title="Supports notify exits", mappings=YES_NO),
+                    Column(field="version", title="Agent"),
+                    Column(field="job", title="Job"),
+                ],
+                sort_by="Host",
+                height=4,
+            ),
+            make_stat(
+                3,
+                "Stalled vCPUs",
+                "vCPUs that are stuck at one RIP now; not known where RIPs cannot be had.",
+                Query(f"sum({select(m.HOST_NO_PROGRESS)})"),
+                thresholds=GREEN_UNTIL_ONE,
+            ),
+            make_stat(
+                4,
+                "Notify exits",
+                "Notify VM exits in the time range, those of VMs that are gone among them.",
+                Query(f"sum({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"),
+                decimals=0,
+            ),
+            make_stat(5, "VMs", "VMs on this host.", Query(f"sum({select(m.HOST_VMS)})")),
+            make_stat(
+                6,
+                "VMs not read",
+                "VMs whose counters no source could read: they have no counts, and that is not 0.",
+                Query(f"count({select(m.VM_INFO)} unless on ({VM_KEYS}) {select(m.VM_SOURCE_INFO)})"),
+                no_value="none",
+                thresholds=WARN_FROM_ONE,
+            ),
+            make_stat(
+                7,
+                "Poll period",
+                "How often counters are polled for notify exits; 0 where an exit itself tells of it.",
+                Query(f"max({select(m.POLL_PERIOD)})"),
+                unit="s",
+            ),
+            make_stat(
+                8,
+                "Traced vCPUs",
+                "vCPU threads whose exits are traced now; none while nothing happens.",
+                Query(f"sum({select(m.TRACED_VCPUS)})"),
+            ),
+        ],
+    )
+
+
+def _exits() -> Row:
+    top = f"topk(10, sum by ({VM_KEYS}) ({rate(m.VM_NOTIFY_WINDOW_EXITS)}) > 0)"
+    lost = vm_seconds_lost(rate(m.VM_NOTIFY_WINDOW_EXITS))
+    return Row(
+        10,
+        "Notify exits",
+        [
+            make_graph(
+                11,
+                "Notify exits",
+                "Of the host, those of VMs that are gone among them.",
+                [Query(f"sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)})", "{{instance}}")],
+                unit="cps",
+            ),
+            make_graph(
+                12,
+                "Notify exits of the top VMs",
+                "The ten VMs with the highest rate at each point in time.",
+                [Query(with_owner(top, "name"), "{{name}} {{vm}}")],
+                unit="cps",
+                links=[link_to_vm("__field.labels")],
+                no_value="no VM took a notify exit",
+            ),
+            make_graph(
+                13,
+                "Stalled vCPUs",
+                "vCPUs that are stuck at one RIP; not known where RIPs cannot be had.",
+                [Query(f"max by ({HOST_KEYS}) ({select(m.HOST_NO_PROGRESS)})", "{{instance}}")],
+                unit="short",
+                no_value="not known",
+            ),
+            make_graph(
+                14,
+                "Guest time lost",
+                "Notify exits times the shortest interval between two of them with that window: 1 is one vCPU that "
+                "gets nothing done. Empty until the agent has seen a stall with that window.",
+                [Query(f"sum by ({HOST_KEYS}) ({lost})", "{{instance}}")],
+                unit="short",
+                no_value="not known",
+            ),
+            make_graph(
+                15,
+                "VMs by protection",
+                "armed: notify exits are on. off: the host could, the VMM did not ask. unsupported: the host cannot. "
+                "unknown: it could not be found out.",
+                [Query(f"sum by (protection) ({select(m.HOST_VMS)})", "{{protection}}")],
+                unit="short",
+                stacked=True,
+                colors=PROTECTION_COLORS,
+            ),
+            make_graph(
+                16,
+                "Shortest interval between notify exits",
+                "Shortest time seen between two notify exits in a row at one RIP, by the VM's window: the window and "
+                "the CPU's own threshold take no longer. The agent forgets it when it restarts.",
+                [
+                    Query(
+                        f"max by ({HOST_KEYS}, window_cycles) ({select(m.HOST_INTERVAL_MIN)})",
+                        "{{instance}}, window {{window_cycles}} cycles",
+                    )
+                ],
+                unit="s",
+                no_value="no stall was seen since the agent started",
+            ),
+        ],
+    )
+
+
+def _vms() -> Row:
+    who = f"{VM_KEYS}, {OWNER}, vmm, vmm_version, pid"
+    return Row(
+        20,
+        "VMs",
+        [
+            make_table(
+                21,
+                "Stalled vCPUs now",
+                "Each vCPU that makes no forward progress, and whose VM it is. The RIP is in the agent's log and API.",
+                {"stalled": find_stalled(OWNER)},
+                [
+                    Column(field="name", title="Name", links=[link_to_vm()]),
+                    Column(field="display_name", title="User's name"),
+                    Column(field="project", title="Project"),
+                    Column(field="namespace", title="Namespace"),
+                    Column(field="vcpu", title="vCPU", width=70),
+                    Column(field="vm", title="VM", links=[link_to_vm()]),
+                    Column(field="instance", title="Host"),
+                    Column(field="job", title="Job"),
+                ],
+                sort_by="Name",
+                height=6,
+                no_value="no vCPU is stalled",
+            ),
+            make_table(
+                22,
+                "VMs",
+                "All VMs of now. An empty cell is not 0: it is not known. Time lost is exits in the time range times "
+                "the shortest interval between two with that window.",
+                {
+                    "who": f"max by ({who}) ({select(m.VM_INFO)})",
+                    "vcpus": f"max by ({VM_KEYS}) ({select(m.VM_VCPUS)})",
+                    "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION)} == 1)",
+                    "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO)})",
+                    "window": f"max by ({VM_KEYS}) ({select(m.VM_NOTIFY_WINDOW)})",
+                    "exits": f"sum by ({VM_KEYS}) ({increase(m.VM_NOTIFY_WINDOW_EXITS)})",
+                    "lost": f"sum by ({VM_KEYS}) ({vm_seconds_lost(increase(m.VM_NOTIFY_WINDOW_EXITS))})",
+                    "stalled": f"sum by ({VM_KEYS}) ({select(m.VCPU_NO_PROGRESS)})",
+                    "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME)}) * 1000",
+                },
+                [
+                    Column(field="name", title="Name", links=[link_to_vm()]),
+                    Column(field="display_name", title="User's name"),
+                    Column(field="project", title="Project"),
+                    Column(field="namespace", title="Namespace"),
+                    Column(field="state", title="Protection", mappings=PROTECTION, width=110),
+                    Column(field="exits", title="Notify exits", decimals=0),
+                    Column(field="stalled", title="vCPUs stalled", thresholds=GREEN_UNTIL_ONE),
+                    Column(field="lost", title="Time lost", unit="s"),
+                    Column(field="vcpus", title="vCPUs"),
+                    Column(field="window", title="Window (cycles)"),
+                    Column(field="source", title="Source"),
+                    Column(field="vmm", title="VMM"),
+                    Column(field="vmm_version", title="Version"),
+                    Column(field="pid", title="PID"),
+                    Column(field="started", title="Started", unit="dateTimeFromNow"),
+                    Column(field="vm", title="VM", links=[link_to_vm()]),
+                    Column(field="instance", title="Host"),
+                    Column(field="job", title="Job"),
+                ],
+                sort_by="Notify exits",
+                height=12,
+            ),
+        ],
+    )

@@ -1,0 +1,117 @@
+"""The rows of a host's dashboard about its agent."""
+
+from __future__ import annotations
+
+from exporter import metrics as m
+from grafana.builder.layout import Row
+from grafana.builder.panels import WORKS, Query, make_graph, make_timeline
+from grafana.builder.queries import HOST_KEYS, UP, rate, seen_agents, select
+
+
+def make_agent_row() -> Row:
+    """Return the row about what the agent can read, and how long it takes."""
+    return Row(
+        30,
+        "Agent",
+        [
+            make_timeline(
+                31,
+                "Up",
+                "Whether Prometheus could scrape the agent.",
+                Query(seen_agents(select(UP)), "{{instance}}"),
+                mappings=WORKS,
+            ),
+            make_timeline(
+                32,
+                "Sources",
+                "Whether a source of KVM statistics works. debugfs does not work under Secure Boot, and need not.",
+                Query(f"max by ({HOST_KEYS}, source) ({select(m.SOURCE_UP)})", "{{instance}} {{source}}"),
+                mappings=WORKS,
+            ),
+            make_timeline(
+                33,
+                "Collectors",
+                "Whether each part of a scrape succeeded.",
+                Query(f"min by ({HOST_KEYS}, collector) ({select(m.SCRAPE_SUCCESS)})", "{{instance}} {{collector}}"),
+                mappings=WORKS,
+            ),
+            make_graph(
+                34,
+                "Read errors",
+                "What was left out because it could not be read or made no sense; the log names the VM and the reason. "
+                "The first of a kind starts the line.",
+                [
+                    Query(
+                        f"sum by ({HOST_KEYS}, source, kind) ({rate(m.READ_ERRORS)})",
+                        "{{instance}} {{source}} {{kind}}",
+                    )
+                ],
+                unit="cps",
+                no_value="none since the agent started",
+            ),
+            make_graph(
+                35,
+                "Duration of a scrape",
+                "By part; the collector look is the reading of the host, before the others.",
+                [Query(f"max by ({HOST_KEYS}, collector) ({select(m.SCRAPE_DURATION)})", "{{instance}} {{collector}}")],
+                unit="s",
+                stacked=True,
+            ),
+            make_graph(
+                36,
+                "Poll period",
+                "How often counters are polled for notify exits; 0 where an exit itself tells of it.",
+                [Query(f"max by ({HOST_KEYS}) ({select(m.POLL_PERIOD)})", "{{instance}}")],
+                unit="s",
+            ),
+        ],
+    )
+
+
+def make_tracing_row() -> Row:
+    """Return the row about looks at vCPUs and what was said of them."""
+    return Row(
+        40,
+        "Tracing and warnings",
+        [
+            make_graph(
+                41,
+                "Traced vCPUs",
+                "vCPU threads whose exits are traced: at most 16 at once, none while nothing happens.",
+                [Query(f"max by ({HOST_KEYS}) ({select(m.TRACED_VCPUS)})", "{{instance}}")],
+                unit="short",
+            ),
+            make_graph(
+                42,
+                "Looks",
+                "How often a vCPU's exits began to be traced, and how often one had to wait because enough is traced "
+                "already: a guest that provokes notify exits cannot cost more than this.",
+                [
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_ARMINGS)})", "begun on {{instance}}"),
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_BUDGET_EXHAUSTED)})", "had to wait on {{instance}}"),
+                ],
+                unit="cps",
+            ),
+            make_graph(
+                43,
+                "Trace records",
+                "Records of notify exits that were read, and that were lost. Lost ones prove nothing.",
+                [
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_RECORDS)})", "read on {{instance}}"),
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_LOST_RECORDS)})", "lost on {{instance}}"),
+                ],
+                unit="cps",
+            ),
+            make_graph(
+                44,
+                "Warnings",
+                "Lines about stalls that were logged, and stalls that were not logged at once, so that no guest can "
+                "fill the log.",
+                [
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.WARNINGS)})", "logged on {{instance}}"),
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.WARNINGS_SUPPRESSED)})", "withheld on {{instance}}"),
+                ],
+                unit="cps",
+            ),
+        ],
+    )

@@ -1,0 +1,228 @@
+"""The dashboard around its panels: variables, annotations, links, and where each panel stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from exporter import metrics as m
+from grafana.builder.queries import select
+
+Json = dict[str, Any]
+
+DATASOURCE: Final[Json] = {"type": "prometheus", "uid": "${datasource}"}
+# Grafana 10's: what is newer is brought up to date by Grafana; Grafana 9 shows it too, without colours in tables.
+SCHEMA_VERSION: Final = 38
+COLUMNS: Final = 24
+
+FLEET_UID: Final = "kvm-notify-fleet"
+HOST_UID: Final = "kvm-notify-host"
+VM_UID: Final = "kvm-notify-vm"
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A panel of any kind; ``number`` is its id, which stays the same wherever it is moved."""
+
+    number: int
+    kind: str
+    title: str
+    description: str
+    width: int
+    height: int
+    body: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A heading and the panels below it."""
+
+    number: int
+    title: str
+    panels: Sequence[Panel]
+
+
+def link_to(uid: str, title: str, **variables: str) -> Json:
+    """Return a data link to another dashboard; ``variables`` are where the values come from: ``__data.fields.vm``."""
+    values = "".join(f"&var-{name}=${{{source}:percentencode}}" for name, source in variables.items())
+    return {"title": title, "url": f"/d/{uid}?var-datasource=${{datasource}}{values}&${{__url_time_range}}"}
+
+
+def link_to_host(place: str = "__data.fields") -> Json:
+    """Return a link to the host's dashboard, from a table's row or (``__field.labels``) a line of a graph."""
+    return link_to(HOST_UID, "Host", job=f"{place}.job", instance=f"{place}.instance")
+
+
+def link_to_vm(place: str = "__data.fields") -> Json:
+    """Return a link to the VM's dashboard, from a table's row or (``__field.labels``) a line of a graph."""
+    return link_to(VM_UID, "VM", job=f"{place}.job", instance=f"{place}.instance", vm=f"{place}.vm")
+
+
+def render_dashboard(
+    *,
+    uid: str,
+    title: str,
+    description: str,
+    time_from: str,
+    variables: Sequence[Json],
+    annotations: Sequence[Json],
+    rows: Sequence[Row],
+) -> Json:
+    """Return a dashboard as Grafana imports it."""
+    back = [] if uid == FLEET_UID else [_link_to_fleet()]
+    return {
+        "annotations": {"list": [_builtin_annotation(), *annotations]},
+        "description": description,
+        "editable": False,
+        "fiscalYearStartMonth": 0,
+        "graphTooltip": 1,
+        "links": back,
+        "liveNow": False,
+        "panels": _place(rows),
+        "refresh": "1m",
+        "schemaVersion": SCHEMA_VERSION,
+        "style": "dark",
+        "tags": ["kvm"],
+        "templating": {"list": [_datasource_variable(), *variables]},
+        "time": {"from": time_from, "to": "now"},
+        "timepicker": {},
+        "timezone": "",
+        "title": title,
+        "uid": uid,
+        "version": 1,
+        "weekStart": "",
+    }
+
+
+def job_variable() -> Json:
+    """Return the choice of Prometheus jobs."""
+    return _query_variable("job", "Job", f"label_values({m.BUILD_INFO.name}, job)", multi=True, all_first=True)
+
+
+def instance_variable(*, all_first: bool) -> Json:
+    """Return the choice of hosts; with ``all_first`` it starts with all of them, else with the first one."""
+    query = f'label_values({m.BUILD_INFO.name}{{job=~"$job"}}, instance)'
+    return _query_variable("instance", "Instance", query, multi=True, all_first=all_first)
+
+
+def vm_variable() -> Json:
+    """Return the choice of one VM, by whatever it is known by.
+
+    The text starts with names, which are not unique and belong to strangers; so the value comes from the end of what
+    Prometheus answers, where no name can reach.
+    """
+    known_by = ", ".join(f'"{label}"' for label in ("display_name", "name", "project", "namespace", "vm"))
+    query = f'query_result(max by (label, vm) (label_join({select(m.VM_INFO)}, "label", " ", {known_by})))'
+    regex = r'/^\{label="\s*(?<text>.*)",vm="(?<value>[^"]+)"\} /'
+    return _query_variable("vm", "VM", query, multi=False, all_first=False, regex=regex)
+
+
+def stall_annotation(expr: str, title: str, text: str) -> Json:
+    """Return marks over the graphs for as long as ``expr`` gives a series."""
+    return {
+        "datasource": DATASOURCE,
+        "enable": True,
+        "expr": expr,
+        "hide": False,
+        "iconColor": "red",
+        "name": "Stalls",
+        "step": "",
+        "tagKeys": "instance",
+        "textFormat": text,
+        "titleFormat": title,
+    }
+
+
+def _place(rows: Sequence[Row]) -> list[Json]:
+    placed: list[Json] = []
+    y = 0
+    for row in rows:
+        head = {"h": 1, "w": COLUMNS, "x": 0, "y": y}
+        placed.append(
+            {"collapsed": False, "gridPos": head, "id": row.number, "panels": [], "title": row.title, "type": "row"}
+        )
+        x, y, line_height = 0, y + 1, 0
+        for panel in row.panels:
+            if x + panel.width > COLUMNS:
+                x, y, line_height = 0, y + line_height, 0
+            placed.append(
+                {
+                    "datasource": DATASOURCE,
+                    "description": panel.description,
+                    **panel.body,
+                    "gridPos": {"h": panel.height, "w": panel.width, "x": x, "y": y},
+                    "id": panel.number,
+                    "pluginVersion": "10.0.0",  # without one Grafana takes it for a panel of the time before versions
+                    "title": panel.title,
+                    "type": panel.kind,
+                }
+            )
+            x, line_height = x + panel.width, max(line_height, panel.height)
+        y += line_height
+    return placed
+
+
+def _datasource_variable() -> Json:
+    return {
+        "current": {},
+        "hide": 0,
+        "includeAll": False,
+        "label": "Data source",
+        "multi": False,
+        "name": "datasource",
+        "options": [],
+        "query": "prometheus",
+        "refresh": 1,
+        "regex": "",
+        "skipUrlSync": False,
+        "type": "datasource",
+    }
+
+
+def _query_variable(name: str, label: str, query: str, *, multi: bool, all_first: bool, regex: str = "") -> Json:
+    return {
+        **({"allValue": ".+"} if multi else {}),
+        "current": {"selected": True, "text": "All", "value": "$__all"} if all_first else {},
+        "datasource": DATASOURCE,
+        "definition": query,
+        "hide": 0,
+        "includeAll": all_first,
+        "label": label,
+        "multi": multi,
+        "name": name,
+        "options": [],
+        "query": {"query": query, "refId": "StandardVariableQuery"},
+        "refresh": 2,  # when the time range changes: hosts and VMs come and go
+        "regex": regex,
+        "skipUrlSync": False,
+        "sort": 5,  # by name, upper and lower case alike
+        "type": "query",
+    }
+
+
+def _builtin_annotation() -> Json:
+    return {
+        "builtIn": 1,
+        "datasource": {"type": "grafana", "uid": "-- Grafana --"},
+        "enable": True,
+        "hide": True,
+        "iconColor": "rgba(0, 211, 255, 1)",
+        "name": "Annotations & Alerts",
+        "type": "dashboard",
+    }
+
+
+def _link_to_fleet() -> Json:
+    return {
+        "asDropdown": False,
+        "icon": "dashboard",
+        "includeVars": False,
+        "keepTime": True,
+        "tags": [],
+        "targetBlank": False,
+        "title": "Fleet",
+        "tooltip": "All hosts",
+        "type": "link",
+        "url": f"/d/{FLEET_UID}?var-datasource=${{datasource}}",
+    }

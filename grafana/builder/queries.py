@@ -1,0 +1,85 @@
+"""Pieces of PromQL: selectors that hold to the dashboard's variables, joins, and the guest time that was lost."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from exporter import metrics as m
+from exporter.metrics import Metric, MetricType
+
+# Prometheus gives this to each of its targets.
+UP: Final = Metric("up", MetricType.GAUGE, "Whether the last scrape of a target succeeded.")
+
+HOST_KEYS: Final = "job, instance"
+VM_KEYS: Final = "job, instance, vm"
+OWNER: Final = "name, display_name, project, namespace"
+CPU: Final = "cpu_model_name, cpu_family, cpu_model, cpu_stepping, microcode"
+
+
+def select(metric: Metric, **equal: str) -> str:
+    """Return a selector of the chosen jobs and instances; raises ValueError for a label that the metric has not."""
+    if unknown := equal.keys() - set(metric.labels):
+        raise ValueError(f"{metric.name} has no label {', '.join(sorted(unknown))}")
+    matchers = ['job=~"$job"', 'instance=~"$instance"', *(f'{label}="{value}"' for label, value in equal.items())]
+    return f"{metric.name}{{{', '.join(matchers)}}}"
+
+
+def rate(metric: Metric, **equal: str) -> str:
+    """Return a counter's increase per second."""
+    return f"rate({select(metric, **equal)}[$__rate_interval])"
+
+
+def increase(metric: Metric, **equal: str) -> str:
+    """Return a counter's increase over the dashboard's whole time range."""
+    return f"increase({select(metric, **equal)}[$__range])"
+
+
+def with_owner(expr: str, labels: str = OWNER) -> str:
+    """Return a query by VM with labels of kvm_vm_info; topk, so that a VM described twice is no error."""
+    info = f"topk by ({VM_KEYS}) (1, {select(m.VM_INFO)})"
+    return f"{expr} * on ({VM_KEYS}) group_left ({labels}) {info}"
+
+
+def with_cpu(expr: str) -> str:
+    """Return a query by host with the labels that name its CPU and microcode."""
+    info = f"topk by (job, instance) (1, {select(m.HOST_INFO)})"
+    return f"{expr} * on (job, instance) group_left ({CPU}) {info}"
+
+
+def guest_seconds_lost(exits: str, **equal: str) -> str:
+    """Return notify exits by VM (or rates of them) times how long the guest stood still for each.
+
+    That is the shortest interval seen on the host between two of them at one RIP, with the VM's own window: its value
+    becomes the label by which the interval is found. No result where the window is not known or no interval was seen.
+    """
+    window = f'count_values by ({VM_KEYS}) ("window_cycles", {select(m.VM_NOTIFY_WINDOW, **equal)})'
+    interval = f"max by (job, instance, window_cycles) ({select(m.HOST_INTERVAL_MIN)})"
+    return (
+        f"{exits} * on ({VM_KEYS}) group_left (window_cycles) {window}"
+        f" * on (job, instance, window_cycles) group_left () {interval}"
+    )
+
+
+def vm_seconds_lost(exits: str, **equal: str) -> str:
+    """Return the guest time lost by VM; ``exits`` is rate() or increase() of the VM's counter."""
+    return guest_seconds_lost(f"sum by ({VM_KEYS}) ({exits})", **equal)
+
+
+def find_stalled(labels: str) -> str:
+    """Return the vCPUs that are stalled now, with labels of their VM where those are known."""
+    keys = f"{VM_KEYS}, vcpu"
+    stalled = f"max by ({keys}) ({select(m.VCPU_NO_PROGRESS)}) == 1"
+    return f"({with_owner(f'({stalled})', labels)}) or on ({keys}) ({stalled})"
+
+
+def seen_agents(expr: str) -> str:
+    """Return ``expr`` of targets that were this agent in the time range.
+
+    ``up`` is there for every target of Prometheus, and the choice "All" of jobs means every job.
+    """
+    return f"{expr} and on (job, instance) last_over_time({select(m.BUILD_INFO)}[$__range])"
+
+
+ARMED_VMS: Final = f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS, protection='armed')})"
+ARMED_VCPUS: Final = f"sum by ({HOST_KEYS}) ({select(m.HOST_VCPUS, protection='armed')})"
+HOST_EXITS: Final = f"sum by ({HOST_KEYS}) ({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"

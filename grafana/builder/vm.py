@@ -1,0 +1,291 @@
+"""The dashboard of one VM: who it is, and what each of its vCPUs does.
+
+This is the only one that asks for every vCPU's series. With ``--vcpu-series=none`` they are not there, and with
+``active`` only those of vCPUs that have taken a notify exit; the VM's own stay.
+"""
+
+from __future__ import annotations
+
+from exporter import metrics as m
+from exporter.metrics import Metric
+from grafana.builder.layout import (
+    VM_UID,
+    Json,
+    Row,
+    instance_variable,
+    job_variable,
+    link_to_host,
+    render_dashboard,
+    stall_annotation,
+    vm_variable,
+)
+from grafana.builder.panels import (
+    GREEN_UNTIL_ONE,
+    PROTECTION,
+    PROTECTION_COLORS,
+    STALLED,
+    Column,
+    Query,
+    make_graph,
+    make_stat,
+    make_table,
+    make_timeline,
+)
+from grafana.builder.queries import (
+    OWNER,
+    VM_KEYS,
+    guest_seconds_lost,
+    increase,
+    rate,
+    select,
+    vm_seconds_lost,
+)
+
+VM = "$vm"
+VCPU_KEYS = f"{VM_KEYS}, vcpu"
+VCPU_NAME = "vCPU {{vcpu}} on {{instance}}"
+ABSENT = "Absent with --vcpu-series=none; with active, a vCPU's first exits are not in it."
+
+
+def render() -> Json:
+    """Return the dashboard."""
+    stalled = select(m.VCPU_NO_PROGRESS, vm=VM)
+    return render_dashboard(
+        uid=VM_UID,
+        title="KVM notify exits: VM",
+        description="Notify VM exits of one VM, by vCPU. A VM that migrates is on two hosts for a moment: "
+        "choose All instances to see both.",
+        time_from="now-1h",
+        variables=[job_variable(), instance_variable(all_first=True), vm_variable()],
+        annotations=[
+            stall_annotation(
+                f"max by (instance, vcpu) (max_over_time({stalled}[$__rate_interval])) == 1",
+                "vCPU {{vcpu}} stalled",
+                "It made no forward progress on {{instance}}. The mark ends up to one rate interval late.",
+            )
+        ],
+        rows=[_who_it_is(), _exits(), _verdicts(), _vcpus()],
+    )
+
+
+def _by_vcpu(expr: str) -> str:
+    return f"sum by ({VCPU_KEYS}) ({expr})"
+
+
+def _rate_by_vcpu(metric: Metric) -> str:
+    return _by_vcpu(rate(metric, vm=VM))
+
+
+def _increase_by_vcpu(metric: Metric) -> str:
+    return _by_vcpu(increase(metric, vm=VM))
+
+
+def _who_it_is() -> Row:
+    who = f"{VM_KEYS}, {OWNER}, uuid, vmm, vmm_version, pid"
+    return Row(
+        1,
+        "VM $vm",
+        [
+            make_table(
+                2,
+                "Who it is",
+                "Names and owner as the VMM's command line and the host's files tell, and where its counts come from.",
+                {
+                    "who": f"max by ({who}) ({select(m.VM_INFO, vm=VM)})",
+                    "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO, vm=VM)})",
+                    "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION, vm=VM)} == 1)",
+                    "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME, vm=VM)}) * 1000",
+                },
+                [
+                    Column(field="name", title="Name"),
+                    Column(field="display_name", title="User's name"),
+                    Column(field="project", title="Project"),
+                    Column(field="namespace", title="Namespace"),
+                    Column(field="uuid", title="UUID"),
+                    Column(field="vmm", title="VMM"),
+                    Column(field="vmm_version", title="Version"),
+                    Column(field="pid", title="PID"),
+                    Column(field="state", title="Protection", mappings=PROTECTION, width=110),
+                    Column(field="source", title="Source"),
+                    Column(field="started", title="Started", unit="dateTimeAsIso"),
+                    Column(field="instance", title="Host", links=[link_to_host()]),
+                    Column(field="job", title="Job"),
+                    Column(field="vm", title="VM"),
+                ],
+                sort_by="Started",
+                height=5,
+                no_value="no such VM now",
+            ),
+            make_stat(
+                3,
+                "Protection",
+                "armed: notify exits are on. off: the host could, the VMM did not ask. unsupported: the host cannot. "
+                "unknown: it could not be found out. Only where it is armed does a count of 0 mean that nothing "
+                "happened.",
+                Query(f"max by (state) ({select(m.VM_NOTIFY_PROTECTION, vm=VM)} == 1)", "{{state}}"),
+                name_colors=PROTECTION_COLORS,
+            ),
+            make_stat(
+                4,
+                "Window",
+                "KVM's notify_window, in crystal clock cycles, to which the CPU adds a threshold of its own: 0 is "
+                "usual. Only where known and armed.",
+                Query(f"max({select(m.VM_NOTIFY_WINDOW, vm=VM)})"),
+                unit="locale",
+            ),
+            make_stat(5, "vCPUs", "Number of vCPUs.", Query(f"max({select(m.VM_VCPUS, vm=VM)})")),
+            make_stat(
+                6,
+                "Stalled vCPUs",
+                "vCPUs that are stuck at one RIP now. Not known before the first notify exit, or where RIPs cannot be "
+                "had.",
+                Query(f"sum({select(m.VCPU_NO_PROGRESS, vm=VM)})"),
+                thresholds=GREEN_UNTIL_ONE,
+            ),
+            make_stat(
+                7,
+                "Notify exits",
+                "Notify VM exits in the time range, all vCPUs together.",
+                Query(f"sum({increase(m.VM_NOTIFY_WINDOW_EXITS, vm=VM)})"),
+                decimals=0,
+            ),
+            make_stat(
+                8,
+                "Guest time lost",
+                "Notify exits in the time range times the shortest interval between two of them with this VM's window.",
+                Query(f"sum({vm_seconds_lost(increase(m.VM_NOTIFY_WINDOW_EXITS, vm=VM), vm=VM)})"),
+                unit="s",
+            ),
+        ],
+    )
+
+
+def _exits() -> Row:
+    notify, total = _rate_by_vcpu(m.VCPU_NOTIFY_WINDOW_EXITS), _rate_by_vcpu(m.VCPU_EXITS)
+    return Row(
+        10,
+        "Exits",
+        [
+            make_graph(
+                11,
+                "Notify exits of each vCPU",
+                f"VM exits because the guest opened no event window for too long. {ABSENT}",
+                [Query(notify, VCPU_NAME)],
+                unit="cps",
+            ),
+            make_graph(
+                12,
+                "All exits of each vCPU",
+                "VM exits of all kinds, notify exits among them. A stuck vCPU takes notify exits and hardly any other. "
+                f"{ABSENT}",
+                [Query(total, VCPU_NAME)],
+                unit="cps",
+            ),
+            make_graph(
+                13,
+                "Notify exits of the VM",
+                "All vCPUs together; also there with --vcpu-series=none, and where only the VM's sum can be read.",
+                [Query(f"sum by ({VM_KEYS}) ({rate(m.VM_NOTIFY_WINDOW_EXITS, vm=VM)})", "VM on {{instance}}")],
+                unit="cps",
+            ),
+            make_graph(
+                14,
+                "Share of notify exits",
+                f"Notify exits among all exits of a vCPU: near 1 while it is stuck. {ABSENT}",
+                [Query(f"{notify} / ({total} > 0)", VCPU_NAME)],
+                unit="percentunit",
+                maximum=1,
+            ),
+        ],
+    )
+
+
+def _verdicts() -> Row:
+    lost = guest_seconds_lost(_rate_by_vcpu(m.VCPU_NOTIFY_WINDOW_EXITS), vm=VM)
+    stalled = f"max by ({VCPU_KEYS}) (max_over_time({select(m.VCPU_NO_PROGRESS, vm=VM)}[$__rate_interval]))"
+    return Row(
+        20,
+        "Verdicts",
+        [
+            make_timeline(
+                21,
+                "Forward progress",
+                "Which vCPUs are stalled. A vCPU is here once it has taken a notify exit; a gap means that it is not "
+                "known. A stall ends up to one rate interval late here.",
+                Query(stalled, VCPU_NAME),
+                mappings=STALLED,
+                no_value="no notify exits, or their RIPs cannot be had",
+            ),
+            make_graph(
+                22,
+                "Guest time lost",
+                "Share of a vCPU's time: its notify exits times the shortest interval between two of them with this "
+                f"VM's window. Empty until the agent has seen a stall with that window. {ABSENT}",
+                [Query(lost, VCPU_NAME)],
+                unit="percentunit",
+                no_value="not known",
+            ),
+            make_graph(
+                23,
+                "Traced notify exits",
+                "Notify exits whose RIP was seen, and of those the ones at the RIP of the one before. Only some exits "
+                f"are traced, so compare the two with each other. {ABSENT}",
+                [
+                    Query(_rate_by_vcpu(m.VCPU_TRACED_EXITS), "traced, vCPU {{vcpu}}"),
+                    Query(_rate_by_vcpu(m.VCPU_SAME_RIP_EXITS), "same RIP, vCPU {{vcpu}}"),
+                ],
+                unit="cps",
+                no_value="none was traced",
+            ),
+            make_graph(
+                24,
+                "Exits with an invalid context",
+                "The CPU lost the guest's state: look at hardware and microcode. Absent where handle_notify() cannot "
+                "be watched.",
+                [Query(_rate_by_vcpu(m.VCPU_CONTEXT_INVALID), VCPU_NAME)],
+                unit="cps",
+                no_value="none, or not watched",
+            ),
+        ],
+    )
+
+
+def _vcpus() -> Row:
+    return Row(
+        30,
+        "vCPUs",
+        [
+            make_table(
+                31,
+                "vCPUs",
+                f"Each vCPU over the time range. An empty cell is not 0: it is not known, or there was none. {ABSENT}",
+                {
+                    "notify": _increase_by_vcpu(m.VCPU_NOTIFY_WINDOW_EXITS),
+                    "all": _increase_by_vcpu(m.VCPU_EXITS),
+                    "traced": _increase_by_vcpu(m.VCPU_TRACED_EXITS),
+                    "same_rip": _increase_by_vcpu(m.VCPU_SAME_RIP_EXITS),
+                    "invalid": _increase_by_vcpu(m.VCPU_CONTEXT_INVALID),
+                    "stalled": f"max by ({VCPU_KEYS}) ({select(m.VCPU_NO_PROGRESS, vm=VM)})",
+                    "last": f"max by ({VCPU_KEYS}) ({select(m.VCPU_LAST_NOTIFY_EXIT, vm=VM)}) * 1000",
+                    "lost": _by_vcpu(guest_seconds_lost(_increase_by_vcpu(m.VCPU_NOTIFY_WINDOW_EXITS), vm=VM)),
+                },
+                [
+                    Column(field="vcpu", title="vCPU", width=70),
+                    Column(field="notify", title="Notify exits", decimals=0),
+                    Column(field="all", title="All exits", decimals=0),
+                    Column(field="stalled", title="Forward progress", mappings=STALLED),
+                    Column(field="last", title="Last notify exit", unit="dateTimeAsIso"),
+                    Column(field="lost", title="Time lost", unit="s"),
+                    Column(field="traced", title="Traced", decimals=0),
+                    Column(field="same_rip", title="At the same RIP", decimals=0),
+                    Column(field="invalid", title="Invalid context", decimals=0, thresholds=GREEN_UNTIL_ONE),
+                    Column(field="instance", title="Host", links=[link_to_host()]),
+                    Column(field="job", title="Job"),
+                    Column(field="vm", title="VM"),
+                ],
+                sort_by="Notify exits",
+                height=10,
+                no_value="no series of vCPUs: the agent runs with --vcpu-series=none, or reads only the VM's sum",
+            ),
+        ],
+    )
