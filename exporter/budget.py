@@ -2,7 +2,7 @@
 
 An armed thread pays for a trace record at each of its exits, and each look costs the agent something. So threads are
 armed a few at a time, VMs take turns, and one vCPU is armed for a small part of the time only; its first look is free.
-What is put off is counted once.
+A part of that part is kept for the look that may show that a stuck vCPU goes on. What is put off is counted once.
 """
 
 from __future__ import annotations
@@ -27,19 +27,24 @@ class VcpuKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may be armed: on the host and of one VM at once, and which share of any window of one vCPU's time."""
+    """How much may be armed: on the host and of one VM at once, and which share of any window of one vCPU's time.
+
+    ``reserve`` is the part of that share that is kept for looks that ask for it.
+    """
 
     host: int = 16
     vm: int = 4
     share: float = 0.1
+    reserve: float = 0.2
     window_seconds: float = 60.0
 
 
 @dataclass(slots=True)
 class _Wanted:
-    """A look that waits for its turn: the least time it takes, and whether it was counted as put off."""
+    """A look that waits for its turn: the least time it takes, may it use the reserve, was it counted as put off."""
 
     seconds: float
+    from_reserve: bool = False
     counted: bool = False
 
 
@@ -67,11 +72,14 @@ class LookBudget:
         """How many looks are under way."""
         return len(self._running)
 
-    def want(self, key: VcpuKey, seconds: float = SHORTEST_SECONDS) -> None:
+    def want(self, key: VcpuKey, seconds: float = SHORTEST_SECONDS, *, from_reserve: bool = False) -> None:
         """Ask for a look of at least so many seconds; one that is asked for or under way already is the same."""
         if key not in self._running:
-            least = min(max(seconds, SHORTEST_SECONDS), LOOK_SECONDS)
-            self._wanted.setdefault(key.vm, {}).setdefault(key, _Wanted(least))
+            longest = min(LOOK_SECONDS, self._find_share(from_reserve=False))
+            least = SHORTEST_SECONDS if from_reserve else min(max(seconds, SHORTEST_SECONDS), longest)
+            wanted = self._wanted.setdefault(key.vm, {}).setdefault(key, _Wanted(least))
+            if from_reserve:
+                wanted.seconds, wanted.from_reserve = least, True
 
     def start(self, now: float) -> list[tuple[VcpuKey, float]]:
         """Return the looks that begin now, with how many seconds each may take."""
@@ -81,10 +89,10 @@ class LookBudget:
             if found is None:
                 break
             wanted = self._wanted.pop(found.vm)
-            del wanted[found]
+            look = wanted.pop(found)
             if wanted:
                 self._wanted[found.vm] = wanted  # behind the others
-            begun.append((found, self._find_seconds(found, now)))
+            begun.append((found, self._find_seconds(found, now, look.from_reserve)))
             self._running[found] = now
         for waiting in (look for wanted in self._wanted.values() for look in wanted.values() if not look.counted):
             waiting.counted = True
@@ -110,9 +118,12 @@ class LookBudget:
         if sum(key.vm == vm for key in self._running) >= self._limits.vm:
             return None
         wanted = self._wanted[vm]
-        return next((key for key, look in wanted.items() if self._find_seconds(key, now) >= look.seconds), None)
+        for key, look in wanted.items():
+            if self._find_seconds(key, now, look.from_reserve) >= look.seconds:
+                return key
+        return None
 
-    def _find_seconds(self, key: VcpuKey, now: float) -> float:
+    def _find_seconds(self, key: VcpuKey, now: float, from_reserve: bool) -> float:
         """Return how long a vCPU may be armed from now on."""
         past = self._past.get(key)
         if past is None or not past.looked:
@@ -121,4 +132,9 @@ class LookBudget:
         while past.looks and past.looks[0][1] <= oldest:
             past.looks.popleft()
         used = sum(ended - max(began, oldest) for began, ended in past.looks)
-        return min(LOOK_SECONDS, self._limits.share * self._limits.window_seconds - used)
+        return min(LOOK_SECONDS, self._find_share(from_reserve) - used)
+
+    def _find_share(self, from_reserve: bool) -> float:
+        """Return for how many seconds of a window a vCPU may be armed."""
+        share = self._limits.share * self._limits.window_seconds
+        return share if from_reserve else share * (1 - self._limits.reserve)

@@ -21,7 +21,8 @@ LONGEST_PAUSE_SECONDS: Final = 40.0
 class Followed:
     """A vCPU with what is known of it.
 
-    ``moved`` says that something has happened since the last look began, ``problem`` why a look has failed.
+    ``moved`` says that something has happened since the last look began, ``may_go_on`` that it was a sign of life of a
+    vCPU that was stuck, ``problem`` why a look has failed.
     """
 
     key: VcpuKey
@@ -32,6 +33,7 @@ class Followed:
     window_cycles: int | None = None
     exits: int | None = None
     moved: bool = True
+    may_go_on: bool = False
     look_at: float = 0.0
     pause: float = FIRST_PAUSE_SECONDS
     looking: bool = False
@@ -62,7 +64,7 @@ class Followed:
         if took_notify_exits:
             self.moved = True
         elif took_exits and self.progress.suspected:
-            self.moved = True
+            self.moved = self.may_go_on = True
             self.look_at = min(self.look_at, now)
 
     def wants_look(self, now: float) -> bool:

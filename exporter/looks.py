@@ -81,7 +81,8 @@ class Looks:
             return
         self._vcpus[vcpu.key] = vcpu
         # Two exits in a row, and a third to tell that nothing came between them.
-        self._budget.want(vcpu.key, 3 * (vcpu.progress.interval_seconds or 0.0))
+        seconds = 3 * (vcpu.progress.interval_seconds or 0.0)
+        self._budget.want(vcpu.key, seconds, from_reserve=vcpu.may_go_on)
         self.start()
 
     def start(self) -> None:
@@ -92,7 +93,7 @@ class Looks:
             if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
                 self._budget.end(key, loop.time())
                 continue
-            vcpu.moved = False
+            vcpu.moved = vcpu.may_go_on = False
             look = self._look(vcpu, vcpu.vcpu.tid, self._tracer, seconds)
             vcpu.looking = True
             task = self._tasks[key] = loop.create_task(look)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,9 +56,11 @@ def test_what_is_wanted_twice_or_under_way_is_one_look() -> None:
     assert budget.start(0.0) == []
 
 
-def look(budget: LookBudget, now: float, seconds: float, least: float = 0.0) -> float | None:
+def look(
+    budget: LookBudget, now: float, seconds: float, least: float = 0.0, from_reserve: bool = False
+) -> float | None:
     """Look for at most so long; returns how long it was, None if it had to wait."""
-    budget.want(make_key(1), least)
+    budget.want(make_key(1), least, from_reserve=from_reserve)
     begun = budget.start(now)
     if not begun:
         return None
@@ -69,18 +72,35 @@ def look(budget: LookBudget, now: float, seconds: float, least: float = 0.0) -> 
 def test_the_first_look_is_free_and_then_it_is_a_tenth_of_a_minute() -> None:
     budget = LookBudget(Limits())
     assert look(budget, 0.0, 9.0) == LOOK_SECONDS
-    assert look(budget, 10.0, 9.0) == LOOK_SECONDS
-    assert look(budget, 20.0, 9.0) == 1.0
+    assert look(budget, 10.0, 4.0) == 4.0
+    assert look(budget, 20.0, 9.0) == pytest.approx(0.8)
     assert look(budget, 30.0, 9.0) is None
     assert budget.exhausted == 1
-    assert look(budget, 75.5, 9.0) == 5.0
+    assert look(budget, 75.5, 9.0) == pytest.approx(4.0)
+
+
+def test_a_fifth_of_it_is_kept_for_signs_of_life() -> None:
+    budget = LookBudget(Limits())
+    assert look(budget, 0.0, 9.0) == LOOK_SECONDS
+    assert look(budget, 10.0, 9.0) == pytest.approx(4.8)
+    assert look(budget, 20.0, 9.0) is None
+    assert look(budget, 21.0, 0.9, least=4.0, from_reserve=True) == 0.9  # the same look, by another name
+    assert look(budget, 30.0, 1.0) is None
+    assert look(budget, 31.0, 1.0, from_reserve=True) == pytest.approx(0.3)
+    assert look(budget, 32.0, 1.0, from_reserve=True) is None
 
 
 def test_a_slow_vcpu_waits_until_a_look_is_long_enough() -> None:
     budget = LookBudget(Limits())
     assert (look(budget, 0.0, 5.0), look(budget, 10.0, 3.0)) == (5.0, 3.0)
     assert look(budget, 20.0, 5.0, least=4.0) is None
-    assert look(budget, 74.0, 5.0) == 5.0
+    assert look(budget, 74.0, 5.0) == pytest.approx(4.8)
+
+
+def test_no_vcpu_is_too_slow_to_be_looked_at_again() -> None:
+    budget = LookBudget(Limits())
+    assert look(budget, 0.0, 5.0, least=100.0) == 5.0
+    assert look(budget, 10.0, 5.0, least=100.0) == pytest.approx(4.8)
 
 
 def test_a_vm_that_has_ended_is_forgotten() -> None:
@@ -92,12 +112,12 @@ def test_a_vm_that_has_ended_is_forgotten() -> None:
     budget.end(make_key(1), 0.0)
 
 
-@given(st.lists(st.tuples(st.floats(0.0, 20.0), st.floats(0.0, 5.0)), max_size=60))
-def test_no_minute_has_more_than_its_share(asked: list[tuple[float, float]]) -> None:
+@given(st.lists(st.tuples(st.floats(0.0, 20.0), st.floats(0.0, 5.0), st.booleans()), max_size=60))
+def test_no_minute_has_more_than_its_share(asked: list[tuple[float, float, bool]]) -> None:
     budget, now, looks = LookBudget(Limits()), 0.0, []
-    for pause, seconds in asked:
+    for pause, seconds, from_reserve in asked:
         now += pause
-        taken = look(budget, now, seconds)
+        taken = look(budget, now, seconds, from_reserve=from_reserve)
         if taken is not None:
             looks.append((now, now + taken))
             now += taken

@@ -223,6 +223,20 @@ def check_share(host: FakeHost, share: float = 0.1, window: float = 60.0) -> Non
             assert used <= share * window + 0.3, (tid, used)
 
 
+def test_a_vcpu_that_goes_on_is_looked_at_though_it_has_had_its_share_of_looks() -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.SUSPECT)
+        await asyncio.sleep(30)
+        assert scene.watch.report().budget_exhausted > 0
+        scene.host.set(vm.vcpus[0], "running")
+        assert await scene.wait_for(vm, State.PROGRESSING, 15) < 3
+
+    play(act, vm, registers=False, rule=StallRule(seconds=1000.0))
+
+
 def test_while_nothing_happens_nothing_is_armed_and_nobody_polls() -> None:
     vm = FakeVm("web", 100, 4)
 
