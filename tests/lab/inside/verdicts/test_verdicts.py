@@ -27,7 +27,7 @@ import pytest
 
 from kvm.libvirt_status import parse_domain_status
 from tests.agents import AgentProcess, open_agent
-from tests.lab.calibration import find_slowdown
+from tests.lab.calibration import find_slowdown, is_within
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
 
@@ -81,15 +81,22 @@ class Listener:
             found = [line for line in self.verdicts(vm)[after:] if line["state"] == state]
             if found:
                 return found[0]
-            assert time.monotonic() < deadline, (state, self.agent.log[-40:])
+            assert time.monotonic() < deadline, f"not {state}:\n{self.tell_of(vm)}"
             time.sleep(0.05)
 
-    def wait_for_line(self, msg: str, vm: str, number: int = 1) -> dict[str, str]:
-        deadline = time.monotonic() + 30
+    def wait_for_line(self, msg: str, vm: str, number: int = 1, seconds: float = 30.0) -> dict[str, str]:
+        deadline = time.monotonic() + seconds
         while len(self.lines(msg, vm)) < number:
-            assert time.monotonic() < deadline, (msg, self.agent.log[-40:])
+            assert time.monotonic() < deadline, f"no line {msg!r}:\n{self.tell_of(vm)}"
             time.sleep(0.05)
         return self.lines(msg, vm)[number - 1]
+
+    def tell_of(self, vm: str) -> str:
+        """What there is to know when something has not come."""
+        samples = [line for line in self.agent.get()[2].decode().splitlines() if line.startswith("kvm_exporter_trace")]
+        found = [vcpu for vcpu in json.loads(self.agent.get("/api/v1/vcpus")[2])["vcpus"] if vcpu["vm"] == vm]
+        lines = [line for line in self.agent.log if vm in line or "level=DEBUG" not in line]
+        return "\n".join([*lines[-40:], *samples, *(json.dumps(vcpu) for vcpu in found)])
 
     def find_vcpu(self, vm: str, vcpu: int = 0) -> dict[str, object]:
         _status, _headers, body = self.agent.get("/api/v1/vcpus")
@@ -297,8 +304,8 @@ def check_stall(listener: Listener, stuck: GuestProcess, vm: str, tell: Tell) ->
     stuck.notify(1, exits=0)
     to_suspect, to_line, line = find_lateness(listener, vm)
     tell(f"polling: first pair to suspect {to_suspect:.3f} s, conditions of a stall to the line {to_line:.3f} s")
-    assert to_suspect < POLLING_SECONDS
-    assert to_line < POLLING_SECONDS
+    assert is_within(to_suspect, POLLING_SECONDS)
+    assert is_within(to_line, POLLING_SECONDS)
     shown = ("name", "owner", "vcpu", "tid", "rip", "exits_at_rip", "registers", "seconds")
     tell("polling: " + " ".join(f"{key}={line[key]}" for key in shown if key in line))
     found = listener.find_vcpu(vm, 1)
@@ -351,11 +358,12 @@ def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str, 
     assert hex(done["code"]) == code
     stuck.send("loop")
     began = time.monotonic()
-    line = listener.wait_for_line(END, vm)
+    line = listener.wait_for_line(END, vm, seconds=60)
     while listener.agent.samples("kvm_vcpu_no_forward_progress", vm=vm) != {(("vcpu", "1"),): 0.0}:
-        assert time.monotonic() < began + 15
         time.sleep(0.1)
-    tell(f"the guest goes on: line and metric after {time.monotonic() - began:.1f} s, because {line['why']}")
+    seconds = time.monotonic() - began
+    tell(f"the guest goes on: line and metric after {seconds:.1f} s, because {line['why']}")
+    assert is_within(seconds, 15.0)
     stuck.stop()
 
 
@@ -386,7 +394,7 @@ def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: 
         share = used / found_after
         tell(f"flood: the agent takes {100 * share / slowdown:.2f} % of a core ({100 * share:.0f} % of this one's)")
         tell(f"flood: {warnings} warnings, {samples}")
-        assert found_after < 5
+        assert is_within(found_after, 5.0)
         assert ratio > 0.9
         assert share / slowdown < 0.05
         assert warnings <= 5
@@ -407,8 +415,8 @@ def test_a_trigger_makes_it_faster(tell: Tell) -> None:
         tell(f"trigger: first pair to suspect {to_suspect:.3f} s, conditions of a stall to the line {to_line:.3f} s")
         tell(f"trigger: first exit to the line {seen:.2f} s, 1 s of which makes it a stall")
         guest.stop()
-        assert to_suspect < POLLING_SECONDS
-        assert to_line < POLLING_SECONDS
+        assert is_within(to_suspect, POLLING_SECONDS)
+        assert is_within(to_line, POLLING_SECONDS)
 
 
 def test_no_event_outlives_its_vm_and_none_is_left_in_the_end(listener: Listener) -> None:
