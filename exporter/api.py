@@ -2,7 +2,9 @@
 
 A RIP tells a stranger where a guest's kernel lies, and owners are nobody's business. So both are for clients of this
 machine only: a peer with a loopback address, or of the Unix socket, that has asked for this machine by a loopback
-name (a web page cannot make a browser do that under its own name) and is no proxy that speaks for somebody else.
+name (a web page cannot make a browser do that under its own name) and is no proxy that speaks for somebody else. What
+a browser here is asked to fetch by another site's page (Sec-Fetch-Site) could not be read there, and is not answered
+in full all the same; a link from there may be followed.
 """
 
 from __future__ import annotations
@@ -15,12 +17,24 @@ from exporter.stall_log import name_vector, render_rip
 from exporter.verdicts import State, VcpuReport, WatchReport
 
 PATH: Final = "/api/v1/vcpus"
+PRIVATE_HEADERS: Final[Mapping[str, str]] = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}
+"""For what is not to be kept, nor to be seen from other sites."""
+
 _PROXIES: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 
 def is_local(peer: str | None, headers: Mapping[str, str]) -> bool:
     """Tell whether a client is one of this machine; ``peer`` is its address, None for a Unix socket."""
     if any(name in headers for name in _PROXIES):
+        return False
+    is_ours = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+    if not is_ours and headers.get("Sec-Fetch-Mode") != "navigate":
         return False
     return peer is None or (_is_loopback(peer) and _is_loopback(_find_host(headers.get("Host", ""))))
 

@@ -11,7 +11,7 @@ from collections import Counter
 from kvm.confinement import NEEDED_CAPABILITIES, Confinement
 from kvm.model import Host, Protection, Snapshot, SourceReport
 
-_SOURCE_USES = {
+SOURCE_USES = {
     "bpf": "every vCPU of every VMM, and whether notify exits are armed",
     "stats_fd": "every vCPU of VMMs that hold statistics fds (QEMU 8.1 and later)",
     "debugfs": "each VM's sum, no vCPUs",
@@ -33,10 +33,10 @@ def render_check(snapshot: Snapshot, confinement: Confinement, vmx_flags: frozen
     """Render a report: a line a fact, sources in order of preference."""
     host = snapshot.host
     rows = [
-        ("host", f"Linux {host.kernel}, {_describe_cpu(host)}"),
-        ("kvm", _describe_kvm(host)),
+        ("host", f"Linux {host.kernel}, {describe_cpu(host)}"),
+        ("kvm", describe_kvm(host)),
         ("notify exits", _describe_notify(host, vmx_flags)),
-        ("lockdown", _describe_lockdown(host)),
+        ("lockdown", describe_lockdown(host)),
         ("privileges", _describe_privileges(confinement)),
         ("namespaces", _describe_namespaces(host, confinement)),
         ("security", _describe_security(confinement)),
@@ -48,14 +48,16 @@ def render_check(snapshot: Snapshot, confinement: Confinement, vmx_flags: frozen
     return "".join(f"{name:<{width}}  {text}\n" for name, text in rows)
 
 
-def _describe_cpu(host: Host) -> str:
+def describe_cpu(host: Host) -> str:
+    """Say which CPU it is, down to its microcode."""
     if not host.cpu_vendor:
         return "CPU unknown: /proc/cpuinfo cannot be read"
     numbers = f"family {host.cpu_family} model {host.cpu_model} stepping {host.cpu_stepping}"
     return f"{host.cpu_model_name or 'CPU'} ({host.cpu_vendor} {numbers}, microcode {host.microcode or 'unknown'})"
 
 
-def _describe_kvm(host: Host) -> str:
+def describe_kvm(host: Host) -> str:
+    """Say whether KVM answers, and what it runs on."""
     backends = {
         "kvm_intel": "VMX, by kvm_intel",
         "kvm_amd": "SVM, by kvm_amd",
@@ -83,7 +85,8 @@ def _describe_notify(host: Host, vmx_flags: frozenset[str] | None) -> str:
     return f"not supported (KVM_CAP_X86_NOTIFY_VMEXIT is 0): {why}; every counter stays 0 here"
 
 
-def _describe_lockdown(host: Host) -> str:
+def describe_lockdown(host: Host) -> str:
+    """Say what the kernel's lockdown closes."""
     texts = {
         "": "unknown: securityfs is not mounted, or the kernel has no lockdown",
         "none": "none",
@@ -127,7 +130,7 @@ def _describe_security(confinement: Confinement) -> str:
 
 def _describe_source(source: SourceReport) -> str:
     if source.up:
-        return f"works: {_SOURCE_USES.get(source.source, 'a made-up host')}" + (
+        return f"works: {SOURCE_USES.get(source.source, 'a made-up host')}" + (
             f"; but {source.reason}" if source.reason else ""
         )
     text = f"does not work: {source.reason}"

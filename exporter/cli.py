@@ -18,16 +18,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from exporter import journal, metrics, server, watching
+from exporter import journal, metrics, watching
 from exporter.check import can_read, has_counters, render_check
 from exporter.collector import COLLECTORS, BuildInfo, CollectorSettings, HostCollector
 from exporter.drill import ask_for_drill
 from exporter.exposition import render_text
+from exporter.lately import Lately
 from exporter.listen import Address, TcpAddress, parse_address
 from exporter.log_format import LEVELS, start_logging
 from exporter.report import render_json, render_table
@@ -316,33 +317,38 @@ def write_whole(path: Path, text: str) -> None:
 
 def run_server(arguments: argparse.Namespace) -> int:
     """Serve this host, or a made-up one, until a signal ends it."""
-    settings = server.ServerSettings(
+    # Importing aiohttp takes longer than all the rest of what the other commands do.
+    from exporter.server import ServerSettings, serve  # noqa: PLC0415
+
+    settings = ServerSettings(
         addresses=tuple(arguments.listen_addresses or [DEFAULT_ADDRESS]),
         telemetry_path=arguments.telemetry_path,
         max_requests=arguments.max_requests,
         exporter_metrics=not arguments.disable_exporter_metrics,
+        host_name=platform.node(),
     )
     with contextlib.ExitStack() as stack:
         if arguments.command == "demo":
             made_up = SimulatedHost()
-            reader = watching.SharedReader(made_up)
-            watch = watching.open_simulated_watch(arguments, reader, made_up)
+            lately = Lately(watching.SharedReader(made_up))
+            watch = watching.open_simulated_watch(arguments, lately, made_up)
         else:
             bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
-            reader = watching.SharedReader(open_host(arguments.sources, stack, bpf=bpf))
-            watch = watching.open_watch(arguments, reader, bpf)
-        asyncio.run(serve_until_signalled(build_collector(reader, arguments, watch), settings, watch))
+            lately = Lately(watching.SharedReader(open_host(arguments.sources, stack, bpf=bpf)))
+            watch = watching.open_watch(arguments, lately, bpf)
+        collector = build_collector(lately, arguments, watch)
+        asyncio.run(run_until_signalled(watch, lambda stop: serve(collector, lately, settings, stop, watch)))
     return 0
 
 
-async def serve_until_signalled(collector: HostCollector, settings: server.ServerSettings, watch: Watch) -> None:
+async def run_until_signalled(watch: Watch, serve: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     """Serve and watch until SIGINT or SIGTERM, then finish what is under way."""
     stop, stop_watching = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     watching_task = asyncio.create_task(watch.run(stop_watching))
     try:
-        await server.serve(collector, settings, stop, watch)
+        await serve(stop)
     finally:
         stop_watching.set()  # only now: the last scrape still asks the watch
         await watching_task

@@ -1,4 +1,4 @@
-"""HTTP: the metrics, a landing page, health.
+"""HTTP: the metrics, the status page, health.
 
 Looking and rendering run in one worker thread, so that scrapes take turns and the event loop never waits for the
 kernel. A scrape counts against ``max_requests`` until its last byte is written, and writing has a time limit: so what
@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from aiohttp import web
 
-from exporter import api, drill, landing_page
+from exporter import api, drill, status_page
 from exporter.collector import BadSelection, HostCollector, select_collectors
+from exporter.complaints import SERVER, Complaints, HttpProtocol
 from exporter.connections import NEXT_REQUEST_SECONDS, ConnectionGuard
 from exporter.exposition import (
     Format,
@@ -28,8 +30,10 @@ from exporter.exposition import (
     parse_accept,
     render_document,
 )
+from exporter.lately import Lately
 from exporter.listen import BACKLOG, Address, TcpAddress, find_address, open_sockets, parse_address
 from exporter.stall_pages import StallPages, Watcher
+from exporter.status_pages import StatusPages
 
 __all__ = ["ServerSettings", "create_app", "open_server", "parse_address", "serve"]
 
@@ -51,13 +55,15 @@ class ServerSettings:
 
     ``addresses`` are where to listen, ``telemetry_path`` where the metrics are, ``max_requests`` how many scrapes may
     be under way at once (0: any number), ``exporter_metrics`` whether the process_* and python_* metrics of the agent
-    itself are among them. Raises ValueError for a path that cannot be served.
+    itself are among them, ``host_name`` how the status page calls this machine. Raises ValueError for a path that
+    cannot be served.
     """
 
     addresses: tuple[Address, ...] = (TcpAddress("", 9750),)
     telemetry_path: str = "/metrics"
     max_requests: int = 40
     exporter_metrics: bool = True
+    host_name: str = ""
     write_seconds: float = WRITE_SECONDS
     drain_seconds: float = DRAIN_SECONDS
 
@@ -65,17 +71,20 @@ class ServerSettings:
         path = self.telemetry_path
         if not path.startswith("/") or not path.isprintable() or any(char in path for char in "{}?#%\\ "):
             raise ValueError(f"telemetry path {path!r}: want a plain path such as /metrics")
-        if path in (HEALTHY_PATH, READY_PATH, api.PATH, drill.PATH):
+        if path in (HEALTHY_PATH, READY_PATH, api.PATH, drill.PATH, status_page.PATH):
             raise ValueError(f"telemetry path {path!r} is taken by the agent itself")
 
 
 class MetricsApp:
     """The handlers and what they share; ``create_app`` makes an aiohttp application of it."""
 
-    def __init__(self, collector: HostCollector, settings: ServerSettings, guard: ConnectionGuard) -> None:
+    def __init__(
+        self, collector: HostCollector, settings: ServerSettings, guard: ConnectionGuard, complaints: Complaints
+    ) -> None:
         self._collector = collector
         self._settings = settings
         self._guard = guard
+        self._complaints = complaints
         self._self_metrics = open_self_metrics(settings.exporter_metrics)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scrape")
         self._scrapes = 0
@@ -98,20 +107,20 @@ class MetricsApp:
     async def frame_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer one request, the writing included, and bound what it can hold meanwhile."""
         transport, is_scrape = request.transport, request.path == self._settings.telemetry_path
-        client = {"client": request.remote or "unix socket"}
+        client = request.remote or "unix socket"
         self._guard.begin(transport)
         self._scrapes += is_scrape
         try:
-            response = await _answer(request, handler)
+            response = await self._answer(request, handler)
             async with asyncio.timeout(self._settings.write_seconds):
                 await response.prepare(request)
                 await response.write_eof()
         except TimeoutError:
-            log.warning("client reads too slowly and is cut off", extra={"fields": client})
+            self._complaints.write(logging.WARNING, "client reads too slowly and is cut off", client=client)
             if transport is not None:
                 transport.abort()
         except ConnectionError as err:
-            log.debug("client has gone", extra={"fields": client | {"why": repr(err)}})
+            log.debug("client has gone", extra={"fields": {"client": client, "why": repr(err)}})
         finally:
             self._scrapes -= is_scrape
             self._guard.end(transport)
@@ -138,14 +147,6 @@ class MetricsApp:
             headers["Content-Encoding"] = "gzip"
         return web.Response(body=body, headers=headers)
 
-    async def answer_landing_page(self, request: web.Request) -> web.Response:
-        """Say what this is and how the sources went at the last look."""
-        build = self._collector.build
-        links = {"Metrics": self._settings.telemetry_path, "vCPUs that take notify exits": api.PATH}
-        links |= {"Healthy": HEALTHY_PATH, "Ready": READY_PATH}
-        page = landing_page.render_page(build.version, build.revision, links, self._collector.sources)
-        return web.Response(text=page, content_type="text/html", headers=landing_page.HEADERS)
-
     async def answer_healthy(self, request: web.Request) -> web.Response:
         """Say that the agent runs and answers."""
         return _render_text(200, "healthy")
@@ -156,58 +157,92 @@ class MetricsApp:
             return _render_text(503, "not ready: the first look at the host has not ended yet")
         return _render_text(200, "ready")
 
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Run the handler; whatever goes wrong in it becomes a short answer in plain text."""
+        try:
+            return await handler(request)
+        except web.HTTPException as err:
+            response = _render_text(err.status, err.reason.lower())
+            if "Allow" in err.headers:
+                response.headers["Allow"] = err.headers["Allow"]
+            return response
+        except Exception as err:
+            self._complaints.write(logging.ERROR, "request failed", path=request.path, why=repr(err))
+            log.debug("request failed", extra={"fields": {"path": request.path}}, exc_info=True)
+            return _render_text(500, "internal error; the agent's log says more")
+
     def _scrape(self, selected: frozenset[str], form: Format, zipped: bool) -> bytes:
         document = render_document(self._collector.collect(selected), self._self_metrics, form)
         return compress_document(document) if zipped else document
 
 
 def create_app(
-    collector: HostCollector, settings: ServerSettings, guard: ConnectionGuard, watcher: Watcher | None = None
+    collector: HostCollector,
+    lately: Lately,
+    settings: ServerSettings,
+    *,
+    guard: ConnectionGuard,
+    complaints: Complaints,
+    watcher: Watcher | None = None,
 ) -> web.Application:
     """Make the application; it owns neither the collector nor its reader, nor the watcher."""
-    pages, stalls = MetricsApp(collector, settings, guard), StallPages(watcher)
+    pages, stalls = MetricsApp(collector, settings, guard, complaints), StallPages(watcher)
     app = web.Application(middlewares=[pages.frame_request])
     app.router.add_get(settings.telemetry_path, pages.answer_metrics)
     app.router.add_get(HEALTHY_PATH, pages.answer_healthy)
     app.router.add_get(READY_PATH, pages.answer_ready)
     app.router.add_get(api.PATH, stalls.answer_vcpus)
     app.router.add_post(drill.PATH, stalls.answer_drill)
-    if settings.telemetry_path != "/":
-        app.router.add_get("/", pages.answer_landing_page)
     app.on_response_prepare.append(_set_headers)
     app.cleanup_ctx.append(pages.run_worker)
+    if settings.telemetry_path != "/":
+        links = {"Metrics": settings.telemetry_path, "vCPUs as JSON": api.PATH}
+        links |= {"Healthy": HEALTHY_PATH, "Ready": READY_PATH}
+        build = collector.build
+        status = StatusPages(
+            lately, watcher, status_page.Frame(build.version, build.revision, settings.host_name, links)
+        )
+        app.router.add_get("/", status.answer_page)
+        app.router.add_get(status_page.PATH, status.answer_parts)
+        app.cleanup_ctx.append(status.run)
     return app
 
 
 @asynccontextmanager
 async def open_server(
     collector: HostCollector,
+    lately: Lately,
     settings: ServerSettings,
     guard: ConnectionGuard | None = None,
     watcher: Watcher | None = None,
 ) -> AsyncIterator[tuple[Address, ...]]:
     """Serve inside the context, which gets the addresses as the kernel chose them.
 
-    At the end nobody new is let in, what is under way has ``drain_seconds`` to finish, then connections are cut.
-    Raises ListenError.
+    ``lately`` is what the collector takes its looks through. At the end nobody new is let in, what is under way has
+    ``drain_seconds`` to finish, then connections are cut. Raises ListenError.
     """
-    guard = guard or ConnectionGuard()
+    guard, complaints = guard or ConnectionGuard(), Complaints()
     runner = web.AppRunner(
-        create_app(collector, settings, guard, watcher),
-        access_log=None,
-        auto_decompress=False,
+        create_app(collector, lately, settings, guard=guard, complaints=complaints, watcher=watcher),
         handler_cancellation=True,
-        keepalive_timeout=NEXT_REQUEST_SECONDS,
-        lingering_time=LINGER_SECONDS,
         shutdown_timeout=settings.drain_seconds,
     )
     with open_sockets(settings.addresses) as sockets:
         await runner.setup()
         servers: list[asyncio.Server] = []
         try:
-            loop, make_protocol = asyncio.get_running_loop(), runner.server
-            if make_protocol is None:
+            loop, manager = asyncio.get_running_loop(), runner.server
+            if manager is None:
                 raise RuntimeError("aiohttp's runner was set up and has no server")
+            make_protocol = partial(
+                HttpProtocol,
+                manager,
+                complaints,
+                access_log=None,
+                auto_decompress=False,
+                keepalive_timeout=NEXT_REQUEST_SECONDS,
+                lingering_time=LINGER_SECONDS,
+            )
             for sock in sockets:
                 servers.append(await loop.create_server(guard.wrap(make_protocol), sock=sock, backlog=BACKLOG))
             yield tuple(find_address(sock) for sock in sockets)
@@ -219,29 +254,18 @@ async def open_server(
 
 
 async def serve(
-    collector: HostCollector, settings: ServerSettings, stop: asyncio.Event, watcher: Watcher | None = None
+    collector: HostCollector,
+    lately: Lately,
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    watcher: Watcher | None = None,
 ) -> None:
     """Serve until ``stop`` is set; raises ListenError."""
-    async with open_server(collector, settings, watcher=watcher) as listening:
+    async with open_server(collector, lately, settings, watcher=watcher) as listening:
         for address in listening:
             log.info("listening", extra={"fields": {"address": str(address)}})
         await stop.wait()
         log.info("stopping")
-
-
-async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Run the handler; whatever goes wrong in it becomes a short answer in plain text."""
-    try:
-        return await handler(request)
-    except web.HTTPException as err:
-        response = _render_text(err.status, err.reason.lower())
-        if "Allow" in err.headers:
-            response.headers["Allow"] = err.headers["Allow"]
-        return response
-    except Exception as err:
-        log.error("request failed", extra={"fields": {"path": request.path, "why": repr(err)}})
-        log.debug("request failed", extra={"fields": {"path": request.path}}, exc_info=True)
-        return _render_text(500, "internal error; the agent's log says more")
 
 
 def _do_nothing() -> None:
@@ -254,4 +278,4 @@ def _render_text(status: int, text: str) -> web.Response:
 
 async def _set_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Server"] = "kvm-notify-exporter"
+    response.headers["Server"] = SERVER

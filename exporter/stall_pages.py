@@ -33,13 +33,13 @@ class StallPages:
     async def answer_vcpus(self, request: web.Request) -> web.Response:
         """Say what is known of the vCPUs that take notify exits; RIPs and owners to clients of this machine only."""
         report = await asyncio.to_thread(self._watcher.report) if self._watcher else WatchReport(problem="not watched")
-        with_details = api.is_local(_find_peer(request), request.headers)
+        with_details = api.is_local(find_peer(request), request.headers)
         document = api.build_document(report, time.monotonic(), time.time(), with_details)
-        return web.json_response(document, headers={"Cache-Control": "no-store"})
+        return web.json_response(document, headers=api.PRIVATE_HEADERS)
 
     async def answer_drill(self, request: web.Request) -> web.Response:
         """Begin a drill, for clients of this machine that mean it."""
-        if not api.is_local(_find_peer(request), request.headers):
+        if not api.is_local(find_peer(request), request.headers):
             return _refuse(403, "a drill is for clients of this machine: http://127.0.0.1 or the Unix socket")
         if drill.HEADER not in request.headers or "Origin" in request.headers:
             return _refuse(403, f"a drill takes the header {drill.HEADER}, which no web page can send")
@@ -55,7 +55,7 @@ class StallPages:
         return web.json_response({"message": message})
 
 
-def _find_peer(request: web.Request) -> str | None:
+def find_peer(request: web.Request) -> str | None:
     """Return the address of who is connected, None for the Unix socket; a header cannot change it."""
     peer = request.transport.get_extra_info("peername") if request.transport else "gone"
     return str(peer[0]) if isinstance(peer, tuple) else None if not peer else str(peer)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from exporter import api, drill
+from exporter.lately import Lately
 from exporter.listen import Address, TcpAddress, UnixAddress
 from exporter.server import ServerSettings, open_server
 from exporter.verdicts import State, VcpuReport, WatchReport
@@ -43,7 +44,8 @@ class FakeWatcher:
 def serve(scenario: Scenario, watcher: FakeWatcher | None, *addresses: Address) -> None:
     async def main() -> None:
         settings = ServerSettings(addresses=addresses or (TcpAddress("127.0.0.1", 0),))
-        async with open_server(open_collector(SimulatedHost()), settings, watcher=watcher) as (address, *_):
+        lately = Lately(SimulatedHost())
+        async with open_server(open_collector(lately), lately, settings, watcher=watcher) as (address, *_):
             await asyncio.wait_for(scenario(address), PATIENCE_SECONDS)
 
     asyncio.run(main())
@@ -115,6 +117,8 @@ def test_what_is_known_of_each_vcpu() -> None:
         ["Forwarded: for=10.0.0.1"],
         ["Via: 1.1 proxy"],
         ["Host: 10.0.0.1:9750"],
+        ["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"],
+        ["Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: cors"],
     ],
 )
 def test_rips_and_owners_are_not_for_strangers(headers: list[str]) -> None:
@@ -145,6 +149,20 @@ def test_rips_and_owners_are_not_for_strangers(headers: list[str]) -> None:
 )
 def test_who_is_local(peer: str | None, host: str, local: bool) -> None:
     assert api.is_local(peer, {"Host": host} if host else {}) is local
+
+
+@pytest.mark.parametrize(
+    ("site", "mode", "local"),
+    [("none", "navigate", True), ("same-origin", "cors", True), ("cross-site", "navigate", True)],
+)
+def test_a_browser_here_is_local_unless_another_page_makes_it_ask(site: str, mode: str, local: bool) -> None:
+    headers = {"Host": "localhost:9750", "Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+    assert api.is_local("127.0.0.1", headers) is local
+
+
+def test_the_answer_is_not_for_other_sites_nor_to_be_kept() -> None:
+    assert api.PRIVATE_HEADERS["Cache-Control"] == "no-store"
+    assert api.PRIVATE_HEADERS["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
 def test_a_unix_socket_is_local(tmp_path: Path) -> None:

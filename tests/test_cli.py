@@ -128,3 +128,16 @@ def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
     script = f"{sys.executable} -m exporter --version | true; {sys.executable} -m exporter check | head -c1"
     run = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["once"], ["check"], ["drill", "--vm=x", "--url=http://127.0.0.1:1"]])
+def test_commands_that_serve_nothing_import_no_server(words: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "exporter", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "exporter.cli" in run.stderr
+    assert "aiohttp" not in run.stderr

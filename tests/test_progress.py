@@ -112,8 +112,7 @@ def test_a_stall_began_when_its_conditions_held_however_late_that_is_known() -> 
         story.trace(R).read()
     first = story.changes[1].since_seconds
     assert story.state is State.SUSPECT
-    story.wait(4.0).read().trace(R)
-    assert story.state is State.STALLED
+    assert story.wait(4.0).read().trace(R).states[-1] is State.STALLED
     assert story.changes[-1].since_seconds == pytest.approx(first + 1.0, abs=0.01)
 
 

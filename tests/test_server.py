@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from exporter.collector import BuildInfo, CollectorSettings, HostCollector
 from exporter.connections import ConnectionGuard
 from exporter.exposition import Family
+from exporter.lately import Lately
 from exporter.listen import Address, TcpAddress, UnixAddress
 from exporter.server import ServerSettings, open_server, serve
 from kvm.model import Snapshot, SnapshotReader
@@ -91,8 +93,8 @@ def run(
     """Run a scenario against a server of its own; it gets the first address."""
 
     async def main() -> None:
-        chosen = settings or ServerSettings(addresses=(LOOPBACK,))
-        async with open_server(collector or open_collector(reader or SimulatedHost()), chosen, guard) as (address, *_):
+        chosen, lately = settings or ServerSettings(addresses=(LOOPBACK,)), Lately(reader or SimulatedHost())
+        async with open_server(collector or open_collector(lately), lately, chosen, guard) as (address, *_):
             await asyncio.wait_for(scenario(address), PATIENCE_SECONDS)
 
     asyncio.run(main())
@@ -161,7 +163,7 @@ def _nothing_stays_open() -> Iterator[None]:
 
 
 def find_workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("scrape")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("scrape", "status"))]
 
 
 def test_metrics_in_the_text_format() -> None:
@@ -231,18 +233,21 @@ def test_bad_choices_are_refused(query: str) -> None:
     run(scenario, collector=open_collector(SimulatedHost(), settings))
 
 
-def test_landing_page() -> None:
+def test_status_page() -> None:
     async def scenario(address: Address) -> None:
         await wait_ready(address)
         answer = await ask(address, "/")
         assert answer.status == 200
         assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
         assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
         assert b'href="/numbers"' in answer.body
         assert b"simulated" in answer.body
-        assert b"0.1.0" in answer.body
+        assert b"Version 0.1.0, revision abc123" in answer.body
         assert (await ask(address, "/numbers")).status == 200
         assert (await ask(address, "/metrics")).status == 404
+        parts = await ask(address, "/-/status")
+        assert parts.body.startswith(b'<div id="head"')
 
     run(scenario, settings=ServerSettings(addresses=(LOOPBACK,), telemetry_path="/numbers"))
 
@@ -255,12 +260,13 @@ async def wait_ready(address: Address) -> None:
 def test_metrics_may_stand_at_the_root() -> None:
     async def scenario(address: Address) -> None:
         assert b"kvm_vm_info" in (await ask(address, "/")).body
+        assert (await ask(address, "/-/status")).status == 404
 
     run(scenario, settings=ServerSettings(addresses=(LOOPBACK,), telemetry_path="/"))
 
 
 @pytest.mark.parametrize(
-    "path", ["", "metrics", "/{name}", "/a b", "/-/healthy", "/-/ready", "/a?b", "/a#b", "/a\n", "/%2e"]
+    "path", ["", "metrics", "/{name}", "/a b", "/-/healthy", "/-/ready", "/-/status", "/a?b", "/a#b", "/a\n", "/%2e"]
 )
 def test_bad_telemetry_path_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="telemetry path"):
@@ -295,7 +301,7 @@ def test_failing_reader_is_no_failing_scrape() -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
 def test_wrong_method(method: str) -> None:
     async def scenario(address: Address) -> None:
-        for target in ("/metrics", "/", "/-/healthy"):
+        for target in ("/metrics", "/", "/-/status", "/-/healthy"):
             answer = await ask(address, target, method)
             assert answer.status == 405
             assert answer.headers["Allow"] == "GET,HEAD"
@@ -313,7 +319,7 @@ def test_elsewhere_is_nothing(target: str) -> None:
     run(scenario)
 
 
-@pytest.mark.parametrize("target", ["/metrics", "/", "/-/healthy", "/nothing"])
+@pytest.mark.parametrize("target", ["/metrics", "/", "/-/status", "/-/healthy", "/nothing"])
 def test_head_is_get_without_the_body(target: str) -> None:
     async def scenario(address: Address) -> None:
         full, head = await ask(address, target), await ask(address, target, "HEAD")
@@ -518,6 +524,8 @@ def test_nonsense_is_refused(request_bytes: bytes) -> None:
         answer = await client.read_rest()
         assert answer.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
         assert b"Traceback" not in answer
+        assert b"\r\nServer: kvm-notify-exporter\r\n" in answer
+        assert not re.search(rb"(?i)python|aiohttp", answer)
         await client.close()
         assert (await ask(address)).status == 200
 
@@ -584,7 +592,8 @@ def test_several_addresses(tmp_path: Path) -> None:
     settings = ServerSettings(addresses=(LOOPBACK, UnixAddress(str(path)), TcpAddress("127.0.0.1", 0)))
 
     async def main() -> None:
-        async with open_server(open_collector(SimulatedHost()), settings) as addresses:
+        lately = Lately(SimulatedHost())
+        async with open_server(open_collector(lately), lately, settings) as addresses:
             assert len(addresses) == 3
             for address in addresses:
                 assert (await ask(address)).status == 200
@@ -601,7 +610,8 @@ def test_stop_finishes_what_is_under_way(caplog: pytest.LogCaptureFixture) -> No
         stop = asyncio.Event()
         with socket.create_server(("127.0.0.1", 0)) as probe:
             address = TcpAddress("127.0.0.1", probe.getsockname()[1])
-        server = asyncio.create_task(serve(open_collector(host), ServerSettings(addresses=(address,)), stop))
+        lately, settings = Lately(host), ServerSettings(addresses=(address,))
+        server = asyncio.create_task(serve(open_collector(lately), lately, settings, stop))
         await host.wait_begun()
         idle, busy = await Client.open(address), await Client.open(address)
         await busy.send(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -625,7 +635,8 @@ def test_stop_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
 
     async def main() -> None:
         settings = ServerSettings(addresses=(LOOPBACK,), drain_seconds=0.2)
-        async with open_server(open_collector(host), settings) as (address,):
+        lately = Lately(host)
+        async with open_server(open_collector(lately), lately, settings) as (address,):
             await host.wait_begun()
             client = await Client.open(address)
             await client.send(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")

@@ -1,0 +1,198 @@
+"""What the notify counters did in the last minutes: for rates and small plots, from looks that are taken anyway.
+
+Whole columns are kept, a VM at a time: an unchanged one costs nothing, and a host on which 10,000 vCPUs move costs as
+many steps a look as it has VMs. Looks come when they come: what happened between two of them is known as an average.
+Where a counter has moved and nobody looked for ``GAP_SECONDS``, or where it fell, the plot has a gap; where it has
+not moved, its rate was 0 however long nobody looked.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmKey, VmReading
+
+WINDOW_SECONDS: Final = 300.0
+SPACING_SECONDS: Final = 5.0
+# A minute is a usual time between scrapes.
+GAP_SECONDS: Final = 75.0
+# A rate is of now if the last look is no older than this, and over about this time.
+NOW_SECONDS: Final = 15.0
+RATE_SECONDS: Final = 5.0
+# Where more numbers than this would be kept, they are kept at longer distances.
+MAX_NUMBERS: Final = 120_000
+# The vcpu_id of what is known of a VM as a whole.
+WHOLE_VM: Final = -1
+
+
+class Step(NamedTuple):
+    """A time with its average rate, in exits a second."""
+
+    began: float
+    ended: float
+    rate: float
+
+
+class _Sample(NamedTuple):
+    seconds: float
+    vcpu_ids: tuple[int, ...]
+    column: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Samples:
+    """The samples of one VM in order of time; a run of looks without a change is its first and its last one."""
+
+    kept: list[_Sample] = field(default_factory=list)
+
+    @property
+    def moves(self) -> bool:
+        return any(sample.column is not self.kept[0].column for sample in self.kept)
+
+    def stays(self, reading: VmReading, now: float) -> bool:
+        """Take in, as fast as can be, that nothing has happened for long: nearly all VMs of nearly all looks."""
+        if len(self.kept) != 2:
+            return False
+        (_, _, first), (seconds, vcpu_ids, column) = self.kept
+        counters = reading.counters
+        if first is not column or counters.vcpu_ids != vcpu_ids or now <= seconds:
+            return False
+        if counters.per_vcpu.get(NOTIFY_WINDOW_EXITS) != column:
+            return False
+        self.kept[1] = _Sample(now, vcpu_ids, column)
+        return True
+
+    def add(self, sample: _Sample, spacing: float) -> None:
+        kept = self.kept
+        is_same = bool(kept) and (kept[-1].column, kept[-1].vcpu_ids) == (sample.column, sample.vcpu_ids)
+        if is_same:
+            sample = _Sample(sample.seconds, kept[-1].vcpu_ids, kept[-1].column)
+        if len(kept) > 1 and (
+            sample.seconds - kept[-2].seconds < spacing or (is_same and kept[-2].column is sample.column)
+        ):
+            kept.pop()
+        kept.append(sample)
+
+    def forget_before(self, seconds: float) -> None:
+        """Forget all that ended before; the last sample of that time is where the next step begins."""
+        outdated = sum(1 for sample in self.kept if sample.seconds <= seconds) - 1
+        if outdated > 0:
+            del self.kept[:outdated]
+
+
+class History:
+    """The last ``WINDOW_SECONDS`` of every notify counter; may be asked and fed from any thread."""
+
+    def __init__(self) -> None:
+        self._vms: dict[VmKey, _Samples] = {}
+        self._spacing = SPACING_SECONDS
+        self._lock = threading.Lock()
+
+    def observe(self, snapshot: Snapshot) -> None:
+        """Take in one look; one that is not the newest is left out."""
+        now = snapshot.monotonic_seconds
+        with self._lock:
+            moving = 0
+            for reading in snapshot.readings:
+                samples = self._vms.get(reading.vm.key)
+                if samples is not None and samples.stays(reading, now):
+                    continue
+                sample = _take_sample(reading, now)
+                if sample is None:
+                    continue
+                samples = samples or self._vms.setdefault(reading.vm.key, _Samples())
+                if samples.kept and samples.kept[-1].seconds >= now:
+                    continue
+                samples.add(sample, self._spacing)
+                samples.forget_before(now - WINDOW_SECONDS)
+                moving += len(sample.column) * samples.moves
+            self._spacing = max(SPACING_SECONDS, WINDOW_SECONDS * moving / MAX_NUMBERS)
+            gone = [key for key, samples in self._vms.items() if samples.kept[-1].seconds < now - WINDOW_SECONDS]
+            for key in gone:
+                del self._vms[key]
+
+    def find_rates(self, key: VmKey, now: float) -> dict[int, float | None]:
+        """Return a VM's notify exits a second of late by vcpu_id; None, or no key, where that is not known."""
+        with self._lock:
+            samples = self._vms.get(key)
+            kept = list(samples.kept) if samples else []
+        if len(kept) < 2 or now - kept[-1].seconds > NOW_SECONDS:
+            return {}
+        last = kept[-1]
+        wanted = last.seconds - RATE_SECONDS
+        # Where the rate is to begin is known as nearly as there are samples around.
+        position = max((i for i, sample in enumerate(kept[:-1]) if sample.seconds <= wanted), default=0)
+        first, second = kept[position], kept[position + 1]
+        befores, afters = _arrange(first, last.vcpu_ids), _arrange(second, last.vcpu_ids)
+        return {
+            vcpu_id: _find_rate(wanted, last.seconds, (first.seconds, before), (second.seconds, after), number)
+            for vcpu_id, before, after, number in zip(last.vcpu_ids, befores, afters, last.column, strict=True)
+        }
+
+    def find_steps(self, key: VmKey, vcpu_id: int, now: float) -> list[Step]:
+        """Return the rates of the last WINDOW_SECONDS in order of time; what is not known is left out."""
+        with self._lock:
+            numbers = list(self._iterate(key, vcpu_id))
+        start, steps = now - WINDOW_SECONDS, []
+        for (began, before), (ended, after) in pairwise(numbers):
+            if ended > start and (after == before or (after > before and ended - began <= GAP_SECONDS)):
+                steps.append(Step(max(began, start), ended, (after - before) / (ended - began)))
+        return steps
+
+    def count_numbers(self) -> int:
+        """Return how many numbers are kept."""
+        with self._lock:
+            columns = {id(s.column): len(s.column) for samples in self._vms.values() for s in samples.kept}
+        return sum(columns.values())
+
+    def _iterate(self, key: VmKey, vcpu_id: int) -> Iterator[tuple[float, int]]:
+        """Yield a counter's numbers with their times, from the last sample on that has another set of vCPUs."""
+        samples = self._vms.get(key)
+        if samples is None:
+            return
+        vcpu_ids = samples.kept[-1].vcpu_ids
+        if vcpu_id not in vcpu_ids:
+            return
+        position = vcpu_ids.index(vcpu_id)
+        for sample in samples.kept:
+            if sample.vcpu_ids is vcpu_ids or sample.vcpu_ids == vcpu_ids:
+                yield sample.seconds, sample.column[position]
+            elif vcpu_id in sample.vcpu_ids:
+                yield sample.seconds, sample.column[sample.vcpu_ids.index(vcpu_id)]
+
+
+def _arrange(sample: _Sample, vcpu_ids: tuple[int, ...]) -> Sequence[int | None]:
+    """Return the numbers of a sample in another one's order."""
+    if sample.vcpu_ids == vcpu_ids:
+        return sample.column
+    numbers = dict(zip(sample.vcpu_ids, sample.column, strict=True))
+    return [numbers.get(vcpu_id) for vcpu_id in vcpu_ids]
+
+
+def _find_rate(
+    wanted: float, ended: float, before: tuple[float, int | None], after: tuple[float, int | None], number: int
+) -> float | None:
+    """Return the rate up to ``number`` at ``ended``, from the time ``wanted`` on or from the nearest that is known."""
+    (began, first), (then, second) = before, after
+    if first is None or first > number:
+        return None
+    if first == number:
+        return 0.0
+    if first == second:  # it has not moved before: so much was it at any time between the two
+        began = max(began, wanted)
+    elif then - began > GAP_SECONDS and second is not None:
+        began, first = then, second
+    return (number - first) / (ended - began) if 0 < ended - began <= GAP_SECONDS else None
+
+
+def _take_sample(reading: VmReading, now: float) -> _Sample | None:
+    counters = reading.counters
+    column = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
+    if column is not None:
+        return _Sample(now, counters.vcpu_ids, column) if len(column) == len(counters.vcpu_ids) else None
+    total = counters.totals.get(NOTIFY_WINDOW_EXITS)
+    return None if total is None else _Sample(now, (WHOLE_VM,), (total,))

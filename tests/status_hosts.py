@@ -1,0 +1,120 @@
+"""Made-up hosts for the status page: with names of a hostile kind, in any number, and served by a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from exporter.collector import BuildInfo, CollectorSettings, HostCollector
+from exporter.drill import NoDrill
+from exporter.lately import Lately
+from exporter.listen import TcpAddress
+from exporter.server import ServerSettings, open_server
+from exporter.verdicts import State, VcpuReport, WatchReport
+from kvm.model import Owner, Protection, Snapshot, VmReading
+from tests.reports import make_report
+from tests.snapshots import make_reading, make_snapshot
+
+SCRIPT = "<script>alert(1)</script>"
+HOSTILE_NAMES = (
+    SCRIPT,
+    "'\"><img src=x onerror=alert(1)>",
+    "</td></table></title></style><svg onload=alert(1)>",
+    "invoice\u202egnp.exe",
+    "bell\a\x1b[2Jnull\0tab\tline\nnext\u2028paragraph",
+    "undecodable\udcff",
+    "w" * 5_000,
+    "שרת-בית",
+    "z" + "\u0335\u0322\u0327" * 40,
+    "&lt;b&gt;&amp;{{7*7}}${7*7}%s%n",
+)
+
+
+def make_vm_reading(name: str, pid: int, notify: tuple[int, ...] = (7, 0), vm_id: str = "") -> VmReading:
+    reading = make_reading(name, notify, pid)
+    owner = Owner("qemu", name=name, uuid=reading.vm.owner.uuid, project=f"owner-of-{name}", display_name=name[::-1])
+    vm = replace(reading.vm, owner=owner, id=vm_id or reading.vm.id)
+    return replace(reading, vm=vm, protection=Protection.ARMED)
+
+
+def make_reports(readings: Sequence[VmReading], *states: State, now: float = 100.0) -> tuple[VcpuReport, ...]:
+    """A report of the first vCPU of each VM, in these states by turns."""
+    return tuple(
+        replace(
+            make_report(states[number % len(states)], vm=reading.vm, since=now - 5, stuck_since_seconds=now - 6),
+            notify_exits=1000 + number,
+            moved_seconds=now - 0.5,
+        )
+        for number, reading in enumerate(readings)
+    )
+
+
+def make_large_host(vms: int, vcpus: int, exits: int) -> Snapshot:
+    """A host on which every vCPU has taken notify exits."""
+    columns = (tuple(exits * (1 + index) for index in range(vcpus)), 4000)
+    return make_snapshot(*(make_vm_reading(f"web-{number}", columns[1] + number, columns[0]) for number in range(vms)))
+
+
+class FixedHost:
+    """A reader of what it is given, at the time it is asked; ``looks`` counts how often that was."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.looks = 0
+
+    def read(self) -> Snapshot:
+        self.looks += 1
+        return replace(self.snapshot, monotonic_seconds=time.monotonic(), unix_seconds=time.time())
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class FixedWatcher:
+    """A watcher that reports what it is told to."""
+
+    def __init__(self, *vcpus: VcpuReport, problem: str = "", trigger: str = "bpf") -> None:
+        self.watch_report = WatchReport(vcpus=vcpus, problem=problem, trigger=trigger)
+        self.asked = 0
+
+    def report(self) -> WatchReport:
+        self.asked += 1
+        return self.watch_report
+
+    async def start_drill(self, name: str) -> VcpuReport:
+        raise NoDrill(name)
+
+
+def open_collector(lately: Lately) -> HostCollector:
+    build = BuildInfo("0.1.0", "abc123", "3.11")
+    return HostCollector(lately, CollectorSettings(), build, time.perf_counter)
+
+
+@contextmanager
+def serve_host(host: FixedHost, watcher: FixedWatcher | None = None, port: int = 0) -> Iterator[int]:
+    """Serve a host from a thread; gives the port."""
+    listening, ports = threading.Event(), list[int]()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve() -> None:
+        lately = Lately(host)
+        settings = ServerSettings(addresses=(TcpAddress("127.0.0.1", port),), host_name="hv-17.example")
+        async with open_server(open_collector(lately), lately, settings, watcher=watcher) as (address,):
+            assert isinstance(address, TcpAddress)
+            ports.append(address.port)
+            listening.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        assert listening.wait(30)
+        yield ports[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+        loop.close()
