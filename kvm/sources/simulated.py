@@ -36,7 +36,7 @@ from kvm.sources.bpf_decode import VcpuState
 
 SOURCE: Final = "simulated"
 RARE_SECONDS: Final = 20.0
-CYCLE_SECONDS: Final = 120.0
+CYCLE_SECONDS: Final = 180.0
 STUCK_FROM_SECONDS: Final = 15.0
 STUCK_SECONDS: Final = 60.0
 STUCK_EXITS_PER_SECOND: Final = 40.0
