@@ -99,17 +99,20 @@ def find_joins(expr: str) -> list[Join]:
     return joins
 
 
-def find_labels(expr: str, labels_of: Callable[[str], Collection[str]]) -> set[str]:
+def find_labels(
+    expr: str, labels_of: Callable[[str], Collection[str]], target_labels: Collection[str] = TARGET_LABELS
+) -> set[str]:
     """Find the labels that an expression's series can have; ``labels_of`` gives a metric's own.
 
+    ``target_labels`` are on every series besides; there may be none, where ``labels_of`` knows better.
     Raises ValueError where the expression uses a label that is not there: in a matcher, in ``by``, in a join.
     """
-    return _Labels(labels_of).find(ast.parse(expr))
+    return _Labels(labels_of, target_labels).find(ast.parse(expr))
 
 
 class _Labels:
-    def __init__(self, labels_of: Callable[[str], Collection[str]]) -> None:
-        self._labels_of = labels_of
+    def __init__(self, labels_of: Callable[[str], Collection[str]], target_labels: Collection[str]) -> None:
+        self._labels_of, self._target_labels = labels_of, target_labels
 
     def find(self, expr: ast.Expr) -> set[str]:
         """Return the labels of the series that ``expr`` gives."""
@@ -131,7 +134,7 @@ class _Labels:
         return labels
 
     def _find_in_selector(self, selector: ast.VectorSelector) -> set[str]:
-        labels = {*self._labels_of(_find_name(selector)), *TARGET_LABELS}
+        labels = {*self._labels_of(_find_name(selector)), *self._target_labels}
         _require({matcher.name for matcher in selector.matchers.matchers} - {NAME}, labels, str(selector))
         return labels
 
