@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # libbpf1: the eBPF source works without it being there, but then the next source takes over.
 RUN_PACKAGES := python3-venv libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
-	prometheus prometheus-alertmanager chromium chromium-driver \
+	prometheus prometheus-alertmanager chromium \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev
 
@@ -17,7 +17,7 @@ run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
 
 demo: $(VENV)/.installed
-	$(BIN)/kvm-notify-exporter demo --web.listen-address=127.0.0.1:9750
+	KVM_NOTIFY_EXPORTER=$(BIN)/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751
 
 test: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m pytest
