@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import mmap
 import struct
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ class NotifyTrigger:
 
     ``function`` may be any kernel function of the shape ``int f(struct kvm_vcpu *)``. Returns of 0 with this
     ``exit_reason`` in the vCPU's struct kvm_run, and one of ``flags`` where it has notify.flags, are counted.
+    What reads the counts and what detaches may be called from several threads: they wait for each other. ``deliver``
+    waits for nobody, and must not be called while another thread opens or closes.
     """
 
     def __init__(
@@ -90,22 +93,24 @@ class NotifyTrigger:
         self._settings = (records_per_second, exit_reason, flags)
         self._library_name = library
         self._kallsyms = kallsyms
+        self._lock = threading.RLock()
         self._object: BpfObject | None = None
         self._control: mmap.mmap | None = None
         self._ring: RingBuffer | None = None
 
     def open(self) -> TriggerStatus:
         """Attach, where the function exists; raises SourceUnavailable where BPF does not work."""
-        self.close()
-        library = open_library(self._library_name)
-        try:
-            return self._open(library)
-        except OSError as err:
+        with self._lock:
             self.close()
-            raise explain(err, library.messages.kept()) from err
-        except BaseException:
-            self.close()
-            raise
+            library = open_library(self._library_name)
+            try:
+                return self._open(library)
+            except OSError as err:
+                self.close()
+                raise explain(err, library.messages.kept()) from err
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def fd(self) -> int:
@@ -123,38 +128,43 @@ class NotifyTrigger:
 
         Exact; a vCPU that has changed threads has several entries. Raises OSError.
         """
-        if self._object is None:
-            return {}
-        found = self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size)
+        with self._lock:
+            if self._object is None:
+                return {}
+            found = self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size)
         return {_decode_thread(key): _COUNT.unpack(value)[0] for key, value in found.items()}
 
-    def forget(self, processes: Collection[tuple[int, int]]) -> None:
-        """Forget the counts of processes that have ended, by pid and start_ticks; raises OSError."""
-        if self._object is None:
-            return
-        for key in self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size):
-            if _decode_thread(key)[:2] in processes:
-                self._object.delete_key("invalid_exits", key)
+    def forget(self, ended: Collection[tuple[int, ...]]) -> None:
+        """Forget the counts of what has ended: processes, by pid and start_ticks, or a VcpuThread; raises OSError."""
+        with self._lock:
+            if self._object is None:
+                return
+            for key in self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size):
+                thread = _decode_thread(key)
+                if thread in ended or thread[:2] in ended:
+                    self._object.delete_key("invalid_exits", key)
 
     @property
     def lost(self) -> tuple[int, int]:
-        """How many records found the ring buffer full, and how many invalid exits found the table of counts full."""
-        if self._control is None:
-            return (0, 0)
-        *_, lost, uncounted = _CONTROL.unpack_from(self._control)
-        return (lost, uncounted)
+        """How many calls could not be told of, and how many invalid exits found the table of counts full."""
+        with self._lock:
+            if self._control is None:
+                return (0, 0)
+            *_, lost, uncounted = _CONTROL.unpack_from(self._control)
+            return (lost, uncounted)
 
     def close(self) -> None:
         """Detach, and take everything out of the kernel; may be called twice."""
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._object is not None:
-            self._object.close()
-            self._object = None
+        with self._lock:
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+            if self._control is not None:
+                self._control.close()
+                self._control = None
+            if self._object is not None:
+                self._object.close()
+                self._object = None
 
     def _open(self, library: Library) -> TriggerStatus:
         self._object = BpfObject(library, OBJECT)

@@ -70,8 +70,13 @@ static __always_inline bool may_tell(__u32 tid, __u64 now)
 	struct second first = { .began_ns = now, .records = 1 };
 	struct second *second = bpf_map_lookup_elem(&seconds, &tid);
 
-	if (!second)
-		return !bpf_map_update_elem(&seconds, &tid, &first, BPF_ANY);
+	if (!second) {
+		if (!bpf_map_update_elem(&seconds, &tid, &first, BPF_ANY))
+			return true;
+		/* without its second nothing would limit it */
+		__sync_fetch_and_add(&control.lost, 1);
+		return false;
+	}
 	if (now - second->began_ns >= NS_PER_SECOND) {
 		*second = first;
 		return true;

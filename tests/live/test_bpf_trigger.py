@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 
 import pytest
 
@@ -47,6 +48,39 @@ def test_calls_reach_an_event_loop_or_the_refusal_is_told() -> None:
             assert counts == {vcpu.tid: 1000 for vcpu in guest.vcpus}
     trigger.close()
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+class SlowObject:
+    """BPF programs whose counts take a while to read."""
+
+    def __init__(self) -> None:
+        self.reading, self.done = threading.Event(), threading.Event()
+        self.steps: list[str] = []
+
+    def read_map(self, name: str, key_size: int, value_size: int) -> dict[bytes, bytes]:
+        self.reading.set()
+        self.done.wait(10)
+        self.steps.append("read")
+        return {}
+
+    def close(self) -> None:
+        self.steps.append("closed")
+
+
+@pytest.mark.parametrize("read", ["read_context_invalid", "forget"])
+def test_nothing_is_closed_while_somebody_reads(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trigger, slow = NotifyTrigger(lambda call: None), SlowObject()
+    monkeypatch.setattr(trigger, "_object", slow)
+    reads = {"read_context_invalid": trigger.read_context_invalid, "forget": lambda: trigger.forget(set())}
+    reader, closer = threading.Thread(target=reads[read]), threading.Thread(target=trigger.close)
+    reader.start()
+    assert slow.reading.wait(10)
+    closer.start()
+    closer.join(0.1)
+    slow.done.set()
+    for thread in (reader, closer):
+        thread.join(10)
+    assert slow.steps == ["read", "closed"]
 
 
 async def wait_for_calls(trigger: NotifyTrigger, calls: list[NotifyCall], tids: set[int]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import select
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -99,11 +101,35 @@ def test_the_trigger_tells_of_each_thread_a_few_times_a_second_and_counts_all() 
         assert {thread.pid for thread in threads} == {guest.pid}
         trigger.forget({(guest.pid + 1, threads[0].start_ticks), (guest.pid, threads[0].start_ticks + 1)})
         assert list(trigger.read_context_invalid()) == threads
+        trigger.forget({threads[0]})
+        assert list(trigger.read_context_invalid()) == threads[1:]
         trigger.forget({threads[0][:2]})
         assert trigger.read_context_invalid() == {}
         assert trigger.lost == (0, 0)
     finally:
         trigger.close()
+
+
+def test_counts_may_be_read_while_the_trigger_is_opened_and_closed() -> None:
+    trigger = NotifyTrigger(lambda call: None, function=RUN)
+    done = threading.Event()
+
+    def read() -> int:
+        reads = 0
+        while not done.is_set():
+            assert (trigger.read_context_invalid(), trigger.lost) == ({}, (0, 0))
+            reads += 1
+        return reads
+
+    with ThreadPoolExecutor(2) as workers:
+        readers = [workers.submit(read) for _ in range(2)]
+        try:
+            for _ in range(5):
+                assert trigger.open().attached
+                trigger.close()
+        finally:
+            done.set()
+        assert all(reader.result() for reader in readers)
 
 
 def test_where_there_is_no_such_function_that_is_a_fact() -> None:
