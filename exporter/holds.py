@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from exporter.look import Run
 from kvm.model import MalformedData, VmGone, VmKey
@@ -14,24 +16,25 @@ from kvm.processes import read_stat
 
 log = logging.getLogger(__name__)
 
+_OPENING: Final = -1
+
 
 def open_vm_process(key: VmKey, proc: Path = Path("/proc")) -> int:
     """Return a pidfd of a VM's process, to be closed.
 
-    Raises VmGone where it has ended, also if its pid lives on; OSError where we have no fd left.
+    Raises VmGone where it has ended, also if its pid lives on; OSError or MalformedData where that cannot be told,
+    as without an fd left.
     """
     try:
-        pidfd = os.pidfd_open(key.pid)
-    except ProcessLookupError as err:
-        raise VmGone(f"process {key.pid}: {err.strerror}") from err
-    try:
-        if read_stat(proc, key.pid).start_ticks == key.start_ticks:
+        with ExitStack() as stack:
+            pidfd = os.pidfd_open(key.pid)
+            stack.callback(os.close, pidfd)
+            if read_stat(proc, key.pid).start_ticks != key.start_ticks:
+                raise VmGone(f"process {key.pid} is another one by now")
+            stack.pop_all()
             return pidfd
-        reason = f"process {key.pid} is another one by now"
-    except (OSError, MalformedData) as err:
-        reason = str(err)
-    os.close(pidfd)
-    raise VmGone(reason)
+    except (FileNotFoundError, ProcessLookupError) as err:
+        raise VmGone(f"process {key.pid}: {err.strerror}") from err
 
 
 def is_thread_of(pid: int, tid: int, proc: Path = Path("/proc")) -> bool:
@@ -53,15 +56,15 @@ class Holds:
         """Hold a VM, unless it is held already."""
         if self._open_pidfd is None or key in self._pidfds:
             return
-        self._pidfds[key] = -1
+        self._pidfds[key] = _OPENING
         task = asyncio.get_running_loop().create_task(self._hold(key, self._open_pidfd))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def release(self, key: VmKey) -> None:
         """Let a VM go."""
-        pidfd = self._pidfds.pop(key, -1)
-        if pidfd >= 0:
+        pidfd = self._pidfds.pop(key, _OPENING)
+        if pidfd != _OPENING:
             asyncio.get_running_loop().remove_reader(pidfd)
             os.close(pidfd)
 
@@ -78,11 +81,11 @@ class Holds:
             log.debug("a VM has ended", extra={"fields": {"pid": key.pid, "why": str(err)}})
             self._on_end(key)
             return
-        except OSError as err:
+        except (OSError, MalformedData) as err:
             # Its end is then noticed when looks at the host miss it.
             log.warning("a VM's end cannot be waited for", extra={"fields": {"pid": key.pid, "why": str(err)}})
             return
-        if key not in self._pidfds:
+        if self._pidfds.get(key) != _OPENING:  # released meanwhile, and perhaps held again
             os.close(pidfd)
             return
         self._pidfds[key] = pidfd

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from exporter.holds import Holds, open_vm_process
-from kvm.model import VmGone, VmKey
+from kvm.model import MalformedData, VmGone, VmKey
 from kvm.processes import read_stat
 from tests.virtual_time import run_inline
+
+T = TypeVar("T")
 
 PROC = Path("/proc")
 
@@ -87,6 +91,69 @@ def test_without_fds_left_it_goes_on() -> None:
         asyncio.get_running_loop().call_later(0.05, ended.append, VmKey(0, 0, 0))
 
     assert play(act, refuse) == [VmKey(0, 0, 0)]
+
+
+def test_only_a_process_that_has_ended_is_gone(tmp_path: Path) -> None:
+    process, key = open_sleeper()
+    before = set(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(pidfd := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (pidfd + 1, limits[1]))  # enough for the pidfd, not for its stat
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            open_vm_process(key)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    (tmp_path / str(key.pid)).mkdir()
+    with pytest.raises(VmGone):
+        open_vm_process(key, tmp_path)
+    (tmp_path / str(key.pid) / "stat").write_text("nonsense")
+    with pytest.raises(MalformedData):
+        open_vm_process(key, tmp_path)
+    with pytest.raises(VmGone, match="another one by now"):
+        open_vm_process(key._replace(start_ticks=key.start_ticks - 1))
+    assert set(os.listdir("/proc/self/fd")) == before
+    process.communicate(b"\n")
+
+
+@pytest.mark.parametrize("is_held_again", [False, True])
+def test_one_that_is_released_while_it_is_opened_leaves_no_fd(is_held_again: bool) -> None:
+    process, key = open_sleeper()
+
+    async def main() -> None:
+        ready = asyncio.Event()
+
+        async def open_later(call: Callable[[], T]) -> T:
+            await ready.wait()
+            return call()
+
+        before = len(os.listdir("/proc/self/fd"))
+        holds = Holds(open_vm_process, open_later, lambda key: None)
+        holds.hold(key)
+        await asyncio.sleep(0)
+        holds.release(key)
+        if is_held_again:
+            holds.hold(key)
+        ready.set()
+        await asyncio.sleep(0.05)
+        assert len(os.listdir("/proc/self/fd")) == before + is_held_again
+        await holds.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    asyncio.run(main())
+    process.communicate(b"\n")
+
+
+def test_a_process_that_cannot_be_told_is_not_gone(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(key: VmKey) -> int:
+        raise MalformedData("/proc/1/stat", "no start time")
+
+    def act(holds: Holds, ended: list[VmKey]) -> None:
+        holds.hold(VmKey(1, 2, 3))
+        asyncio.get_running_loop().call_later(0.05, ended.append, VmKey(0, 0, 0))
+
+    assert play(act, refuse) == [VmKey(0, 0, 0)]
+    assert "a VM's end cannot be waited for" in caplog.text
 
 
 def test_made_up_vms_are_not_held() -> None:
