@@ -2,8 +2,9 @@
 
 A guest can stall and recover as often as it likes, so lines have a budget: HOST_LINES in any minute for the host, one
 for each VM. What is withheld is counted, and a summary tells of it at most once a minute. A stall that is withheld and
-lasts is told of as soon as the budget allows, unless its VM has one already that people know of: nobody can hide a
-stall for good by making others.
+lasts is told of as soon as the budget allows, unless its VM has one already that people know of. Who has waited longer
+comes first, but VMs that have not been told of come before those that have: nobody can hide a stall for good by making
+others.
 
 Only what was told of is told to be over. Drills are outside the budget: there is one at a time, and a drill must not
 cost the line of a real stall.
@@ -81,11 +82,10 @@ class StallLog:
         if report.drill:
             self._tell_drill(report, now, unix)
         elif report.verdict.state is State.STALLED and key not in self._told and key not in self._waiting:
-            if self._may_tell(report.vm.key, now):
-                self._tell_stall(key, report, now, unix)
-            else:
+            self._waiting[key] = report
+            self._tell_waiting(now, unix, newest=key)
+            if key in self._waiting:
                 self.suppressed += 1
-                self._waiting[key] = report
                 self._withheld.append(report.vm.key)
         elif report.verdict.state in (State.RECOVERED, State.PROGRESSING):
             self._waiting.pop(key, None)
@@ -94,17 +94,19 @@ class StallLog:
 
     def tell_end(self, key: VmKey, now: float) -> None:
         """Tell that a VM has ended, where people know of a stall of it."""
-        for found in [found for found in self._waiting if found[0] == key]:
-            del self._waiting[found]
-        for found in [found for found in self._told if found[0] == key]:
-            _write_end(self._told.pop(found), now, "vCPU is gone: its VM has ended", "")
+        for vm, vcpu_id in [found for found in (*self._waiting, *self._told) if found[0] == key]:
+            self.tell_unplugged(vm, vcpu_id, now, "vCPU is gone: its VM has ended")
         self._vm_lines.pop(key, None)
+
+    def tell_unplugged(self, vm: VmKey, vcpu_id: int, now: float, what: str = "vCPU is gone") -> None:
+        """Tell that a VM has one vCPU less, where people know of a stall of it."""
+        self._waiting.pop((vm, vcpu_id), None)
+        if told := self._told.pop((vm, vcpu_id), None):
+            _write_end(told, now, what, "")
 
     def flush(self, now: float, unix: float) -> None:
         """Write what the budget has withheld and now allows; to be called every second or so."""
-        for key in list(self._waiting):
-            if all(told[0] != key[0] for told in self._told) and self._may_tell(key[0], now):
-                self._tell_stall(key, self._waiting.pop(key), now, unix)
+        self._tell_waiting(now, unix)
         if self._withheld and now - self._summed_up_at >= WINDOW_SECONDS:
             self._summed_up_at = now
             fields = {"withheld": len(self._withheld), "vms": len(set(self._withheld)), "unsaid": len(self._waiting)}
@@ -112,11 +114,20 @@ class StallLog:
             log.warning(text, extra={"fields": fields, "message_id": WITHHELD_ID})
             self._withheld.clear()
 
-    def _may_tell(self, vm: VmKey, now: float) -> bool:
+    def _tell_waiting(self, now: float, unix: float, newest: _Key | None = None) -> None:
+        """Tell of what may be told now; ``newest`` also if its VM has a stall that people know of."""
         while self._host_lines and now - self._host_lines[0] >= WINDOW_SECONDS:
             self._host_lines.popleft()
-        self._vm_lines = {key: told for key, told in self._vm_lines.items() if now - told < WINDOW_SECONDS}
-        return len(self._host_lines) < HOST_LINES and vm not in self._vm_lines
+        known = {vm for vm, _ in self._told}
+        for key in sorted(self._waiting, key=lambda key: self._find_last_line(key[0])):
+            if len(self._host_lines) >= HOST_LINES:
+                return
+            is_news = key[0] not in known or key == newest
+            if is_news and now - self._find_last_line(key[0]) >= WINDOW_SECONDS:
+                self._tell_stall(key, self._waiting.pop(key), now, unix)
+
+    def _find_last_line(self, vm: VmKey) -> float:
+        return self._vm_lines.get(vm, float("-inf"))
 
     def _tell_stall(self, key: _Key, report: VcpuReport, now: float, unix: float) -> None:
         self.warnings += 1

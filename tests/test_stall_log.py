@@ -153,6 +153,53 @@ def test_the_host_has_five_lines_a_minute_and_a_stall_that_lasts_is_told_of_late
     assert later[0]["seconds"] == 61.0
 
 
+def test_nobody_overtakes_those_that_wait(told: Told) -> None:
+    vms = [make_vm(name=f"vm{number}", pid=number) for number in range(8)]
+    told.tell(*(make_report(vm=vm) for vm in vms[:7]))
+    told.now += 61
+    lines = told.tell(make_report(vm=vms[7]))
+    assert [line["pid"] for line in lines] == [5, 6, 7]
+    assert told.log.suppressed == 2
+
+
+def test_a_vm_that_was_never_told_of_comes_before_those_that_were(told: Told) -> None:
+    hostile = [make_vm(name=f"vm{number}", pid=number) for number in range(20)]
+    for _ in range(4):
+        told.tell(*(make_report(vm=vm) for vm in hostile))
+        told.pass_time(60.0)
+        told.tell(*(make_report(State.RECOVERED, vm=vm) for vm in hostile))
+    told.tell(*(make_report(vm=vm) for vm in hostile))
+    assert told.tell(make_report(vm=make_vm(name="honest", pid=999))) == []
+    assert next(line["pid"] for line in told.pass_time(61.0) if "pid" in line) == 999
+
+
+def test_a_second_stall_of_a_vm_has_a_line_of_its_own_after_a_minute(told: Told) -> None:
+    told.tell(make_report(), make_report(vcpu=1))
+    told.now += 61
+    (line,) = told.tell(make_report(vcpu=2))
+    assert line["vcpu"] == 2
+
+
+def test_a_vcpu_that_is_unplugged_is_told_of_if_its_stall_was_and_the_next_one_is_not_withheld(told: Told) -> None:
+    told.tell(*(make_report(vcpu=number) for number in range(3)))
+    for vcpu_id in (0, 4, 6):
+        told.log.tell_unplugged(make_vm().key, vcpu_id, told.now)
+    (line,) = told.take()
+    assert (line["msg"], line["vcpu"]) == ("vCPU is gone", 0)
+    (later,) = [line for _ in range(61) for line in told.pass_time(1.0) if "vcpu" in line]
+    assert later["vcpu"] == 1
+    told.log.tell_unplugged(make_vm().key, 2, told.now)
+    told.pass_time(61.0)
+    assert not told.log.busy
+
+
+def test_a_vm_that_was_forgotten_and_comes_back_is_a_new_one(told: Told) -> None:
+    told.tell(make_report())
+    told.log.tell_end(make_vm().key, told.now)
+    told.take()
+    assert len(told.tell(make_report())) == 1
+
+
 def test_a_drill_is_marked_and_outside_the_budget(told: Told) -> None:
     (line,) = told.tell(make_report(drill=True))
     assert line["msg"] == "DRILL, not real: vCPU makes no forward progress"
