@@ -100,30 +100,34 @@ class Subject:
 
 async def take_look(subject: Subject, tracer: Tracer, run: Run, seconds: float) -> None:
     """Look for at most so many seconds; raises VmGone and SourceUnavailable where it cannot be done."""
-    armed = await _arm(subject, tracer, run)
+    armed: list[Armed] = []
+
+    def arm() -> None:
+        tracer.hold_warm()
+        armed.append(tracer.arm(subject.tid))
+        if not subject.is_there():
+            raise VmGone(f"thread {subject.tid} is no thread of the VM any more")
+
     try:
-        await _Look(subject, armed, run, seconds).watch()
+        await _outlast(run(arm))
+        await _Look(subject, armed[0], run, seconds).watch()
     finally:
         subject.progress.end_span()
-        await asyncio.shield(run(armed.disarm))
+        for thread in armed:
+            await _outlast(run(thread.disarm))
 
 
-async def _arm(subject: Subject, tracer: Tracer, run: Run) -> Armed:
-    def arm() -> Armed:
-        tracer.hold_warm()
-        armed = tracer.arm(subject.tid)
-        if not subject.is_there():
-            armed.disarm()
-            raise VmGone(f"thread {subject.tid} is no thread of the VM any more")
-        return armed
-
-    arming = asyncio.ensure_future(run(arm))
-    try:
-        return await asyncio.shield(arming)
-    except asyncio.CancelledError:
-        # The worker cannot be stopped: what it has armed must be disarmed.
-        arming.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().disarm())
-        raise
+async def _outlast(work: Awaitable[None]) -> None:
+    """Wait for what a worker does, which cannot be stopped; who is cancelled meanwhile is so afterwards."""
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as err:
+            cancelled = err
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 class _Look:
@@ -141,6 +145,7 @@ class _Look:
 
     async def watch(self) -> None:
         """Take what comes until there is nothing more to learn."""
+        self._progress.begin_look()
         if self._progress.suspected:
             await self._watch_other_rips()
         while True:
@@ -203,6 +208,8 @@ class _Look:
             return True
         if progress.state is State.STALLED and self._seen and now - self._began >= PACE_SECONDS:
             return True
+        if progress.state is State.SUSPECT:
+            return False  # its exits may be irregular, and what another look would see does not connect with this one
         interval = progress.interval_seconds
         silence = now - max(self._heard, self._began)
         return interval is not None and silence >= max(SILENT_SECONDS, SILENT_INTERVALS * interval)

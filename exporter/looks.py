@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 # The tracepoint is kept in place for so long after a look: taking it out and putting it in patches kernel text.
 WARM_SECONDS: Final = 60.0
+# Where tracing has worked before, it is soon tried again.
+RETRY_SECONDS: Final = 10.0
 _NEVER: Final = float("inf")
 
 
@@ -45,9 +47,12 @@ class Looks:
         self._tracer, self._run = tracer, run
         self._budget = LookBudget(limits)
         self._is_thread, self._read, self._on_change = is_thread, read, on_change
+        # Those that wait for a look, have one or had one; a VM that has ended has none here.
         self._vcpus: dict[VcpuKey, Followed] = {}
+        self._timers: dict[VcpuKey, asyncio.TimerHandle] = {}
         self._tasks: dict[VcpuKey, asyncio.Task[None]] = {}
-        self._cool_at = _NEVER
+        self._retry: asyncio.Task[None] | None = None
+        self._last_look: float | None = None
         self._closing = False
 
     @property
@@ -58,11 +63,17 @@ class Looks:
     @property
     def cool_at(self) -> float:
         """When there is nothing left of the looks but the dummy event; infinity where that is gone too."""
-        return self._cool_at
+        if self._tasks:
+            return asyncio.get_running_loop().time() + WARM_SECONDS
+        return _NEVER if self._last_look is None else self._last_look + WARM_SECONDS
 
     async def open(self) -> None:
         """Open the tracer, where it is not open; what is wrong is logged when it changes."""
-        if self._tracer is None or not self.problem:
+        if self.problem:
+            await self._try_tracer()
+
+    async def _try_tracer(self) -> None:
+        if self._tracer is None:
             return
         before = self.problem
         try:
@@ -80,43 +91,47 @@ class Looks:
         if self.problem or self._closing or not vcpu.wants_look(now):
             return
         self._vcpus[vcpu.key] = vcpu
-        # Two exits in a row, and a third to tell that nothing came between them.
-        seconds = 3 * (vcpu.progress.interval_seconds or 0.0)
-        self._budget.want(vcpu.key, seconds, from_reserve=vcpu.may_go_on)
-        self.start()
+        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.part)
+        if free > now:
+            vcpu.look_at = free
+            self._consider_later(vcpu)
+        else:
+            self.start()
 
     def start(self) -> None:
-        """Start the looks that are wanted, as far as the budget goes."""
+        """Start the looks that are wanted, as far as there is room."""
         loop = asyncio.get_running_loop()
         for key, seconds in self._budget.start(loop.time()):
-            vcpu = self._vcpus.pop(key, None)
+            vcpu = self._vcpus.get(key)
             if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
                 self._budget.end(key, loop.time())
                 continue
-            vcpu.moved = vcpu.may_go_on = False
-            look = self._look(vcpu, vcpu.vcpu.tid, self._tracer, seconds)
-            vcpu.looking = True
-            task = self._tasks[key] = loop.create_task(look)
+            vcpu.begin_look()
+            task = self._tasks[key] = loop.create_task(self._look(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
             task.add_done_callback(partial(self._end, vcpu))
 
     def forget(self, vm: VmKey) -> None:
         """Forget a VM that has ended."""
         self._budget.forget(vm)
         self._vcpus = {key: vcpu for key, vcpu in self._vcpus.items() if key.vm != vm}
-        for vcpu, task in list(self._tasks.items()):
-            if vcpu.vm == vm:
+        for key in [key for key in self._timers if key.vm == vm]:
+            self._timers.pop(key).cancel()
+        for key, task in list(self._tasks.items()):
+            if key.vm == vm:
                 task.cancel()
 
     async def cool(self, now: float) -> None:
         """Let the tracepoint go if it has not been needed for a while."""
-        if now >= self._cool_at and not self.armed and self._tracer is not None:
-            self._cool_at = _NEVER
+        if now >= self.cool_at and self._tracer is not None:
+            self._last_look = None
             await self._run(self._tracer.release_warm)
 
     async def close(self) -> None:
         """End all looks, and give the tracer back."""
         self._closing = True
-        tasks = list(self._tasks.values())
+        for timer in self._timers.values():
+            timer.cancel()
+        tasks = [*self._tasks.values(), *([self._retry] if self._retry else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -135,6 +150,7 @@ class Looks:
         self.armings += 1
         try:
             await take_look(subject, tracer, self._run, seconds)
+            vcpu.problem = ""
         except VmGone as err:
             log.debug("a vCPU's thread has ended", extra={"fields": {"vm": vcpu.vm.id, "why": str(err)}})
         except (SourceUnavailable, OSError) as err:
@@ -143,8 +159,9 @@ class Looks:
                 fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "why": str(err)}
                 log.warning("the exits of a vCPU cannot be traced", extra={"fields": fields})
             # Is it this thread alone? Opening tries it on ourselves, and tells if not.
-            self.problem = "being tried again"
-            await self.open()
+            await self._try_tracer()
+            if self.problem and self._retry is None:
+                self._retry = asyncio.create_task(self._open_later())
         finally:
             self.armed -= 1
             self.records += subject.records
@@ -153,17 +170,31 @@ class Looks:
 
     def _end(self, vcpu: Followed, task: asyncio.Task[None]) -> None:
         """Plan what comes after a look; every look ends here, whatever has become of it."""
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time()
         del self._tasks[vcpu.key]
         vcpu.looking = False
-        self._budget.end(vcpu.key, loop.time())
+        self._budget.end(vcpu.key, now)
         if not task.cancelled() and (err := task.exception()) is not None:
             log.error("looking at a vCPU failed", extra={"fields": {"vm": vcpu.vm.id, "why": repr(err)}})
             log.debug("looking at a vCPU failed", exc_info=err)
-        self._cool_at = loop.time() + WARM_SECONDS
-        if not self._closing and not task.cancelled():
-            loop.call_at(vcpu.plan_look(loop.time()), self.consider, vcpu)
-            self.start()
+        self._last_look = now
+        if self._closing:
+            return
+        if self._vcpus.get(vcpu.key) is vcpu:
+            vcpu.plan_look(now, self._budget.find_turn(now) if vcpu.has_its_turn else now)
+            self._consider_later(vcpu)
+        self.start()
+
+    def _consider_later(self, vcpu: Followed) -> None:
+        """Consider a vCPU when its next look may be; what was planned before is not."""
+        if vcpu.key in self._timers:
+            self._timers[vcpu.key].cancel()
+        self._timers[vcpu.key] = asyncio.get_running_loop().call_at(vcpu.look_at, self.consider, vcpu)
+
+    async def _open_later(self) -> None:
+        await asyncio.sleep(RETRY_SECONDS)
+        self._retry = None
+        await self.open()
 
     def _note_interval(self, vcpu: Followed) -> None:
         shortest, window = vcpu.progress.shortest_seconds, vcpu.window_cycles

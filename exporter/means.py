@@ -29,7 +29,7 @@ class Trigger(Protocol):
     def open(self) -> TriggerStatus: ...  # noqa: D102
     def deliver(self) -> int: ...  # noqa: D102
     def read_context_invalid(self) -> dict[VcpuThread, int]: ...  # noqa: D102
-    def forget(self, processes: Collection[tuple[int, int]]) -> None: ...  # noqa: D102
+    def forget(self, ended: Collection[tuple[int, ...]]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 

@@ -4,16 +4,19 @@ A notify exit says that a guest opened no event window for a while. One is no pr
 takes them at one RIP, exit after exit, and shows no other sign of life. What counts, and what does not:
 
 - **The RIP** is taken from trace records only. Where KVM hides it, nothing can be said, and equal unknowns are no pair.
-- **A pair** are two records in a row at one RIP. Records that were lost, or that come late, prove nothing: they make no
-  pair. A record at another RIP always proves progress, whenever it comes, unless it is older than the suspicion.
-- **Watched.** Exits that are no notify exits may come between two records, at other RIPs: then the guest runs. So time
-  and exits count towards a stall only while event B, any exit at another RIP, was watched for and silent: from one
-  record at the RIP to a later one, within one span. What happens between two looks is not seen, and counts nothing.
-- **Exits** are those of KVM's own counter, between two readings within a span, with a record at the RIP after the
-  second: so they were all at that RIP. Records of a span count as well, where they are more.
+- **A pair** are two records in a row, of one look, at one RIP. Those that were lost, or that come late, prove nothing:
+  they make no pair. A record at another RIP always proves progress, whenever it comes, unless it is older than the
+  suspicion. So does any exit at another RIP (event B). What comes together is judged together: a stall is not called
+  on records beside which lies the proof that the guest goes on.
+- **Watched.** Time and exits count towards a stall only while event B was watched for and silent: from one record at
+  the RIP to a later one, within one span. What happens between two looks is not seen, and counts nothing; only long
+  spans add up.
+- **Exits** are a span's records, or those of KVM's own counter, between two readings within a span, with a record at
+  the RIP after the second: so they were all at that RIP.
 - **Registers** other than RIP and RSP that change are progress: a REP instruction moves RCX while its RIP stays. Where
   they can be read they must have been alike for as long as the stall takes; where not, the verdict says so.
-- **Silence** proves nothing. A stuck vCPU whose counter stands still may be paused: it is ``unknown``.
+- **Silence** proves nothing. A stuck vCPU whose counter stands still may be paused, and of one whose counter cannot be
+  read nothing is known: both are ``unknown``.
 
 Times are CLOCK_MONOTONIC seconds and come from the caller.
 """
@@ -21,9 +24,10 @@ Times are CLOCK_MONOTONIC seconds and come from the caller.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
+from exporter.cadence import LOOK_SECONDS, Cadence
+from exporter.evidence import Span, Suspicion
 from exporter.verdicts import StallRule, State, Verdict
 from kvm import abi
 from kvm.model import NotifyExit
@@ -41,46 +45,6 @@ NOT_COMPARED: Final = frozenset({"rip", "rsp"})
 _NS: Final = 1_000_000_000
 
 
-@dataclass(slots=True)
-class _Span:
-    """A time without a break in which event B was watched for one RIP; ``started`` is when that had begun."""
-
-    started: float
-    first_seconds: float | None = None
-    last_seconds: float = 0.0
-    base: int | None = None
-    pending: tuple[float, int] | None = None
-    exits: int = 0
-    records: int = 0
-
-    @property
-    def seconds(self) -> float:
-        return 0.0 if self.first_seconds is None else self.last_seconds - self.first_seconds
-
-
-@dataclass(slots=True)
-class _Suspicion:
-    """A RIP at which two records in a row were seen, and what speaks for a stall there.
-
-    ``exits`` and ``seconds`` are the sums of the spans that have ended. ``alike_since`` and ``alike_until`` bound the
-    time for which the registers are known to have stayed alike. ``enough_seconds`` is when exits were known to suffice.
-    """
-
-    rip: int
-    first_seconds: float
-    registers: Mapping[str, int] | None = None
-    alike_since: float = 0.0
-    alike_until: float = 0.0
-    exits: int = 0
-    seconds: float = 0.0
-    streak: int = 2
-    enough_seconds: float | None = None
-    stalled: bool = False
-    nested: bool | None = None
-    context_invalid: bool = False
-    idt_vectoring: int = 0
-
-
 class VcpuProgress:
     """Judges one vCPU; each ``observe`` returns the verdicts of the states that the vCPU has entered by it."""
 
@@ -90,8 +54,6 @@ class VcpuProgress:
         self.same_rip_exits = 0
         self.moved_seconds: float | None = None
         """When a notify exit was last known to have happened."""
-        self.interval_seconds: float | None = None
-        """How long it takes, as far as is known, from one notify exit to the next."""
         self.shortest_seconds: float | None = None
         """The shortest time seen between two records in a row at one RIP."""
         self.proofs = 0
@@ -102,15 +64,17 @@ class VcpuProgress:
         self._why = ""
         self._episode = 0
         self._counter: tuple[float, int] | None = None
+        self._cadence = Cadence()
         self._last_record_seconds = float("-inf")
         self._rip: int | None = None
         self._rip_seconds = 0.0
         self._streak = 0
         self._registers: tuple[float, Mapping[str, int]] | None = None
         self._nested: bool | None = None
-        self._suspicion: _Suspicion | None = None
-        self._ended: _Suspicion | None = None
-        self._span: _Span | None = None
+        self._suspicion: Suspicion | None = None
+        self._ended: Suspicion | None = None
+        self._span: Span | None = None
+        self._at_rip: float | None = None  # when it was last seen at the suspected RIP, by what is being taken in
         self._changes: list[Verdict] = []
 
     @property
@@ -123,6 +87,17 @@ class VcpuProgress:
     def notify_exits(self) -> int | None:
         """The counter as it was last read."""
         return self._counter[1] if self._counter else None
+
+    @property
+    def interval_seconds(self) -> float | None:
+        """How long it takes, as far as is known, from one notify exit to the next."""
+        return self._cadence.interval_seconds
+
+    @property
+    def verdict_seconds(self) -> float:
+        """How long a look takes that can show a stall, all by itself."""
+        interval = self.interval_seconds or 0.0
+        return max(self._rule.seconds, self._rule.exits * interval) + 2 * interval
 
     @property
     def suspected(self) -> bool:
@@ -138,27 +113,26 @@ class VcpuProgress:
     def ripe_seconds(self) -> float | None:
         """When the vCPU will have been suspect for long enough, if nothing speaks against it; None if it is not."""
         suspicion, span = self._suspicion, self._span
-        if suspicion is None or suspicion.stalled or span is None or span.first_seconds is None:
+        if suspicion is None or suspicion.stalled:
             return None
-        ripe = span.first_seconds + self._rule.seconds - suspicion.seconds
-        return ripe if suspicion.registers is None else max(ripe, suspicion.alike_since + self._rule.seconds)
+        return suspicion.find_ripe(span, self._rule.seconds)
 
     @property
     def verdict(self) -> Verdict:
         """What is known now; may be asked from another thread."""
         found = self._suspicion or self._ended
         if found is None:
-            return Verdict(self.state, self._since, self._why, nested=self._nested)
-        exits, _ = self._sum(found)
+            return Verdict(self.state, self._since, self._why + self._find_slowness(), nested=self._nested)
+        exits, _ = found.sum(self._span if found is self._suspicion else None)
         return Verdict(
             state=self.state,
             since_seconds=self._since,
-            why=self._why,
+            why=self._why + self._find_slowness(),
             rip=found.rip,
             streak=found.streak,
             exits=exits,
             stuck_since_seconds=found.first_seconds,
-            registers_alike=None if found.registers is None else found.alike_until > found.alike_since,
+            registers_alike=found.registers_alike,
             nested=found.nested,
             context_invalid=found.context_invalid,
             idt_vectoring=found.idt_vectoring,
@@ -172,31 +146,49 @@ class VcpuProgress:
 
     def observe_counter(self, began: float, ended: float, notify_exits: int) -> Sequence[Verdict]:
         """Take in the counter, read between ``began`` and ``ended``."""
-        before, self._counter = self._counter, (ended, notify_exits)
-        if before is None:
-            self._count(began, ended, notify_exits, was_reset=False)
-            return ()
-        was_reset = notify_exits < before[1]
-        moved = notify_exits if was_reset else notify_exits - before[1]
+        before = self._counter
+        if before is not None and began < before[0]:
+            return ()  # an older reading that was handed over late
+        self._counter = (ended, notify_exits)
+        was_reset = before is not None and notify_exits < before[1]
+        moved = 0 if before is None else notify_exits if was_reset else notify_exits - before[1]
+        self._cadence.observe_reading(ended, 0 if was_reset else moved)
+        if self._span and was_reset:
+            self._span.interrupt()
+        elif self._span and self._suspicion:
+            self._span.take_count(began, ended, notify_exits)
         if moved:
-            self.interval_seconds = max(0.0, ended - before[0]) / moved
             self._move(ended)
-        else:
+        elif before is not None:
             self._rest(ended)
-        self._count(began, ended, notify_exits, was_reset)
+        return self._take_changes()
+
+    def observe_unread(self, now: float) -> Sequence[Verdict]:
+        """Take in that the counter cannot be read, or not any more: in time, what was known of the vCPU is not."""
+        read = self._since if self._counter is None else self._counter[0]
+        unread = now - max(read, self._last_record_seconds, read if self.moved_seconds is None else self.moved_seconds)
+        stalled = self._suspicion is not None and self._suspicion.stalled
+        if self.state is not State.QUIET and unread >= (self._still_seconds if stalled else QUIET_SECONDS):
+            if not stalled:
+                self._forget()
+            self._become(State.UNKNOWN, now, "its counter cannot be read")
         return self._take_changes()
 
     def observe_records(
         self, now: float, records: Iterable[NotifyExit], *, lost: int = 0, other_rip: bool = False
     ) -> Sequence[Verdict]:
         """Take in what a trace has given: records, how many were lost, whether event B has fired."""
+        self._at_rip = None
         for record in sorted(records, key=lambda record: record.time_ns):
             self._take_record(record, trusted=not lost)
         if lost:
             self._rip, self._streak = None, 0
-            self._break_span()
+            if self._span:
+                self._span.interrupt()
         if other_rip:
             self._prove(now, "it left the guest at another RIP")
+        if self._at_rip is not None and self._suspicion:
+            self._judge_records(self._suspicion, self._at_rip)
         return self._take_changes()
 
     def observe_registers(
@@ -214,22 +206,27 @@ class VcpuProgress:
             self._prove(ended, f"its registers changed: {' '.join(changed)}")
         elif suspicion:
             suspicion.nested = nested
-            if suspicion.registers is None:
-                suspicion.registers, suspicion.alike_since = compared, ended
-            suspicion.alike_until = max(suspicion.alike_since, began)
+            suspicion.take_registers(began, ended, compared)
             self._judge(ended)
         elif self._rip is not None and self._registers is None:
             self._registers = (ended, compared)
         return self._take_changes()
 
+    def begin_look(self) -> None:
+        """Say that records will come that are not in a row with those before: what happened meanwhile was not seen."""
+        self._cadence.begin_look()
+        self._rip, self._streak, self._registers = None, 0, None
+
     def start_span(self, now: float) -> None:
         """Say that from now on event B is watched for, at the vCPU's RIP."""
         self.end_span()
-        self._span = _Span(now)
+        self._span = Span(now)
 
     def end_span(self) -> None:
         """Say that event B is no longer watched for."""
-        self._break_span()
+        suspicion, span = self._suspicion, self._span
+        if suspicion and span and (suspicion.stalled or span.is_long):
+            suspicion.add(span)
         self._span = None
 
     def _take_record(self, record: NotifyExit, trusted: bool) -> None:
@@ -264,12 +261,12 @@ class VcpuProgress:
             self._streak += 1
             if apart > 0:
                 self.shortest_seconds = min(apart, self.shortest_seconds or apart)
-                self.interval_seconds = min(apart, self.interval_seconds or apart)
+                self._cadence.observe_pair(apart)
         elif in_order or self._rip is None:
             self._rip, self._rip_seconds, self._streak = record.rip, seconds, 1
         if self._suspicion is None and is_pair and record.rip is not None:
             since, registers = self._registers or (0.0, None)
-            self._suspicion = _Suspicion(record.rip, self._rip_seconds, registers, since, since)
+            self._suspicion = Suspicion(record.rip, self._rip_seconds, registers, since, since)
             self._suspicion.nested = self._nested
             self._ended = None
             self._become(State.SUSPECT, seconds, "it took two notify exits in a row at one RIP")
@@ -284,60 +281,29 @@ class VcpuProgress:
 
     def _watch_on(self, seconds: float) -> None:
         """Let a record at the suspected RIP bear out what the span has seen before it."""
-        span, suspicion = self._span, self._suspicion
-        if suspicion and suspicion.stalled and self.state is State.UNKNOWN:
+        suspicion, span = self._suspicion, self._span
+        self._at_rip = seconds
+        if suspicion and span:
+            span.take_record(seconds)
+            if suspicion.enough_seconds is None and suspicion.sum(span)[0] >= self._rule.exits:
+                suspicion.enough_seconds = seconds
+
+    def _judge_records(self, suspicion: Suspicion, seconds: float) -> None:
+        """Take in that the vCPU is at the suspected RIP, and that nothing that came with it says otherwise."""
+        if suspicion.stalled and self.state is State.UNKNOWN:
             self._become(State.STALLED, seconds, "it is still at the RIP at which it was stuck")
-        if span is None or seconds < span.started:
-            return
-        if span.first_seconds is None:
-            span.first_seconds = seconds
-        span.last_seconds = max(span.last_seconds, seconds)
-        span.records += 1
-        span.exits = max(span.exits, span.records - 1)
-        if span.pending and span.base is not None and seconds >= span.pending[0]:
-            span.exits = max(span.exits, span.pending[1] - span.base)
         self._judge(seconds)
-
-    def _count(self, began: float, ended: float, notify_exits: int, was_reset: bool) -> None:
-        span = self._span
-        if span is None or span.first_seconds is None or self._suspicion is None:
-            return
-        if was_reset:
-            self._break_span()
-        elif span.base is None:
-            if began >= span.first_seconds:
-                span.base = notify_exits
-        else:
-            span.pending = (ended, notify_exits)
-
-    def _break_span(self) -> None:
-        """Keep what the span has proved, and begin afresh."""
-        if self._span is None:
-            return
-        if self._suspicion:
-            self._suspicion.exits, self._suspicion.seconds = self._sum(self._suspicion)
-        self._span = _Span(self._span.started)
-
-    def _sum(self, suspicion: _Suspicion) -> tuple[int, float]:
-        span = self._span
-        if span is None or suspicion is not self._suspicion:
-            return suspicion.exits, suspicion.seconds
-        return suspicion.exits + span.exits, suspicion.seconds + span.seconds
 
     def _judge(self, now: float) -> None:
         suspicion = self._suspicion
         if suspicion is None or suspicion.stalled:
             return
-        exits, seconds = self._sum(suspicion)
+        exits, seconds = suspicion.sum(self._span)
         if suspicion.registers is not None:
             seconds = min(seconds, suspicion.alike_until - suspicion.alike_since)
-        if exits < self._rule.exits:
-            return
-        if suspicion.enough_seconds is None:
-            suspicion.enough_seconds = now
-        if seconds >= self._rule.seconds:
-            ripe = self.ripe_seconds
-            since = now if ripe is None else min(now, max(ripe, suspicion.enough_seconds))
+        if exits >= self._rule.exits and seconds >= self._rule.seconds:
+            ripe, enough = self.ripe_seconds, suspicion.enough_seconds
+            since = now if ripe is None or enough is None else min(now, max(ripe, enough))
             suspicion.stalled = True
             self._episode += 1
             self._become(State.STALLED, since, f"it took {exits} notify exits in a row at one RIP")
@@ -347,7 +313,7 @@ class VcpuProgress:
         self.proofs += 1
         suspicion = self._suspicion
         if suspicion:
-            suspicion.exits, suspicion.seconds = self._sum(suspicion)
+            suspicion.add(self._span)
         was_stalled = suspicion is not None and suspicion.stalled
         if self.state is not State.RECOVERED or seconds - self._since >= RECOVERED_SECONDS or suspicion:
             self._ended = suspicion if was_stalled else None
@@ -357,9 +323,9 @@ class VcpuProgress:
 
     def _move(self, now: float) -> None:
         self.moved_seconds = now
-        if self.state is State.QUIET or (
-            self.state is State.RECOVERED and now - self._since >= RECOVERED_SECONDS and self._suspicion is None
-        ):
+        had_been_unread = self.state is State.UNKNOWN and not self.rip_hidden
+        has_been_seen = self.state is State.RECOVERED and now - self._since >= RECOVERED_SECONDS
+        if self.state is State.QUIET or (self._suspicion is None and (had_been_unread or has_been_seen)):
             self._ended = None
             self._become(State.NOTIFYING, now, "it takes notify exits")
 
@@ -367,12 +333,28 @@ class VcpuProgress:
         """Take in that the counter has not moved."""
         still = now - (self._since if self.moved_seconds is None else self.moved_seconds)
         if self.state is State.STALLED:
-            if still >= max(STILL_SECONDS, STILL_INTERVALS * (self.interval_seconds or 0.0)):
+            if still >= self._still_seconds:
                 self._become(State.UNKNOWN, now, "its counter stands still: it may be paused")
         elif still >= QUIET_SECONDS and not (self._suspicion and self._suspicion.stalled):
-            self._suspicion = self._ended = self._registers = self._rip = None
-            self._streak = 0
+            self._forget()
             self._become(State.QUIET, now, "its counter stands still")
+
+    @property
+    def _still_seconds(self) -> float:
+        return max(STILL_SECONDS, STILL_INTERVALS * (self.interval_seconds or 0.0))
+
+    def _forget(self) -> None:
+        self._suspicion = self._ended = self._registers = self._rip = None
+        self._streak = 0
+
+    def _find_slowness(self) -> str:
+        """Return what to add to the evidence where exits come too slowly for the looks that there can be."""
+        interval, exits = self.interval_seconds or 0.0, self._rule.exits
+        if self.state in (State.NOTIFYING, State.SUSPECT) and 2 * interval > LOOK_SECONDS:
+            return f", too slowly to be watched: one in some {interval:.1f} s"
+        if self.state is State.SUSPECT and exits * interval > LOOK_SECONDS:
+            return f", slowly: it takes several looks to watch {exits} of them"
+        return ""
 
     def _become(self, state: State, now: float, why: str) -> None:
         self._why = why

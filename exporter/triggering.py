@@ -24,25 +24,29 @@ class HeldTrigger:
         on_call: Callable[[NotifyCall], None],
     ) -> None:
         self.attached = False
+        self.problem = "" if make is None else "not tried yet"
+        """Why it is not attached; "" where it is, or where there is to be none."""
         self._make, self._run, self._on_call = make, run, on_call
         self._trigger: Trigger | None = None
 
     async def open(self) -> None:
-        """Attach it, where it is not attached; the first time, say how that went."""
+        """Attach it, where it is not attached; how that went is logged when it changes."""
         if self.attached or self._make is None:
             return
-        first, self._trigger = self._trigger is None, self._trigger or self._make(self._on_call)
+        before, self._trigger = self.problem, self._trigger or self._make(self._on_call)
         try:
             status = await self._run(self._trigger.open)
         except SourceUnavailable as err:
-            if first:
+            self.problem = str(err)
+            if self.problem != before:
                 fields = {"why": err.reason, "remedy": err.remedy}
                 log.warning("notify exits are found by polling", extra={"fields": fields})
             return
         if status.attached:
             asyncio.get_running_loop().add_reader(self._trigger.fd, self._trigger.deliver)
             self.attached = True
-        if first or status.attached:
+        self.problem = "" if status.attached else status.reason
+        if self.problem != before:
             words = {"function": status.function, "attached": str(status.attached).lower(), "why": status.reason}
             log.info("trigger for notify exits", extra={"fields": words})
 
@@ -62,13 +66,13 @@ class HeldTrigger:
             return None
         return {(thread.pid, thread.start_ticks, thread.tid, thread.vcpu_id): found[thread] for thread in found}
 
-    async def forget(self, processes: Collection[tuple[int, int]]) -> None:
-        """Forget what was counted for processes that have ended, by pid and start_ticks."""
+    async def forget(self, ended: Collection[tuple[int, ...]]) -> None:
+        """Forget what was counted for what has ended: processes, by pid and start_ticks, or threads, by all four."""
         trigger = self._trigger
-        if trigger is None or not self.attached or not processes:
+        if trigger is None or not self.attached or not ended:
             return
         try:
-            await self._run(lambda: trigger.forget(processes))
+            await self._run(lambda: trigger.forget(ended))
         except OSError as err:  # the table is full some day; then NotifyTrigger.lost counts
             log.error("exits with an invalid context cannot be forgotten", extra={"fields": {"why": str(err)}})
 

@@ -63,6 +63,7 @@ class VcpuReport:
     ``source`` is where the VM's counters come from, ``notify_exits`` the counter as it was last read, ``moved_seconds``
     when a notify exit was last known to happen (CLOCK_MONOTONIC). ``traced_exits`` and ``same_rip_exits`` count records
     since the agent runs. ``can_judge`` is False where nothing can be said: RIPs are hidden, or the thread is not known.
+    ``put_off`` says why nobody looks at a vCPU that has moved, "" where somebody does or a look would show nothing.
     ``drill`` marks a verdict that an operator has asked for to test the alarm.
     """
 
@@ -75,6 +76,7 @@ class VcpuReport:
     traced_exits: int = 0
     same_rip_exits: int = 0
     can_judge: bool = True
+    put_off: str = ""
     drill: bool = False
 
 
@@ -84,13 +86,15 @@ class WatchReport:
 
     ``vcpus`` are those that have taken a notify exit in the agent's time; every other one is quiet. ``problem`` says
     why RIPs cannot be had ("" where they can). ``trigger`` is what tells of notify exits: "bpf", "poll", or "" where
-    none can happen. ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
+    none can happen; ``trigger_problem`` is why no BPF trigger is attached ("" where one is, or where none is wanted).
+    ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
     tid and vcpu_id, None where nothing counts it.
     """
 
     vcpus: tuple[VcpuReport, ...] = ()
     problem: str = ""
     trigger: str = ""
+    trigger_problem: str = ""
     poll_period_seconds: float = 0.0
     traced_vcpus: int = 0
     armings: int = 0

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from exporter.attempts import Attempts
 from exporter.budget import Limits, VcpuKey
 from exporter.drill import DRILL_SECONDS, Drill, NoDrill, find_vm
 from exporter.followed import Followed
@@ -30,12 +31,15 @@ from exporter.holds import Holds
 from exporter.look import Reading, Run
 from exporter.looks import Looks
 from exporter.means import Means, PollMode
-from exporter.polling import IDLE_SECONDS, RETRY_SECONDS, Counters, Polling, choose_polling
+from exporter.polling import IDLE_SECONDS, RETRY_SECONDS, Counters, Polling, PollTimes, choose_polling
 from exporter.progress import VcpuProgress
+from exporter.single_reads import SingleReads
 from exporter.stall_log import StallLog
+from exporter.threads import Found, Threads
 from exporter.triggering import HeldTrigger
+from exporter.vcpu_reports import build_report
 from exporter.verdicts import StallRule, State, VcpuReport, Verdict, WatchReport
-from kvm.model import Snapshot, SourceUnavailable, Vcpu, VmKey, VmReading
+from kvm.model import Vcpu, VmKey, VmReading
 from kvm.notify_trigger import NotifyCall
 
 log = logging.getLogger(__name__)
@@ -47,11 +51,8 @@ FOLLOW_SECONDS: Final = 1.0
 FOLLOWED_SINGLY: Final = 32
 # Reading the whole host each second for a few vCPUs is too much with more vCPUs than this.
 FOLLOWED_VCPUS: Final = 4000
-# A look at the host that somebody wants out of turn comes so long after the last one.
-POLL_GAP_SECONDS: Final = 0.5
-# A VM that is missing from a look may be back in the next.
+# A VM or a vCPU that is missing from a look may be back in the next.
 MISSING_SECONDS: Final = 60.0
-UNPLACED_CALLS: Final = 64
 WORKERS: Final = 4
 _NEVER: Final = float("inf")
 
@@ -73,30 +74,30 @@ class Watch:
         self._means, self._rule, self._poll_mode, self._unix, self._run_given = means, rule, poll, unix, run
         self._clock: Callable[[], float] = time.monotonic
         self._workers: ThreadPoolExecutor | None = None
+        self._single = SingleReads(means.read_vcpu)
         self._looks = Looks(
             means.tracer,
             limits or Limits(),
             self._call,
             is_thread=means.is_thread,
-            read=self._read_vcpu,
+            read=self._single.read,
             on_change=self._take,
         )
-        self._holds = Holds(means.hold, self._call, self._forget)
+        self._holds = Holds(means.hold, self._call, self._end_process)
         self._stall_log = StallLog()
         self._counters = Counters()
-        self._snapshot: Snapshot | None = None
+        self._threads = Threads()
+        self._readings: dict[VmKey, VmReading] = {}
         self._vcpu_count = 0
-        self._by_pid: dict[int, list[VmReading]] = {}
-        self._unplaced: list[NotifyCall] = []
         self._followed: dict[VcpuKey, Followed] = {}
         self._active: dict[VcpuKey, Followed] = {}
-        self._missing: dict[VmKey, float] = {}
-        self._ended: set[tuple[int, int]] = set()
+        self._missing: dict[VcpuKey, float] = {}
+        self._ended: set[tuple[int, ...]] = set()
         self._trigger = HeldTrigger(means.make_trigger, self._call, self.take_call)
-        self._registers_left_out, self._registers_problem = means.read_vcpu is None, ""
-        self._polling = Polling(0.0, 0.0)
-        self._poll_wanted = True
-        self._polled_at = self._read_at = self._retry_at = 0.0
+        self._polls = PollTimes()
+        self._unread = False
+        self._read_at = self._retry_at = -_NEVER
+        self._attempts = Attempts()
         self._wake = asyncio.Event()
         self._drill: Drill | None = None
 
@@ -123,12 +124,13 @@ class Watch:
         return WatchReport(
             vcpus=(*followed, *([drill.report()] if drill else [])),
             problem=looks.problem,
-            trigger="bpf" if self._trigger.attached else "poll" if self._polling.period_seconds else "",
-            poll_period_seconds=self._polling.period_seconds,
+            trigger_problem=self._trigger.problem,
+            trigger="bpf" if self._trigger.attached else "poll" if self._polls.polling.period_seconds else "",
+            poll_period_seconds=self._polls.polling.period_seconds,
             traced_vcpus=looks.armed,
             armings=looks.armings,
             records=looks.records,
-            lost_records=looks.lost + self._trigger.lost,
+            lost_records=looks.lost + self._trigger.lost + self._threads.lost,
             budget_exhausted=looks.exhausted,
             warnings=self._stall_log.warnings,
             warnings_suppressed=self._stall_log.suppressed,
@@ -150,49 +152,33 @@ class Watch:
 
     def take_call(self, call: NotifyCall) -> None:
         """Take in what the trigger tells of; a thread that is not known is looked for."""
-        found = self._find_thread(call)
+        found = self._threads.find(call)
         if found is not None:
-            vcpu = self._follow(*found)
-            self._take(vcpu, vcpu.progress.observe_trigger(self._clock()))
-            vcpu.moved = True
-            self._looks.consider(vcpu)
-        elif len(self._unplaced) < UNPLACED_CALLS:
-            self._unplaced.append(call)
-            self._poll_wanted = True
+            self._take_exit(found)
+        elif self._threads.put_off(call, self._clock()):
+            self._polls.wanted = True
             self._wake.set()
 
     async def _keep_up(self) -> None:
-        """Do what is due; nothing that goes wrong here ends the watch."""
-        try:
-            if self._clock() >= self._retry_at:
-                self._retry_at = self._clock() + RETRY_SECONDS
-                self._registers_left_out = self._means.read_vcpu is None
-                await self._looks.open()
-                await self._trigger.open()
-            if self._clock() >= self._find_poll_time():
-                await self._poll()
-            elif self._active and self._clock() >= self._read_at + FOLLOW_SECONDS:
-                await self._read_singly()
-            now = self._clock()
-            self._stall_log.flush(now, self._unix())
-            self._end_drill(now)
-            for key in [key for key, since in self._missing.items() if now - since >= MISSING_SECONDS]:
-                self._forget(key)
-            await self._looks.cool(now)
-            ended, self._ended = self._ended, set()
-            await self._trigger.forget(ended)
-        except Exception as err:
-            log.error("watching for stalls failed, and goes on", extra={"fields": {"why": repr(err)}})
-            log.debug("watching for stalls failed", exc_info=True)
-            self._polled_at = self._read_at = self._clock()
+        """Do what is due; what goes wrong costs its own part only, and never ends the watch."""
+        if self._clock() >= self._retry_at:
+            self._retry_at = self._clock() + RETRY_SECONDS
+            self._single.try_again()
+            await self._attempts.take(self._looks.open)
+            await self._attempts.take(self._trigger.open)
+        if self._clock() >= self._find_poll_time():
+            await self._attempts.take(self._poll)
+        elif self._reads_singly and self._clock() >= self._read_at + FOLLOW_SECONDS:
+            await self._attempts.take(self._read_singly)
+        await self._attempts.take(self._settle)
 
     async def _rest(self) -> None:
         """Wait until something is due or somebody wakes us."""
         now = self._clock()
         due = [self._find_poll_time(), self._looks.cool_at]
-        if self._looks.problem or self._registers_left_out or not self._trigger.attached:
+        if self._looks.problem or self._single.left_out or not self._trigger.attached:
             due.append(self._retry_at)
-        if self._active:
+        if self._reads_singly:
             due.append(self._read_at + FOLLOW_SECONDS)
         if self._stall_log.busy:
             due.append(now + FOLLOW_SECONDS)
@@ -205,86 +191,102 @@ class Watch:
         except TimeoutError:
             return  # that is what was wanted
 
+    @property
+    def _reads_singly(self) -> bool:
+        """Whether vCPUs are followed one by one, and not with the whole host."""
+        return 0 < len(self._active) <= FOLLOWED_SINGLY and not self._single.left_out
+
     def _find_poll_time(self) -> float:
         """Return when the next look at the host is due."""
-        if self._poll_wanted:
-            return self._polled_at + POLL_GAP_SECONDS if self._snapshot else 0.0
-        if self._active and (self._registers_left_out or len(self._active) > FOLLOWED_SINGLY):
-            return self._polled_at + FOLLOW_SECONDS * max(1.0, self._vcpu_count / FOLLOWED_VCPUS)
-        if self._missing:
-            return self._polled_at + min(IDLE_SECONDS, self._polling.delay_seconds)
-        return self._polled_at + self._polling.delay_seconds
+        at_most = _NEVER
+        if self._active and (self._unread or not self._reads_singly):
+            at_most = FOLLOW_SECONDS * max(1.0, self._vcpu_count / FOLLOWED_VCPUS)
+        elif self._missing:
+            at_most = IDLE_SECONDS
+        return self._polls.find_next(at_most)
 
     async def _poll(self) -> None:
         """Look at the whole host."""
-        self._poll_wanted = False
-        began = self._clock()
+        self._unread = False
+        began = self._read_at = self._clock()
+        self._polls.begin(began)
         snapshot = await self._call(self._means.reader.read)
-        ended = self._polled_at = self._read_at = self._clock()
-        self._snapshot, self._by_pid = snapshot, {}
+        ended = self._read_at = self._clock()
+        self._readings = {reading.vm.key: reading for reading in snapshot.readings}
         self._vcpu_count = sum(len(reading.vcpus) for reading in snapshot.readings)
         always = self._poll_mode is PollMode.ALWAYS
-        self._polling = Polling(_NEVER, 0.0) if self._trigger.attached else choose_polling(snapshot, always)
+        self._polls.polling = Polling(_NEVER, 0.0) if self._trigger.attached else choose_polling(snapshot, always)
         for moved in self._counters.observe(snapshot):
             if VcpuKey(moved.reading.vm.key, moved.vcpu.vcpu_id) not in self._followed:
                 vcpu = self._follow(moved.reading, moved.vcpu)
                 vcpu.progress.observe_counter(moved.before_seconds, moved.before_seconds, moved.before)
-        present = {reading.vm.key: reading for reading in snapshot.readings}
         for vcpu in list(self._followed.values()):
-            reading = present.get(vcpu.key.vm)
-            if reading is None:
-                self._missing.setdefault(vcpu.key.vm, ended)
-                continue
-            self._missing.pop(vcpu.key.vm, None)
-            if counts := vcpu.renew(reading):
-                self._take_counts(vcpu, began, ended, *counts)
-        unplaced, self._unplaced = self._unplaced, []
-        for call in unplaced:
-            if self._find_thread(call) is not None:
-                self.take_call(call)
+            self._renew(vcpu, began, ended)
+        for found in self._threads.observe(snapshot, ended):
+            self._take_exit(found)
+        self._polls.end(ended)
+
+    def _renew(self, vcpu: Followed, began: float, ended: float) -> None:
+        """Take in what a look at the host says of a vCPU, or that it says nothing."""
+        reading = self._readings.get(vcpu.key.vm)
+        counts = None if reading is None else vcpu.renew(reading)
+        # A VM that cannot be read shows none of its vCPUs.
+        if reading is None or (reading.vcpus and vcpu.key.vcpu_id not in [found.vcpu_id for found in reading.vcpus]):
+            self._missing.setdefault(vcpu.key, ended)
+        else:
+            self._missing.pop(vcpu.key, None)
+        if counts is None:
+            self._take(vcpu, vcpu.progress.observe_unread(ended))
+        else:
+            self._take_counts(vcpu, began, ended, *counts)
 
     async def _read_singly(self) -> None:
-        """Read the active vCPUs one by one."""
+        """Read the active vCPUs one by one; whoever cannot be read is looked for in a look at the host."""
         active, clock = list(self._active.values()), self._clock
+        self._read_at = clock()
 
         def read() -> list[tuple[Followed, float, Reading | None, float]]:
-            return [(vcpu, clock(), self._read_vcpu(vcpu.key), clock()) for vcpu in active]
+            return [(vcpu, clock(), self._single.read(vcpu.key), clock()) for vcpu in active]
 
         for vcpu, began, reading, ended in await self._call(read):
-            if reading is not None and vcpu.key in self._followed:
+            if vcpu.key not in self._followed:
+                continue
+            if reading is None:
+                self._unread = True
+            else:
                 self._take(vcpu, vcpu.progress.observe_registers(began, ended, reading.registers, reading.nested))
                 self._take_counts(vcpu, began, ended, reading.notify_exits, reading.exits)
         self._read_at = self._clock()
 
-    def _read_vcpu(self, key: VcpuKey) -> Reading | None:
-        """Read one vCPU; in a worker thread."""
-        if self._means.read_vcpu is None or self._registers_left_out:
-            return None
-        try:
-            return self._means.read_vcpu(key.vm, key.vcpu_id)
-        except SourceUnavailable as err:
-            self._registers_left_out = True
-            if str(err) != self._registers_problem:
-                self._registers_problem = str(err)
-                fields = {"why": err.reason, "remedy": err.remedy}
-                log.warning("registers cannot be read: a long REP will look like a stall", extra={"fields": fields})
-            return None
+    async def _settle(self) -> None:
+        """Do what takes no reading: tell what has waited, and forget what has ended."""
+        now = self._clock()
+        for key in [key for key, since in self._missing.items() if now - since >= MISSING_SECONDS]:
+            if key.vm not in self._readings:
+                self._forget(key.vm)
+            elif key in self._followed:
+                self._drop(key)
+                self._stall_log.tell_unplugged(*key, now)
+        if self._polls.failing:
+            for vcpu in list(self._active.values()):
+                self._take(vcpu, vcpu.progress.observe_unread(now))
+        self._end_drill(now)
+        self._stall_log.flush(now, self._unix())
+        await self._looks.cool(now)
+        ended, self._ended = self._ended, set()
+        await self._trigger.forget(ended)
 
-    def _take_counts(self, vcpu: Followed, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
-        before = vcpu.progress.notify_exits
-        self._take(vcpu, vcpu.progress.observe_counter(began, ended, notify_exits))
-        vcpu.see_counts(ended, notify_exits != before and before is not None, exits)
+    def _take_exit(self, found: Found) -> None:
+        """Take in that a vCPU has just taken a notify exit."""
+        vcpu = self._follow(found.reading, found.vcpu)
+        self._take(vcpu, vcpu.progress.observe_trigger(self._clock()))
+        vcpu.moved = True
         self._looks.consider(vcpu)
 
-    def _find_thread(self, call: NotifyCall) -> tuple[VmReading, Vcpu] | None:
-        if not self._by_pid and self._snapshot is not None:
-            for reading in self._snapshot.readings:
-                self._by_pid.setdefault(reading.vm.key.pid, []).append(reading)
-        for reading in self._by_pid.get(call.pid, ()):
-            for vcpu in reading.vcpus:
-                if (vcpu.tid, vcpu.vcpu_id) == (call.tid, call.vcpu_id):
-                    return reading, vcpu
-        return None
+    def _take_counts(self, vcpu: Followed, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
+        self._take(vcpu, vcpu.progress.observe_counter(began, ended, notify_exits))
+        vcpu.see_counts(began, ended, notify_exits, exits)
+        self._looks.consider(vcpu)
 
     def _follow(self, reading: VmReading, vcpu: Vcpu) -> Followed:
         key = VcpuKey(reading.vm.key, vcpu.vcpu_id)
@@ -296,24 +298,34 @@ class Watch:
             self._holds.hold(key.vm)
         return found
 
+    def _end_process(self, key: VmKey) -> None:
+        """Take in that a VM's process has ended, with all its VMs."""
+        self._ended.add(key[:2])
+        self._forget(key)
+
     def _forget(self, key: VmKey) -> None:
-        """Forget a VM that has ended: nothing of ours outlives it."""
+        """Forget a VM that is gone: nothing of ours outlives it."""
         self._holds.release(key)
         self._looks.forget(key)
-        self._missing.pop(key, None)
         for vcpu in [vcpu for vcpu in self._followed if vcpu.vm == key]:
-            del self._followed[vcpu]
-            self._active.pop(vcpu, None)
+            self._drop(vcpu)
         self._stall_log.tell_end(key, self._clock())
-        self._ended.add((key.pid, key.start_ticks))
         self._wake.set()
+
+    def _drop(self, key: VcpuKey) -> None:
+        """Follow a vCPU no more; its process may have other VMs, so only its own thread's counts go."""
+        vcpu = self._followed.pop(key)
+        self._active.pop(key, None)
+        self._missing.pop(key, None)
+        if vcpu.vcpu.tid is not None:
+            self._ended.add((*key.vm[:2], vcpu.vcpu.tid, key.vcpu_id))
 
     def _take(self, vcpu: Followed, changes: Sequence[Verdict]) -> None:
         """Take in what has been found out about a vCPU."""
         now = self._clock()
         for verdict in changes:
             if verdict.state is State.SUSPECT:
-                self._poll_wanted = True  # so that, if it comes to that, the VM is called by its newest name
+                self._polls.wanted = True  # so that, if it comes to that, the VM is called by its newest name
             if verdict.state is State.QUIET:
                 self._active.pop(vcpu.key, None)
             else:
@@ -326,18 +338,7 @@ class Watch:
             self._wake.set()
 
     def _report(self, vcpu: Followed, verdict: Verdict | None = None) -> VcpuReport:
-        progress = vcpu.progress
-        return VcpuReport(
-            vm=vcpu.vm,
-            vcpu=vcpu.vcpu,
-            verdict=verdict or progress.verdict,
-            source=vcpu.source,
-            notify_exits=progress.notify_exits,
-            moved_seconds=progress.moved_seconds,
-            traced_exits=progress.traced_exits,
-            same_rip_exits=progress.same_rip_exits,
-            can_judge=not self._looks.problem and not progress.rip_hidden and vcpu.vcpu.tid is not None,
-        )
+        return build_report(vcpu, verdict, self._looks.problem, self._clock())
 
     def _end_drill(self, now: float) -> None:
         if self._drill is not None and now >= self._drill.ends_at:

@@ -147,15 +147,20 @@ class FakeRecords:
 
 
 class FakeVm:
-    def __init__(self, name: str, pid: int, vcpus: int, project: str = "shop") -> None:
-        self.key = VmKey(pid, 77, 9)
+    """One VM; a process has more than one by other values of ``vm_fd``."""
+
+    def __init__(self, name: str, pid: int, vcpus: int, project: str = "shop", vm_fd: int = 9) -> None:
+        self.key = VmKey(pid, 77, vm_fd)
         self.vm = Vm(f"id-{name}", self.key, Owner("qemu", name=name, uuid=f"id-{name}", project=project), 1.7e9)
-        self.vcpus = [FakeVcpu(pid + 10 + number) for number in range(vcpus)]
+        self.vcpus = [FakeVcpu(pid + vm_fd + 1 + number) for number in range(vcpus)]
         self.protection = Protection.ARMED
         self.window: int | None = 128_000
-        self.ended_fd = -1
+        self.is_readable = True
 
     def read(self) -> VmReading:
+        if not self.is_readable:
+            counters = VmCounters(problem="no memory")
+            return VmReading(self.vm, "", (), len(self.vcpus), counters, self.protection)
         vcpus = tuple(Vcpu(number, 2 * number, vcpu.tid) for number, vcpu in enumerate(self.vcpus))
         counters = VmCounters(
             tuple(vcpu.vcpu_id for vcpu in vcpus),
@@ -177,6 +182,8 @@ class FakeHost:
         self.vms = list(vms)
         self.host = host
         self.polls: list[float] = []
+        self.reads: list[tuple[float, VmKey, int]] = []
+        self.failure = ""
         self.armed_at: dict[int, float] = {}
         self.armed_times: list[tuple[int, float, float]] = []
         self.most_armed = 0
@@ -186,6 +193,7 @@ class FakeHost:
         self.refusal: SourceUnavailable | None = None
         self.refused_threads: set[int] = set()
         self.warm = False
+        self.cooled_while_armed = False
         self.trigger: FakeTrigger | None = None
         self.pidfds: dict[VmKey, tuple[int, int]] = {}
         self.closed = False
@@ -218,13 +226,16 @@ class FakeHost:
     def read(self) -> Snapshot:
         self.settle()
         self.polls.append(self.clock())
+        if self.failure:
+            raise RuntimeError(self.failure)
         readings = tuple(vm.read() for vm in self.vms)
         return Snapshot(self.clock(), 1.7e9, self.host, readings, (SourceReport("bpf", up=True),), {})
 
     def read_vcpu(self, key: VmKey, vcpu_id: int) -> Reading | None:
         self.settle()
+        self.reads.append((self.clock(), key, vcpu_id))
         for vm in self.vms:
-            if vm.key == key:
+            if vm.key == key and vm.is_readable and vcpu_id < 2 * len(vm.vcpus):
                 vcpu = vm.vcpus[vcpu_id // 2]
                 return Reading({"rax": 1, "rcx": vcpu.rcx, "rip": 3}, False, vcpu.notify_exits, vcpu.exits)
         return None
@@ -248,6 +259,7 @@ class FakeHost:
         self.warm = True
 
     def release_warm(self) -> None:
+        self.cooled_while_armed |= any(vcpu.armed for vcpu in self.vcpus())
         self.warm = False
 
     def close(self) -> None:
@@ -315,8 +327,8 @@ class FakeTrigger:
     def read_context_invalid(self) -> dict[VcpuThread, int]:
         return dict(self.invalid)
 
-    def forget(self, processes: Collection[tuple[int, int]]) -> None:
-        self.invalid = {thread: count for thread, count in self.invalid.items() if thread[:2] not in processes}
+    def forget(self, ended: Collection[tuple[int, ...]]) -> None:
+        self.invalid = {t: count for t, count in self.invalid.items() if t not in ended and t[:2] not in ended}
 
     def close(self) -> None:
         if self.fd >= 0:

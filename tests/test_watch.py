@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
@@ -12,10 +13,12 @@ import pytest
 
 from exporter.drill import NoDrill
 from exporter.means import Means, PollMode
+from exporter.threads import STRANGER_SECONDS, UNPLACED_CALLS
+from exporter.vcpu_reports import WAITS
 from exporter.verdicts import StallRule, State, VcpuReport
 from exporter.watch import Watch
 from kvm.model import Protection, SourceUnavailable
-from kvm.notify_trigger import TriggerStatus, VcpuThread
+from kvm.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from tests.fake_host import FakeHost, FakeTrigger, FakeVm, R
 from tests.snapshots import INTEL
 from tests.virtual_time import run_inline, run_virtual
@@ -529,6 +532,7 @@ def test_what_was_counted_for_a_vm_that_has_ended_is_forgotten() -> None:
         scene.host.set(vm.vcpus[0], "stuck")
         await scene.wait_for(vm, State.STALLED)
         trigger.invalid = {VcpuThread(*vm.key[:2], 110, 0): 3, VcpuThread(*other.key[:2], 210, 0): 4}
+        trigger.invalid[VcpuThread(*vm.key[:2], 119, 0)] = 1  # a thread that it had before
         scene.host.end(vm)
         await asyncio.sleep(0.1)
         assert scene.watch.report().context_invalid == {(*other.key[:2], 210, 0): 4}
@@ -579,3 +583,256 @@ def test_what_goes_wrong_is_logged_and_the_watch_goes_on(caplog: pytest.LogCaptu
 
     play(act, vm)
     assert any("goes on" in record.getMessage() for record in caplog.records)
+
+
+def find_errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.fields["why"] for record in caplog.records if record.levelno >= logging.ERROR]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_first", [False, True], ids=["later", "from-the-start"])
+@pytest.mark.parametrize("trigger", [False, True], ids=["polled", "triggered"])
+def test_a_reader_that_fails_is_asked_seldom_and_complained_about_when_the_reason_changes(
+    trigger: bool, is_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    def prepare(host: FakeHost) -> None:
+        host.failure = "no memory" if is_first else ""
+
+    async def act(scene: Scene) -> None:
+        scene.host.failure = "no memory"
+        scene.watch.take_call(NotifyCall(1, 4242, 5000, 0))
+        await asyncio.sleep(100)
+        polls = len(scene.host.polls)
+        assert polls < 18
+        assert find_errors(caplog) == ["RuntimeError('no memory')"]
+        scene.host.failure = "no fds"
+        await asyncio.sleep(100)
+        assert len(scene.host.polls) - polls <= 11
+        assert find_errors(caplog) == ["RuntimeError('no memory')", "RuntimeError('no fds')"]
+        scene.host.failure = ""
+        await asyncio.sleep(11)
+        scene.host.set(vm.vcpus[0], "stuck")
+        assert await scene.wait_for(vm, State.STALLED) < 3
+
+    play(act, vm, trigger=trigger, prepare=prepare)
+    assert any(record.getMessage() == "watching for stalls works again" for record in caplog.records)
+
+
+def test_what_does_not_need_the_reader_goes_on_where_it_fails(caplog: pytest.LogCaptureFixture) -> None:
+    vm, other = FakeVm("web", 100, 1), FakeVm("db", 200, 1)
+
+    async def act(scene: Scene) -> None:
+        trigger = scene.host.trigger
+        assert trigger is not None
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED)
+        await scene.watch.start_drill("db")
+        trigger.invalid = {VcpuThread(*vm.key[:2], 110, 0): 3}
+        scene.host.failure = "no memory"
+        scene.host.end(vm)
+        await asyncio.sleep(0.1)
+        assert scene.watch.report().context_invalid == {}
+        await asyncio.sleep(62)
+        assert scene.watch.report().vcpus == ()
+        assert not scene.host.warm
+
+    play(act, vm, other, trigger=True)
+    assert read_lines(caplog)[-1]["msg"] == "DRILL, not real: vCPU makes progress again"
+
+
+def test_many_that_are_active_are_read_with_the_host_and_not_singly_besides() -> None:
+    vm, others = FakeVm("web", 100, 40), [FakeVm(f"vm{number}", 10_000 * (number + 1), 1000) for number in range(5)]
+
+    async def act(scene: Scene) -> None:
+        for vcpu in vm.vcpus:
+            scene.host.set(vcpu, "alternating", interval=0.2)
+        await asyncio.sleep(3)
+        scene.host.reads.clear()
+        await asyncio.sleep(10)
+        at_once = Counter(seconds for seconds, _, _ in scene.host.reads)
+        assert max(at_once.values(), default=0) <= 4  # by looks
+
+    play(act, vm, *others)
+
+
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+@pytest.mark.parametrize("trigger", [False, True], ids=["polled", "triggered"])
+def test_a_stall_whose_counters_cannot_be_read_any_more_is_unknown(trigger: bool, registers: bool) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED)
+        vm.is_readable = False
+        scene.host.set(vm.vcpus[0], "idle")
+        assert await scene.wait_for(vm, State.UNKNOWN, 15) < 8
+        await asyncio.sleep(900)
+        assert scene.state(vm) is State.UNKNOWN  # and not forgotten: it is there
+
+    play(act, vm, trigger=trigger, registers=registers)
+
+
+def test_a_stall_is_unknown_where_the_host_cannot_be_looked_at_any_more() -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED)
+        scene.host.failure = "no memory"
+        scene.host.set(vm.vcpus[0], "idle")
+        assert await scene.wait_for(vm, State.UNKNOWN, 15) < 12
+
+    play(act, vm, registers=False)
+
+
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+@pytest.mark.parametrize("trigger", [False, True], ids=["polled", "triggered"])
+def test_a_vcpu_that_is_unplugged_is_forgotten_after_a_minute(
+    trigger: bool, registers: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    vm = FakeVm("web", 100, 2)
+
+    async def act(scene: Scene) -> None:
+        for vcpu in reversed(vm.vcpus):
+            scene.host.set(vcpu, "stuck")
+            await asyncio.sleep(5)
+        assert [scene.state(vm, vcpu) for vcpu in (0, 1)] == [State.STALLED] * 2
+        if scene.host.trigger is not None:
+            threads = [VcpuThread(*vm.key[:2], vcpu.tid, 2 * number) for number, vcpu in enumerate(vm.vcpus)]
+            scene.host.trigger.invalid = dict.fromkeys(threads, 1)
+        scene.host.dead_threads.add(vm.vcpus.pop().tid)
+        await asyncio.sleep(30)
+        assert scene.state(vm, 1) is State.UNKNOWN
+        await asyncio.sleep(45)
+        assert scene.find(vm, 1) is None
+        assert scene.state(vm) is State.STALLED
+        if scene.host.trigger is not None:
+            assert set(scene.host.trigger.invalid) == {threads[0]}
+
+    play(act, vm, trigger=trigger, registers=registers)
+    assert [line["vcpu"] for line in read_lines(caplog) if line["msg"] == "vCPU is gone"] == [1]
+
+
+def test_calls_of_threads_that_nobody_knows_are_counted_as_lost() -> None:
+    async def act(scene: Scene) -> None:
+        for number in range(1000):
+            scene.watch.take_call(NotifyCall(1, 4242, 5000 + number, 0))
+        assert scene.watch.report().lost_records == 1000 - UNPLACED_CALLS
+        await asyncio.sleep(3)
+        assert scene.watch.report().lost_records == 1000
+
+    play(act, FakeVm("web", 100, 1), trigger=True)
+
+
+def test_a_thread_that_cannot_be_placed_has_the_host_looked_at_twice_a_minute_at_most() -> None:
+    vm = FakeVm("late", 4242, 1)
+
+    async def act(scene: Scene) -> None:
+        polls = len(scene.host.polls)
+        for _ in range(200):
+            scene.watch.take_call(NotifyCall(1, 4242, vm.vcpus[0].tid, 0))
+            await asyncio.sleep(0.25)
+        assert len(scene.host.polls) - polls == 2
+        assert scene.watch.report().lost_records == pytest.approx(200, abs=3)
+        scene.host.vms.append(vm)
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED, STRANGER_SECONDS + 2)
+
+    play(act, FakeVm("web", 100, 1), trigger=True)
+
+
+def test_a_vm_that_is_gone_costs_the_others_of_its_process_no_counts() -> None:
+    vm, other = FakeVm("web", 100, 1), FakeVm("db", 100, 1, vm_fd=20)
+
+    async def act(scene: Scene) -> None:
+        trigger = scene.host.trigger
+        assert trigger is not None
+        for found in (vm, other):
+            scene.host.set(found.vcpus[0], "stuck")
+            await scene.wait_for(found, State.STALLED)
+        ours, theirs = VcpuThread(*vm.key[:2], 110, 0), VcpuThread(*other.key[:2], 121, 0)
+        trigger.invalid = {ours: 3, theirs: 4}
+        scene.host.vms.remove(vm)
+        await asyncio.sleep(90)
+        assert scene.watch.report().context_invalid == {theirs: 4}
+        scene.host.vms.append(vm)
+
+    play(act, vm, other, trigger=True)
+
+
+def test_why_no_trigger_is_attached_is_told_and_logged_when_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(trigger: FakeTrigger) -> None:
+        trigger.refusal = SourceUnavailable("no libbpf.so.1", "install libbpf1")
+
+    async def act(scene: Scene) -> None:
+        trigger = scene.host.trigger
+        assert trigger is not None
+        assert scene.watch.report().trigger_problem == "no libbpf.so.1; install libbpf1"
+        await asyncio.sleep(610)
+        trigger.refusal, trigger.status = None, TriggerStatus("handle_notify", False, "no module has it")
+        await asyncio.sleep(610)
+        assert scene.watch.report().trigger_problem == "no module has it"
+        trigger.status = TriggerStatus("handle_notify", True)
+        await asyncio.sleep(310)
+        assert (scene.watch.report().trigger, scene.watch.report().trigger_problem) == ("bpf", "")
+
+    play(act, FakeVm("web", 100, 1), trigger=True, make_trigger=refuse)
+    told = [record.fields["why"] for record in caplog.records if "notify exits" in record.getMessage()]  # type: ignore[attr-defined]
+    assert told == ["no libbpf.so.1", "no module has it", ""]
+
+
+def test_a_trigger_that_is_switched_off_is_no_problem() -> None:
+    async def act(scene: Scene) -> None:
+        assert (scene.watch.report().trigger, scene.watch.report().trigger_problem) == ("poll", "")
+
+    play(act, FakeVm("web", 100, 1))
+
+
+def test_why_a_vcpu_is_not_looked_at_is_told() -> None:
+    vm, refused = FakeVm("web", 100, 5), FakeVm("db", 200, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.refused_threads.add(refused.vcpus[0].tid)
+        for vcpu in (*vm.vcpus, *refused.vcpus):
+            scene.host.set(vcpu, "stuck", interval=0.1)
+        await asyncio.sleep(0.6)
+        found = [scene.find(vm, number) for number in range(5)]
+        assert sorted(report.put_off for report in found if report) == ["", "", "", "", WAITS]
+        told = scene.find(refused)
+        assert told is not None
+        assert "SELinux forbids it" in told.put_off
+
+    play(act, vm, refused, trigger=True)
+
+
+def test_the_next_look_begins_as_soon_as_one_has_ended() -> None:
+    vm = FakeVm("web", 100, 8)
+
+    async def act(scene: Scene) -> None:
+        for vcpu in vm.vcpus:
+            scene.host.set(vcpu, "alternating", interval=0.05)
+        await asyncio.sleep(10)
+        began = sorted(scene.host.armed_times, key=lambda times: times[1])
+        fourth, fifth = began[3], began[4]
+        assert fifth[1] - min(ended for _, _, ended in began[:4]) < 0.02, (fourth, fifth)
+
+    play(act, vm, trigger=True)
+
+
+def test_the_tracepoint_is_not_let_go_under_a_look() -> None:
+    vm = FakeVm("web", 100, 2)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "alternating")
+        await asyncio.sleep(1)
+        scene.host.set(vm.vcpus[0], "idle")
+        await asyncio.sleep(5)
+        ended = max(ended for _, _, ended in scene.host.armed_times)
+        await asyncio.sleep(ended + 60 - 1.5 - scene.host.clock())
+        scene.host.set(vm.vcpus[1], "stuck", interval=0.9)
+        await asyncio.sleep(10)
+        looks = [times for times in scene.host.armed_times if times[0] == vm.vcpus[1].tid]
+        assert looks[0][1] < ended + 60 < looks[0][2]
+
+    assert not play(act, vm, trigger=True).cooled_while_armed
