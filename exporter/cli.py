@@ -180,7 +180,7 @@ def add_collector_flags(parser: argparse.ArgumentParser) -> None:
         type=VcpuSeries,
         choices=list(VcpuSeries),
         default=VcpuSeries.ALL,
-        help="which vCPUs have series: all, those with notify exits, or none (default: all)",
+        help="which vCPUs have counters of their own: all, those with notify exits, or none (default: all)",
     )
     for name, what in (("include", "only VMs"), ("exclude", "no VM")):
         parser.add_argument(

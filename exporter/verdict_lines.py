@@ -45,14 +45,17 @@ class VerdictLines:
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
 
     def render_vcpus(self, reading: VmReading, with_counters: bool) -> Iterator[tuple[Metric, str]]:
-        """Yield what was found out about the vCPUs of one VM; ``with_counters`` for more than who is stuck."""
+        """Yield what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""
         found, drills = self._found.get(reading.vm.key, {}), self._drills.get(reading.vm.key, {})
         column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
         notified = [vcpu for vcpu, count in zip(reading.vcpus, column, strict=False) if count]
         if not (found or drills or notified):
             return
-        if with_counters:
-            yield from self._render_counters(reading, notified, found)
+        if with_counters and not self._report.problem:
+            yield from _render_traces(reading, found)
+        if self._report.context_invalid is not None:
+            for vcpu in notified:
+                yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, self._count_invalid(reading.vm.key, vcpu))
         for vcpu in reading.vcpus:
             stuck = self._judge(vcpu, found.get(vcpu.vcpu_id), drills.get(vcpu.vcpu_id), vcpu in notified)
             if stuck is not None:
@@ -89,23 +92,19 @@ class VerdictLines:
             return True
         return False if found.can_judge and found.verdict.state is not State.UNKNOWN else None
 
-    def _render_counters(
-        self, reading: VmReading, notified: list[Vcpu], found: Mapping[int, VcpuReport]
-    ) -> Iterator[tuple[Metric, str]]:
-        for vcpu in reading.vcpus:
-            report = found.get(vcpu.vcpu_id)
-            if report is not None and not self._report.problem:
-                yield _render(metrics.VCPU_TRACED_EXITS, reading, vcpu, report.traced_exits)
-                yield _render(metrics.VCPU_SAME_RIP_EXITS, reading, vcpu, report.same_rip_exits)
-        if self._report.context_invalid is not None:
-            for vcpu in notified:
-                yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, self._count_invalid(reading.vm.key, vcpu))
-
     def _count_invalid(self, key: VmKey, vcpu: Vcpu) -> int:
         """Count by process and vcpu_id; where a process has several VMs, only the thread tells them apart."""
         is_alone = self._vms[key[:2]] <= 1
         counts = self._invalid.get(key[:2], {}).items()
         return sum(n for (tid, vcpu_id), n in counts if vcpu_id == vcpu.vcpu_id and (is_alone or tid == vcpu.tid))
+
+
+def _render_traces(reading: VmReading, found: Mapping[int, VcpuReport]) -> Iterator[tuple[Metric, str]]:
+    for vcpu in reading.vcpus:
+        report = found.get(vcpu.vcpu_id)
+        if report is not None:
+            yield _render(metrics.VCPU_TRACED_EXITS, reading, vcpu, report.traced_exits)
+            yield _render(metrics.VCPU_SAME_RIP_EXITS, reading, vcpu, report.same_rip_exits)
 
 
 def _render(metric: Metric, reading: VmReading, vcpu: Vcpu, value: int) -> tuple[Metric, str]:
