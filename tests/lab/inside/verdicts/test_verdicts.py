@@ -35,7 +35,8 @@ pytestmark = pytest.mark.usefixtures("injector")
 
 STALL = "vCPU makes no forward progress"
 END = "vCPU makes progress again"
-POLLING_SECONDS = 1.2
+POLLING_SECONDS, EVENT_SECONDS = 1.2, 0.1
+RATE_GOAL, LARGEST_ERROR, PAIRS = 0.98, 0.06, 20
 AGENTS_CPU, GUESTS_CPU = 0, 1
 LIBVIRT_STATUS = Path(__file__).parents[3] / "fixtures/owners/libvirt-openstack/status.xml"
 Tell = Callable[[str], None]
@@ -199,26 +200,29 @@ def measure_rate(guest: GuestProcess, yardstick: memoryview, seconds: float) -> 
     return 1000 * (after - before) / (stepped - steps)
 
 
-def compare_rates(guest: GuestProcess, agent: AgentProcess, pairs: int, seconds: float) -> tuple[float, str]:
-    """Measure a guest's exits with the agent running and held still, in turns; the ratio of the medians, and in words.
+def compare_rates(guest: GuestProcess, agent: AgentProcess, tell: Tell, what: str) -> None:
+    """Measure a guest's exits with the agent running and held still, in turns, and hold the ratio of the medians.
 
+    What it is held to is the goal less twice the error that the rates' own spread makes.
     They are measured against what else is done on the guest's CPU: CPUs that take turns get no equal shares of time.
     """
     running, still = [], []
     with open_yardstick(GUESTS_CPU) as yardstick:
         while not yardstick[0]:
             time.sleep(0.1)
-        for number in range(pairs):
+        for number in range(PAIRS):
             if number % 2:  # in the order A B B A, so that a machine that slows down slows both
-                running.append(measure_rate(guest, yardstick, seconds))
+                running.append(measure_rate(guest, yardstick, 1.0))
             with held_still(agent):
-                still.append(measure_rate(guest, yardstick, seconds))
+                still.append(measure_rate(guest, yardstick, 1.0))
             if not number % 2:
-                running.append(measure_rate(guest, yardstick, seconds))
+                running.append(measure_rate(guest, yardstick, 1.0))
     with_agent, without = statistics.median(running), statistics.median(still)
-    spread = f"{min(still):.1f} to {max(still):.1f} without"
-    told = f"{with_agent:.1f} and {without:.1f}, ratio {with_agent / without:.3f} ({pairs} pairs, {spread})"
-    return with_agent / without, told
+    # The standard error of a ratio of medians, with that of a median 1.25 times that of a mean.
+    error = 1.25 * (2 / PAIRS) ** 0.5 * statistics.stdev(still) / without
+    ratio = with_agent / without
+    tell(f"{what} with and without the agent: {with_agent:.1f} and {without:.1f}, ratio {ratio:.3f} +- {error:.3f}")
+    assert ratio > RATE_GOAL - 2 * min(error, LARGEST_ERROR)
 
 
 @pytest.fixture(scope="module")
@@ -242,15 +246,13 @@ def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(
     with open_guest(1, "calm", cpu=GUESTS_CPU) as guest, busy(AGENTS_CPU):
         guest.send("loop")
         began, before = time.monotonic(), read_cpu_seconds(agent.pid)
-        ratio, told = compare_rates(guest, agent, 20, 1.0)
+        compare_rates(guest, agent, tell, "idle: a guest's exits")
         used = 2 * (read_cpu_seconds(agent.pid) - before) / (time.monotonic() - began)  # half of the time it was still
         assert count_events(agent.pid) == 0
-        tell(f"idle: a guest's exits with and without the agent: {told}")
         told = (
             f"{100 * used / slowdown:.2f} % of a core ({100 * used:.1f} % of this one's, {slowdown:.0f} times as slow)"
         )
         tell(f"idle: polling one VM takes {told}")
-    assert ratio > 0.9  # as near as emulation comes
     assert agent.samples("kvm_exporter_trace_armings_total") == {(): 0.0}
 
 
@@ -334,7 +336,8 @@ def check_interrupts(listener: Listener, vm: str, tell: Tell) -> None:
     after = read_interrupts()
     counts = {name: after[name] - before[name] for name in ("LOC", "RES", "CAL")}
     tell(f"a stall goes on through {counts['LOC']} ticks and {counts['RES'] + counts['CAL']} IPIs")
-    assert min(counts["LOC"], counts["RES"] + counts["CAL"]) > 100
+    assert counts["LOC"] > 100
+    assert counts["RES"] + counts["CAL"] > 20
     assert listener.verdicts(vm)[verdicts:] == []
     assert listener.find_vcpu(vm, 1)["state"] == "stalled"
 
@@ -377,31 +380,32 @@ def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: 
             os.setpriority(os.PRIO_PROCESS, vcpu.tid, 19)
         flood.send("notify rips=2 rounds=0")
         neighbour.send("loop")
-        time.sleep(5)
+        for _ in range(3):  # what hangs in the end has often taken an exit now and then before
+            victim.notify(0, rips=3, rounds=1)
+            victim.wait_for("done")
+            time.sleep(3)
         lines = len(agent.log)
         began, before = time.monotonic(), read_cpu_seconds(agent.pid)
         victim.notify(0, exits=0)
         listener.wait_for_line(STALL, vm)
         found_after, used = time.monotonic() - began, read_cpu_seconds(agent.pid) - before
         tell(f"flood: the stall of another VM is told of after {found_after:.2f} s, 1 s of which makes it a stall")
-        ratio, told = compare_rates(neighbour, agent, 20, 1.0)
-        warnings = sum("level=WARN" in line for line in agent.log[lines:])
+        compare_rates(neighbour, agent, tell, "flood: a neighbour's exits")
+        written = [line for line in agent.log[lines:] if "level=DEBUG" not in line]
         samples = {
             name: round(agent.samples(f"kvm_exporter_trace_{name}_total")[()])
             for name in ("armings", "records", "lost_records", "budget_exhausted")
         }
-        tell(f"flood: a neighbour's exits with and without the agent: {told}")
         share = used / found_after
         tell(f"flood: the agent takes {100 * share / slowdown:.2f} % of a core ({100 * share:.0f} % of this one's)")
-        tell(f"flood: {warnings} warnings, {samples}")
+        tell(f"flood: {len(written)} lines in the log, {samples}")
         assert is_within(found_after, 5.0)
-        assert ratio > 0.9
-        assert share / slowdown < 0.05
-        assert warnings <= 5
+        assert share / slowdown < 0.05 or share / find_slowdown() < 0.05  # the machine may be busier by now
+        assert 1 <= len(written) <= 5
         assert samples["budget_exhausted"] > 0
 
 
-def test_a_trigger_makes_it_faster(tell: Tell) -> None:
+def test_a_trigger_makes_it_faster(slowdown: float, tell: Tell) -> None:
     """The programs for handle_notify(), at the function that handles the guest's port writes here."""
     with open_listener("--trigger.function=io_interception") as listener, open_guest(40, "event") as guest:
         agent, vm = listener.agent, make_uuid(40)
@@ -412,11 +416,12 @@ def test_a_trigger_makes_it_faster(tell: Tell) -> None:
         guest.notify(0, exits=0)
         to_suspect, to_line, _line = find_lateness(listener, vm)
         seen = time.monotonic() - began
-        tell(f"trigger: first pair to suspect {to_suspect:.3f} s, conditions of a stall to the line {to_line:.3f} s")
+        there = f"{to_suspect / slowdown:.3f} s and {to_line / slowdown:.3f} s where Python is not emulated"
+        tell(f"trigger: first pair to suspect {to_suspect:.3f} s, conditions to the line {to_line:.3f} s: {there}")
         tell(f"trigger: first exit to the line {seen:.2f} s, 1 s of which makes it a stall")
         guest.stop()
-        assert is_within(to_suspect, POLLING_SECONDS)
-        assert is_within(to_line, POLLING_SECONDS)
+        assert to_suspect / slowdown < EVENT_SECONDS
+        assert to_line / slowdown < EVENT_SECONDS
 
 
 def test_no_event_outlives_its_vm_and_none_is_left_in_the_end(listener: Listener) -> None:
