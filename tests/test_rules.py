@@ -38,6 +38,8 @@ RULE_FILES: Final = sorted(DIRECTORY.glob("*.rules.yml"))
 TEST_FILES: Final = sorted((DIRECTORY / "tests").glob("*.test.yml"))
 RUNBOOK: Final = "https://github.com/kvm-notify-exporter/kvm-notify-exporter#"
 PACKAGES: Final = {"promtool": "prometheus", "amtool": "prometheus-alertmanager"}
+# Drops labels that a target may have brought along under the names of an owner's, and mostly has not.
+DROPPED_OWNER: Final = re.compile(r"max without \((name, display_name, )?project, namespace, (uuid, )?vmm\)")
 # What Prometheus adds to a scrape.
 PROMETHEUS_METRICS: Final = {"up": frozenset[str]()}
 
@@ -90,7 +92,7 @@ def run_promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def find_series_labels(expr: str) -> set[str]:
     """The labels of what an expression of ours gives; raises ValueError where it asks for what nobody makes."""
-    return find_labels(expr, find_metric_labels, target_labels=())
+    return find_labels(DROPPED_OWNER.sub("", expr), find_metric_labels, target_labels=())
 
 
 def find_metric_labels(metric: str) -> set[str]:
@@ -176,8 +178,58 @@ def test_a_rule_uses_what_is_there(rule: Rule) -> None:
     labels = find_series_labels(rule.expr)
     for text in rule.body.get("annotations", {}).values():
         assert set(re.findall(r"\$labels\.(\w+)", text)) <= labels
-        for query in re.findall(r'"((?:kvm_|topk).*?)"', text):
-            find_series_labels(query.replace("%q", '""'))
+        for query in find_annotation_queries(text):
+            find_series_labels(query)
+
+
+def find_annotation_queries(text: str) -> list[str]:
+    """What an annotation asks Prometheus, for an alert whose labels are all empty."""
+    queries = re.findall(r"""query\s+\(printf\s+(["`])(.*?)\1""", text, re.DOTALL)
+    assert len(queries) == len(re.findall(r"\bquery\b", text))
+    return [query.replace("%q", '""') for _quote, query in queries]
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=by_name)
+def test_an_annotation_asks_about_one_host_only(rule: Rule) -> None:
+    """It is asked once for each alert: about a whole fleet, it takes seconds each."""
+    for text in rule.body["annotations"].values():
+        for query in find_annotation_queries(text):
+            for selector in find_selectors(query):
+                assert {"job", "instance"} <= selector.labels, f"{selector.metric} of every host"
+
+
+def find_seconds(interval: str) -> int:
+    return int(interval[:-1]) * {"s": 1, "m": 60}[interval[-1]]
+
+
+def test_groups_are_evaluated_as_often_as_what_reads_them_needs() -> None:
+    """A stall pages after 30 s; sums count a sample a minute; and no sample is found for longer than 5 minutes."""
+    for file in RULE_FILES:
+        for group in DOCUMENTS[file]["groups"]:
+            seconds = find_seconds(group["interval"])
+            recorded = {body["record"] for body in group["rules"] if "record" in body}
+            if any(body.get("alert") == "KvmVcpuNoForwardProgress" for body in group["rules"]):
+                assert seconds <= 15
+            if recorded:
+                assert seconds < 300
+            if "vm:kvm_vm_notify_window_exits:rate5m" in recorded:
+                assert seconds == 60
+
+
+def test_the_rules_of_vms_hold_no_more_samples_than_they_must() -> None:
+    """A subquery holds all samples of all series at once; those over hosts and microcodes are few."""
+    for rule in RULES:
+        for node in walk(ast.parse(rule.expr)):
+            if isinstance(node, ast.SubqueryExpr):
+                assert not any(asked.metric.startswith(("vm:", "kvm_")) for asked in find_selectors(str(node)))
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=by_name)
+def test_where_the_name_is_not_known_no_other_is_in_its_place(rule: Rule) -> None:
+    """Targets may bring the labels namespace and project along, of the agent and not of the VM."""
+    if "group_left" in rule.expr and "vm:kvm_vm_info:unique" in rule.expr:
+        _known, unknown = rule.expr.split("or on (job, instance, vm)")
+        assert DROPPED_OWNER.match(unknown.strip())
 
 
 @pytest.mark.parametrize("rule", RULES, ids=by_name)
@@ -216,7 +268,7 @@ def test_only_one_rule_depends_on_the_name_of_the_job() -> None:
 
 
 def test_rules_do_without_vcpu_series_where_they_can() -> None:
-    """An agent with --vcpu-series=none has the first of these, and not the second."""
+    """An agent with --vcpu-series=none has these two."""
     used = {selector.metric for rule in RULES for selector in find_selectors(rule.expr)}
     vcpu_series = {metric for metric in used if metric.startswith("kvm_vcpu_")}
     assert vcpu_series == {"kvm_vcpu_no_forward_progress", "kvm_vcpu_notify_context_invalid_exits_total"}
@@ -276,47 +328,62 @@ MUTANTS: Final = [
     Mutant("vm:kvm_vm_notify_window_exits:rise1h", r"\n\s+or\n\s+vm:\S+"),
     Mutant("vm:kvm_vm_notify_window_exits:rise1h", r"\n\s+- [^\n]+"),
     Mutant("vm:kvm_vm_notify_lost_seconds:rate5m", ", window_cycles"),
+    Mutant("vm:kvm_vm_notify_lost_seconds:rate5m", "> bool 0"),
+    Mutant("instance:kvm_vm_source_info:count", "count", "max"),
+    Mutant("instance:kvm_vm_source_info:count", ", source"),
     Mutant("vm:kvm_vm_notify_lost_seconds:rate5m", r"job, instance, window_cycles", "window_cycles"),
     Mutant("instance:kvm_vm_notify_lost_seconds:rate5m", "sum", "max"),
     Mutant("instance:kvm_vms_with_notify_exits:count1d", "count without", "sum without"),
     Mutant("microcode:kvm_host_notify_window_exits:rate5m", "sum", "max"),
-    Mutant("microcode:kvm_host_vcpus_armed:sum", "sum", "max"),
+    Mutant("microcode:kvm_host_notify_window_exits:rate5m", r"max by .job, instance, [^)]+\)"),
+    Mutant("microcode:kvm_host_vcpus_armed:sum", "sum by", "max by"),
+    Mutant("microcode:kvm_host_vcpus_armed:sum", r"max by .job, instance, [^)]+\)"),
     Mutant("microcode:kvm_notify_exits_per_armed_vcpu_day:avg1d", "86400", "3600"),
     Mutant("microcode:kvm_notify_exits_per_armed_vcpu_day:avg1d", r"vcpus_armed:sum\[1d\]", "vcpus_armed:sum[1h]"),
     Mutant("instance:kvm_notify_exits_per_armed_vcpu_day:avg1d", "86400", "3600"),
     Mutant("microcode:kvm_armed_vcpu_days:sum1d", "600", "60"),
     Mutant("instance:kvm_armed_vcpu_days:sum1d", "600", "60"),
-    Mutant("microcode:kvm_hosts_with_notify_exits:count1d", "> 0"),
+    Mutant("microcode:kvm_hosts_with_notify_exits:count1d", "> 1", "> 0"),
+    Mutant("microcode:kvm_hosts_with_notify_exits:count1d", r"max by .job, instance, [^)]+\)"),
+    Mutant("microcode:kvm_hosts_with_notify_exits:count1d", r"(?s)\s+and on.*>= 2"),
     Mutant("vm:kvm_vm_info:unique", "> 1", "> 9"),
     Mutant("vm:kvm_vm_info:unique", "pid, "),
     Mutant("vm:kvm_vm_info:unique", "by .job, instance, vm.", "by (job, vm)"),
     Mutant("KvmVcpuNoForwardProgress", r"on .job, instance, vm. group_left", "on (vm) group_left"),
     Mutant("KvmVcpuNoForwardProgress", REST.format("or on")),
+    Mutant("KvmVcpuNoForwardProgress", DROPPED_OWNER.pattern),
     Mutant("KvmVcpuNoForwardProgress", "> 0", "> 1"),
     Mutant("KvmVcpuNoForwardProgress", "> 0", ">= 0"),
     Mutant("KvmVcpuNoForwardProgress", ".+", "0s", "for"),
     Mutant("KvmVcpuNoForwardProgress", ".+", "1m", "for"),
     Mutant("KvmVcpuNoForwardProgress", ".+", "1s", "keep_firing_for"),
-    Mutant("KvmVcpuContextInvalid", r"offset 1h"),
-    Mutant("KvmVcpuContextInvalid", r"\[1d\]", "[5m]"),
-    Mutant("KvmVcpuContextInvalid", r"(?s)unless\s+last_over_time.*?\)"),
-    Mutant("KvmVcpuContextInvalid", r"increase\((\w+)\[1h\]\)", r"\1 unless \1"),
+    Mutant("vm:kvm_vcpu_notify_context_invalid_exits:increase1h", r"offset 1h"),
+    Mutant("vm:kvm_vcpu_notify_context_invalid_exits:increase1h", r"\[1d\]", "[5m]"),
+    Mutant("vm:kvm_vcpu_notify_context_invalid_exits:increase1h", r"(?s)unless\s+last_over_time.*?\)"),
+    Mutant("vm:kvm_vcpu_notify_context_invalid_exits:increase1h", r"increase\((\w+)\[1h\]\)", r"\1 unless \1"),
+    Mutant("vm:kvm_vcpu_notify_context_invalid_exits:increase1h", r"without .vcpu.", "without ()"),
     Mutant("KvmVcpuContextInvalid", r"on .job, instance, vm. group_left", "on (instance) group_left"),
+    Mutant("KvmVcpuContextInvalid", REST.format("or on")),
+    Mutant("KvmVcpuContextInvalid", DROPPED_OWNER.pattern),
     Mutant("KvmVmNotifyExitsRising", "> 10", "> 0"),
     Mutant("KvmVmNotifyExitsRising", "> 10", "> 20"),
     Mutant("KvmVmNotifyExitsRising", r"on .job, instance, vm. group_left", "on (vm) group_left"),
     Mutant("KvmVmNotifyExitsRising", REST.format("or on")),
+    Mutant("KvmVmNotifyExitsRising", DROPPED_OWNER.pattern),
     Mutant("KvmVmUnprotected", r"and on .job, instance. kvm_host_notify_supported == 1"),
     Mutant("KvmVmUnprotected", "supported == 1", "supported == 0"),
     Mutant("KvmVmUnprotected", '{state="off"} == 1', '{state="off"}'),
     Mutant("KvmVmUnprotected", ".+", "30m", "for"),
-    Mutant("KvmVmUnprotected", REST.format("or on")),
+    Mutant("KvmVmUnprotected", r"(?s)\n  or on.*\n  \)\n", "\n"),
+    Mutant("KvmVmUnprotected", DROPPED_OWNER.pattern),
+    Mutant("KvmVmUnprotected", "count without", "max without"),
+    Mutant("KvmVmUnprotected", "vm, state", "vm, state, project"),
     Mutant("KvmNotifyExporterDown", REST.format("or on")),
     Mutant("KvmNotifyExporterDown", "kvm-notify", "."),
     Mutant("KvmNotifyExporterDown", "> 0", ">= 0"),
     Mutant("KvmNotifyExporterDown", ".+", "1m", "for"),
-    Mutant("KvmNotifySourceLost", r"(?s)\n\s+and on.*\[1d:1h\]\)"),
-    Mutant("KvmNotifySourceLost", r"\[1d:1h\]", "[1m:1m]"),
+    Mutant("KvmNotifySourceLost", r"(?s)\n\s+and on.*\[7d\]\)"),
+    Mutant("KvmNotifySourceLost", r"\[7d\]", "[1m]"),
     Mutant("KvmNotifySourceLost", REST.format("or on")),
     Mutant("KvmNotifySourceLost", ".+", "5m", "for"),
     Mutant("KvmNotifyVmsUnread", "on .job, instance, vm.", "on (vm)"),
@@ -348,6 +415,8 @@ MUTANTS: Final = [
     Mutant("KvmMicrocodeUpdateNotifyExits", ">= 2", ">= 0"),
     Mutant("KvmMicrocodeUpdateNotifyExits", ".+", "1m", "for"),
     Mutant("KvmMicrocodeUpdateNotifyExits", "14d:1h", "1h:1h"),
+    Mutant("KvmMicrocodeUpdateNotifyExits", r"and\n\s+instance:kvm_armed_vcpu_days:sum1d >= 4\n"),
+    Mutant("KvmMicrocodeUpdateNotifyExits", r"and\n\s+instance:kvm_host_vcpus_armed:sum\n"),
     Mutant("KvmMicrocodeUpdateNotifyExits", r"max by .job, instance.", "max by (job)"),
     Mutant("KvmMicrocodeUpdateNotifyExits", r'(kvm_notify_exits_per_armed_vcpu_day:avg1d){microcode!=""}', r"\1"),
 ]
@@ -416,6 +485,77 @@ def test_every_rule_has_been_broken() -> None:
     assert {mutant.rule for mutant in MUTANTS if mutant.part == "for"} >= timed
 
 
+def find_series_row(mode: str) -> list[str]:
+    """The cells of the README's table for this ``--vcpu-series``."""
+    (cells,) = re.findall(rf"^\| `{mode}`[^|]*\|(.*)\|$", README.read_text(), re.MULTILINE)
+    return [cell.strip() for cell in cells.split("|")]
+
+
+def test_the_readme_says_how_urgent_an_alert_is() -> None:
+    rows = re.findall(r"^\| \[(\w+)\]\(#(\w+)\) \| (\w+) \|", README.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted((rule.name, rule.name.lower(), rule.body["labels"]["severity"]) for rule in ALERTS)
+
+
+KEPT_CENTRALLY: Final = {"kvm_host_info", "kvm_host_vcpus", "kvm_exporter_build_info", "kvm_exporter_source_up"} | {
+    "kvm_vcpu_no_forward_progress",
+    "vm:kvm_vm_notify_window_exits:rate5m",
+}
+KEPT_BESIDE_AGENTS: Final = {"kvm_vm_info", "kvm_vcpu_exits_total", "kvm_vm_notify_window_exits_total"} | {
+    "vm:kvm_vm_info:unique",
+    "vm:kvm_vm_notify_lost_seconds:rate5m",
+    "node_load1",
+}
+
+
+def find_central_expressions() -> list[tuple[str, re.Pattern[str]]]:
+    """What the README sends to a central Prometheus, each way: where a ``job`` is asked for, it follows a ";"."""
+    documents = [yaml.safe_load(block) for block in find_readme_blocks("yaml")]
+    (keep,) = (
+        relabeling
+        for document in documents
+        for remote in document.get("remote_write", ())
+        for relabeling in remote["write_relabel_configs"]
+    )
+    assert (keep["action"], keep["source_labels"]) == ("keep", ["__name__", "job"])
+    (matches,) = (
+        scrape["params"]["match[]"]
+        for document in documents
+        for scrape in document.get("scrape_configs", ())
+        if "params" in scrape
+    )
+    selectors = [re.fullmatch(r'(\w*)\{(__name__|job)=~"(.*)"\}', match) for match in matches]
+    assert all(selectors)
+    parts = [f"(?:{one[3]});.*" if one[2] == "__name__" else f"{one[1]};{one[3]}" for one in selectors if one]
+    return [("remote_write", re.compile(keep["regex"])), ("federate", re.compile("|".join(parts)))]
+
+
+def test_a_central_prometheus_gets_what_it_needs_and_no_vm() -> None:
+    fleet = {
+        selector.metric
+        for rule in RULES
+        if rule.file.name == "kvm-notify-fleet.rules.yml"
+        for selector in find_selectors(rule.expr)
+        if not selector.metric.startswith("microcode:")
+    }
+    for way, regex in find_central_expressions():
+        for metric in fleet | KEPT_CENTRALLY:
+            assert regex.fullmatch(f"{metric};kvm-notify-exporter"), f"{way} leaves {metric} out"
+        for metric in KEPT_BESIDE_AGENTS:
+            assert not regex.fullmatch(f"{metric};kvm-notify-exporter"), f"{way} sends {metric}"
+        assert regex.fullmatch("up;kvm-notify-exporter")
+        assert not regex.fullmatch("up;node")
+
+
+def test_files_that_the_readme_names_are_there() -> None:
+    paths = re.findall(r"(?<![\w/])grafana/[\w./*-]+", README.read_text())
+    assert {"grafana/alerts/", "grafana/dashboards/*.json", "grafana/provisioning/dashboards/*.yml"} <= set(paths)
+    for path in paths:
+        assert list(ROOT.glob(path.rstrip("/."))), path
+    provider = yaml.safe_load(next((ROOT / "grafana/provisioning/dashboards").glob("*.yml")).read_text())
+    for one in provider["providers"]:
+        assert f"cp grafana/dashboards/*.json {one['options']['path']}/" in README.read_text()
+
+
 class HostOfArmedVms:
     """A made-up host that has the three sources of a real one; each VM of it has its protection armed."""
 
@@ -445,9 +585,13 @@ def find_notified(snapshot: Snapshot) -> list[VcpuReport]:
     ]
 
 
-@pytest.mark.parametrize(("mode", "of_vcpu", "of_notified"), [("all", 2, 5), ("active", 0, 7), ("none", 0, 1)])
+@pytest.mark.parametrize(("mode", "of_vcpu", "of_notified"), [("all", 2, 5), ("active", 0, 7), ("none", 0, 2)])
 def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Callable[[str], None]) -> None:
     """What the README's arithmetic says: 13 of the host, 22 of the agent, 10 a VM, and those of vCPUs."""
+    row = find_series_row(mode)
+    assert row[0] == " + ".join(["51", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
+    healthy = 51 + 10 * 50 + of_vcpu * 50 * 8
+    assert row[1:] == [f"{healthy:,}", f"{round(20_000 * healthy / 1e6)} million"]
     vms, vcpus = 48, 8
     reports: list[VcpuReport] = []
 
