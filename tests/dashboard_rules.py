@@ -11,22 +11,30 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import promql_parser as ast
+import yaml
 
 from exporter.metrics import METRICS, Metric, MetricType
 from tests.dashboard_linter import VALUES, Rule, find_calls, find_expressions, walk_parsed
-from tests.dashboard_queries import Json, find_panels, find_query_variables, find_variables, substitute
+from tests.dashboard_queries import DASHBOARDS, Json, find_panels, find_query_variables, find_variables, substitute
 from tests.promql import find_labels, find_selectors
 
 # Prometheus gives these names their values, and every time range and every link may use them.
 GLOBALS: Final = {"__rate_interval", "__range", "__range_s", "__interval"}
 PROMETHEUS_OWN: Final[Mapping[str, frozenset[str]]] = {"up": frozenset()}
 DECLARED: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}
+RECORDING: Final = DASHBOARDS.parent / "alerts" / "kvm-notify-recording.rules.yml"
+# What is recorded, and from what.
+RECORDED: Final[Mapping[str, str]] = {
+    rule["record"]: rule["expr"] for group in yaml.safe_load(RECORDING.read_text())["groups"] for rule in group["rules"]
+}
 
 
 def find_labels_of(name: str) -> frozenset[str]:
     """Return a metric's labels without those of its target; raises ValueError for one that nobody exports."""
     if name in PROMETHEUS_OWN:
         return PROMETHEUS_OWN[name]
+    if name in RECORDED:
+        return frozenset(find_labels(RECORDED[name], find_labels_of))
     if name not in DECLARED:
         raise ValueError(f"no metric {name or 'without a name'}")
     return frozenset(DECLARED[name].labels)

@@ -1,7 +1,8 @@
 """The dashboard of all hosts: what they are, whether notify exits are armed, who takes them, and how agents fare.
 
-It asks for series of hosts and of VMs. Of the vCPUs it asks only for those that are stalled: a few series, which are
-there whatever ``--vcpu-series`` says.
+It is for fleets of many thousand VMs, and for a central Prometheus that keeps few of their series: it asks for series
+of hosts, and for what rules record of VMs that take notify exits. Of the vCPUs it asks only for those that are stalled:
+a few series, which are there whatever ``--vcpu-series`` says. Names of VMs are there where kvm_vm_info is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from grafana.builder.layout import (
 )
 from grafana.builder.panels import (
     GREEN_UNTIL_ONE,
+    NOTHING_FOUND,
     PROTECTION_COLORS,
     WARN_FROM_ONE,
     Column,
@@ -31,9 +33,12 @@ from grafana.builder.queries import (
     ARMED_VCPUS,
     ARMED_VMS,
     CPU,
+    HOST_ARMED_VCPUS,
+    HOST_EXIT_RATE,
     HOST_EXITS,
     HOST_KEYS,
     UP,
+    count_or_zero,
     increase,
     rate,
     seen_agents,
@@ -55,7 +60,8 @@ def render() -> Json:
     return render_dashboard(
         uid=FLEET_UID,
         title="KVM notify exits: fleet",
-        description="Notify VM exits of all KVM hosts: who is stalled, who is protected, which CPUs take them.",
+        description="Notify VM exits of all KVM hosts: who is stalled, who is protected, which CPUs take them. "
+        "Top VMs, guest time lost and exits a day ask what kvm-notify-recording.rules.yml records.",
         time_from="now-24h",
         variables=[job_variable(), instance_variable(all_first=True)],
         annotations=[
@@ -65,6 +71,7 @@ def render() -> Json:
                 "At least one vCPU of this host made no forward progress.",
             )
         ],
+        refresh="5m",
         rows=[_now(), _protection(), _cpus(), make_vms_row(), make_hosts_row(), make_agents_row()],
     )
 
@@ -73,7 +80,8 @@ def _now() -> Row:
     all_vms, armed_vms = (
         f"sum({selector})" for selector in (select(m.HOST_VMS), select(m.HOST_VMS, protection="armed"))
     )
-    blind = f"{select(m.BUILD_INFO)} unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
+    hosts, up = select(m.HOST_INFO), select(UP)
+    blind = f"max by ({HOST_KEYS}) ({hosts}) unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
     return Row(
         1,
         "Now",
@@ -90,8 +98,7 @@ def _now() -> Row:
                 3,
                 "Hosts that cannot see stalls",
                 "Hosts whose agent counts notify exits but cannot have their RIPs; its log says why.",
-                Query(f"count({blind})"),
-                no_value="none",
+                Query(count_or_zero(blind, hosts)),
                 thresholds=WARN_FROM_ONE,
             ),
             make_stat(
@@ -107,21 +114,20 @@ def _now() -> Row:
                 "Share of VMs with notify exits armed.",
                 Query(f"{armed_vms} / ({all_vms} > 0)"),
                 unit="percentunit",
-                no_value="no VMs",
+                no_value="no VMs, or not known",
             ),
             make_stat(
                 6,
                 "Hosts",
                 "Hosts whose agent answers.",
-                Query(f"count({select(m.BUILD_INFO)})"),
-                no_value="none",
+                Query(f"count(max by ({HOST_KEYS}) ({hosts}))"),
             ),
             make_stat(
                 7,
                 "Agents down",
-                "Targets that Prometheus cannot scrape now and that were this agent in the time range.",
-                Query(f"count({seen_agents(f'({select(UP)} == 0)')})"),
-                no_value="none",
+                "Targets that Prometheus cannot scrape now and that were this agent in the time range. Not known where "
+                "up is not kept.",
+                Query(count_or_zero(seen_agents(f"({up} == 0)"), seen_agents(up))),
                 thresholds=GREEN_UNTIL_ONE,
             ),
         ],
@@ -163,7 +169,11 @@ def _cpus() -> Row:
     group = f"sum by ({CPU})"
     exits_per_day = f"{group} ({with_cpu(f'sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)})')}) * 86400"
     armed = f"{group} ({with_cpu(ARMED_VCPUS)})"
-    exits = f"{group} ({with_cpu(HOST_EXITS)})"
+    # Samples of both are taken at the same time, so the ratio needs neither their distance nor the age of the history.
+    exits_sum, armed_sum = (
+        f"{group} ({with_cpu(f'sum by ({HOST_KEYS}) (sum_over_time({select(metric)}[$__range]))')})"
+        for metric in (HOST_EXIT_RATE, HOST_ARMED_VCPUS)
+    )
     interval = f"max by ({HOST_KEYS}, window_cycles) ({select(m.HOST_INTERVAL_MIN)})"
     return Row(
         20,
@@ -173,14 +183,15 @@ def _cpus() -> Row:
                 21,
                 "Groups of hosts",
                 "Hosts by CPU and microcode. Exits of the whole time range count for the microcode that a host has "
-                "now; the graph below shows each at its time.",
+                "now; the graph below shows each at its time. Exits a day are those of the time range, or of as much "
+                "of it as there is history.",
                 {
                     "hosts": f"count by ({CPU}) (max by ({HOST_KEYS}, {CPU}) ({select(m.HOST_INFO)}))",
                     "supported": f"{group} ({with_cpu(f'max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})')})",
                     "armed_vms": f"{group} ({with_cpu(ARMED_VMS)})",
                     "armed_vcpus": armed,
-                    "exits": exits,
-                    "exits_per_day": f"{exits} * 86400 / $__range_s / ({armed} > 0)",
+                    "exits": f"{group} ({with_cpu(HOST_EXITS)})",
+                    "exits_per_day": f"{exits_sum} * 86400 / {armed_sum}",
                 },
                 [
                     *CPU_COLUMNS,
@@ -217,7 +228,7 @@ def _cpus() -> Row:
                 ],
                 sort_by="Shortest interval",
                 width=12,
-                no_value="no stall was seen since the agents started",
+                no_value=NOTHING_FOUND,
             ),
         ],
     )

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from exporter import metrics as m
 from grafana.builder.layout import Row, link_to_host, link_to_vm
-from grafana.builder.panels import GREEN_UNTIL_ONE, YES_NO, Column, Query, make_graph, make_table
+from grafana.builder.panels import BAD, GREEN_UNTIL_ONE, NOTHING_FOUND, YES_NO, Column, Query, make_graph, make_table
 from grafana.builder.queries import (
     ARMED_VCPUS,
     ARMED_VMS,
     HOST_EXITS,
     HOST_KEYS,
+    HOST_SECONDS_LOST,
     OWNER,
     UP,
+    VM_EXIT_RATE,
     VM_KEYS,
     find_stalled,
     increase,
+    name_few,
     rate,
     seen_agents,
     select,
-    vm_seconds_lost,
-    with_owner,
 )
 
 OWNER_COLUMNS = (
@@ -32,8 +33,9 @@ OWNER_COLUMNS = (
 
 def make_vms_row() -> Row:
     """Return the row about who is stalled, and who takes the most notify exits."""
-    top = f"topk(20, sum by ({VM_KEYS}) ({increase(m.VM_NOTIFY_WINDOW_EXITS)}) > 0)"
-    top_rates = f"topk(10, sum by ({VM_KEYS}) ({rate(m.VM_NOTIFY_WINDOW_EXITS)}) > 0)"
+    # One sample a minute, as in the recording rules. A subquery would hold the samples of all VMs at once.
+    exits = f"sum_over_time({select(VM_EXIT_RATE)}[$__range])"
+    top = f"topk(20, sum by ({VM_KEYS}) ({exits}) * 60)"
     return Row(
         30,
         "VMs",
@@ -41,7 +43,8 @@ def make_vms_row() -> Row:
             make_table(
                 31,
                 "Stalled vCPUs now",
-                "Each vCPU that makes no forward progress, and whose VM it is. The RIP is in the agent's log and API.",
+                "Each vCPU that makes no forward progress, and whose VM it is, where kvm_vm_info is kept. The RIP is "
+                "in the agent's log and API.",
                 {"stalled": find_stalled(OWNER)},
                 [
                     *OWNER_COLUMNS,
@@ -51,13 +54,14 @@ def make_vms_row() -> Row:
                     Column(field="job", title="Job"),
                 ],
                 sort_by="Host",
-                no_value="no vCPU is stalled",
+                no_value=NOTHING_FOUND,
             ),
             make_table(
                 32,
                 "Top VMs",
-                "The 20 VMs with the most notify exits in the time range.",
-                {"exits": with_owner(top)},
+                "The 20 VMs with the most notify exits in the time range, from the rates that are recorded each "
+                "minute: of a short burst it is an estimate. Names are there where kvm_vm_info is kept.",
+                {"exits": name_few(top, OWNER)},
                 [
                     *OWNER_COLUMNS,
                     Column(field="exits", title="Notify exits", decimals=0),
@@ -67,16 +71,16 @@ def make_vms_row() -> Row:
                 ],
                 sort_by="Notify exits",
                 width=12,
-                no_value="no VM took a notify exit",
+                no_value=NOTHING_FOUND,
             ),
             make_graph(
                 33,
                 "Notify exits of the top VMs",
-                "The ten VMs with the highest rate at each point in time.",
-                [Query(with_owner(top_rates, "name"), "{{name}} {{vm}} on {{instance}}")],
+                "The ten VMs with the highest rate over 5 minutes at each point in time, as it is recorded.",
+                [Query(f"topk(10, sum by ({VM_KEYS}) ({select(VM_EXIT_RATE)}))", "{{vm}} on {{instance}}")],
                 unit="cps",
                 links=[link_to_vm("__field.labels")],
-                no_value="no VM took a notify exit",
+                no_value=NOTHING_FOUND,
             ),
         ],
     )
@@ -84,7 +88,6 @@ def make_vms_row() -> Row:
 
 def make_hosts_row() -> Row:
     """Return the row about what each host is and how it fares."""
-    lost = vm_seconds_lost(rate(m.VM_NOTIFY_WINDOW_EXITS))
     by_host = {
         "info": f"max by ({HOST_KEYS}, cpu_model_name, microcode, kernel) ({select(m.HOST_INFO)})",
         "supported": f"max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})",
@@ -126,17 +129,18 @@ def make_hosts_row() -> Row:
                 [Query(f"topk(10, sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)}) > 0)", "{{instance}}")],
                 unit="cps",
                 links=[link_to_host("__field.labels")],
-                no_value="no host took a notify exit",
+                no_value=NOTHING_FOUND,
             ),
             make_graph(
                 43,
                 "Guest time lost",
                 "Notify exits times the shortest interval between two of them with that window: 1 is one vCPU that "
-                "gets nothing done. Ten hosts with the most. Empty until an agent has seen a stall with that window.",
-                [Query(f"topk(10, sum by ({HOST_KEYS}) ({lost}) > 0)", "{{instance}}")],
+                "gets nothing done. Ten hosts with the most, as it is recorded. Empty until an agent has seen a stall "
+                "with that window.",
+                [Query(f"topk(10, sum by ({HOST_KEYS}) ({select(HOST_SECONDS_LOST)}) > 0)", "{{instance}}")],
                 unit="short",
                 links=[link_to_host("__field.labels")],
-                no_value="none known",
+                no_value=NOTHING_FOUND,
             ),
         ],
     )
@@ -161,13 +165,14 @@ def make_agents_row() -> Row:
                 51,
                 "Agents with problems",
                 "Hosts that need a look, and why. The agent's log and its page at / give the reason. An error that "
-                "happened once since the agent started is not counted yet.",
+                "happened once since the agent started is not counted yet. An empty cell says that nothing was found, "
+                "also where the series are not kept: for VMs not read, kvm_vm_info and kvm_vm_source_info.",
                 problems,
                 [
                     Column(field="instance", title="Host", links=[link_to_host()]),
                     Column(field="job", title="Job"),
-                    Column(field="down", title="Down", mappings=YES_NO),
-                    Column(field="sourceless", title="No source works", mappings=YES_NO),
+                    Column(field="down", title="Down", mappings=BAD),
+                    Column(field="sourceless", title="No source works", mappings=BAD),
                     Column(field="unread", title="VMs not read"),
                     Column(field="errors", title="Read errors", decimals=0),
                     Column(field="failing", title="Collectors that fail"),
@@ -175,7 +180,7 @@ def make_agents_row() -> Row:
                 ],
                 sort_by="Read errors",
                 width=12,
-                no_value="no agent has a problem",
+                no_value=NOTHING_FOUND,
             ),
             make_graph(
                 52,

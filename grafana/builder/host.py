@@ -16,6 +16,7 @@ from grafana.builder.layout import (
 )
 from grafana.builder.panels import (
     GREEN_UNTIL_ONE,
+    NOTHING_FOUND,
     PROTECTION,
     PROTECTION_COLORS,
     WARN_FROM_ONE,
@@ -30,6 +31,7 @@ from grafana.builder.queries import (
     HOST_KEYS,
     OWNER,
     VM_KEYS,
+    count_or_zero,
     find_stalled,
     increase,
     rate,
@@ -109,8 +111,13 @@ def _what_it_is() -> Row:
                 6,
                 "VMs not read",
                 "VMs whose counters no source could read: they have no counts, and that is not 0.",
-                Query(f"count({select(m.VM_INFO)} unless on ({VM_KEYS}) {select(m.VM_SOURCE_INFO)})"),
-                no_value="none",
+                Query(
+                    count_or_zero(
+                        f"{select(m.VM_INFO)} unless on ({VM_KEYS}) {select(m.VM_SOURCE_INFO)}",
+                        select(m.VM_INFO),
+                    )
+                ),
+                no_value="no VMs, or not known",
                 thresholds=WARN_FROM_ONE,
             ),
             make_stat(
@@ -151,7 +158,7 @@ def _exits() -> Row:
                 [Query(with_owner(top, "name"), "{{name}} {{vm}}")],
                 unit="cps",
                 links=[link_to_vm("__field.labels")],
-                no_value="no VM took a notify exit",
+                no_value=NOTHING_FOUND,
             ),
             make_graph(
                 13,
@@ -192,7 +199,7 @@ def _exits() -> Row:
                     )
                 ],
                 unit="s",
-                no_value="no stall was seen since the agent started",
+                no_value=NOTHING_FOUND,
             ),
         ],
     )
@@ -221,7 +228,7 @@ def _vms() -> Row:
                 ],
                 sort_by="Name",
                 height=6,
-                no_value="no vCPU is stalled",
+                no_value=NOTHING_FOUND,
             ),
             make_table(
                 22,

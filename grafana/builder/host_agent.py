@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from exporter import metrics as m
 from grafana.builder.layout import Row
-from grafana.builder.panels import WORKS, Query, make_graph, make_timeline
+from grafana.builder.panels import NOTHING_FOUND, WORKS, Query, make_graph, make_timeline
 from grafana.builder.queries import HOST_KEYS, UP, rate, seen_agents, select
 
 
@@ -47,7 +47,7 @@ def make_agent_row() -> Row:
                     )
                 ],
                 unit="cps",
-                no_value="none since the agent started",
+                no_value=NOTHING_FOUND,
             ),
             make_graph(
                 35,

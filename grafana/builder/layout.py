@@ -68,6 +68,7 @@ def render_dashboard(
     variables: Sequence[Json],
     annotations: Sequence[Json],
     rows: Sequence[Row],
+    refresh: str = "1m",
 ) -> Json:
     """Return a dashboard as Grafana imports it."""
     back = [] if uid == FLEET_UID else [_link_to_fleet()]
@@ -80,7 +81,7 @@ def render_dashboard(
         "links": back,
         "liveNow": False,
         "panels": _place(rows),
-        "refresh": "1m",
+        "refresh": refresh,
         "schemaVersion": SCHEMA_VERSION,
         "style": "dark",
         "tags": ["kvm"],
@@ -97,12 +98,12 @@ def render_dashboard(
 
 def job_variable() -> Json:
     """Return the choice of Prometheus jobs."""
-    return _query_variable("job", "Job", f"label_values({m.BUILD_INFO.name}, job)", multi=True, all_first=True)
+    return _query_variable("job", "Job", f"label_values({m.HOST_INFO.name}, job)", multi=True, all_first=True)
 
 
 def instance_variable(*, all_first: bool) -> Json:
     """Return the choice of hosts; with ``all_first`` it starts with all of them, else with the first one."""
-    query = f'label_values({m.BUILD_INFO.name}{{job=~"$job"}}, instance)'
+    query = f'label_values({m.HOST_INFO.name}{{job=~"$job"}}, instance)'
     return _query_variable("instance", "Instance", query, multi=True, all_first=all_first)
 
 

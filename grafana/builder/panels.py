@@ -14,6 +14,9 @@ GREEN_UNTIL_ONE: Final = ((None, "green"), (1, "red"))
 WARN_FROM_ONE: Final = ((None, "green"), (1, "orange"))
 PLAIN: Final = ((None, "text"),)
 
+# No rows or lines may also be due to series that this Prometheus does not keep.
+NOTHING_FOUND: Final = "nothing found"
+
 
 @dataclass(frozen=True, slots=True)
 class Query:
@@ -53,6 +56,7 @@ def map_values(**texts: tuple[str, str]) -> Mappings:
 PROTECTION_COLORS: Final = {"armed": "green", "off": "orange", "unsupported": "blue", "unknown": "purple"}
 PROTECTION: Final = map_values(**{state: (state, color) for state, color in PROTECTION_COLORS.items()})
 YES_NO: Final = map_values(_0=("no", "orange"), _1=("yes", "green"))
+BAD: Final = map_values(_0=("no", "green"), _1=("yes", "red"))
 STALLED: Final = map_values(_0=("not stalled", "green"), _1=("stalled", "red"))
 WORKS: Final = map_values(_0=("does not work", "orange"), _1=("works", "green"))
 

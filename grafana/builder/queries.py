@@ -10,6 +10,22 @@ from exporter.metrics import Metric, MetricType
 # Prometheus gives this to each of its targets.
 UP: Final = Metric("up", MetricType.GAUGE, "Whether the last scrape of a target succeeded.")
 
+# What kvm-notify-recording.rules.yml records each minute: of VMs that take notify exits only, and by host.
+VM_EXIT_RATE: Final = Metric(
+    "vm:kvm_vm_notify_window_exits:rate5m", MetricType.GAUGE, "Notify exits per second, where there are any.", ("vm",)
+)
+HOST_EXIT_RATE: Final = Metric(
+    "instance:kvm_host_notify_window_exits:rate5m",
+    MetricType.GAUGE,
+    "Notify exits per second of hosts with armed vCPUs.",
+)
+HOST_ARMED_VCPUS: Final = Metric(
+    "instance:kvm_host_vcpus_armed:sum", MetricType.GAUGE, "Armed vCPUs of hosts that have any."
+)
+HOST_SECONDS_LOST: Final = Metric(
+    "instance:kvm_vm_notify_lost_seconds:rate5m", MetricType.GAUGE, "Guest time lost, in vCPU-seconds per second."
+)
+
 HOST_KEYS: Final = "job, instance"
 VM_KEYS: Final = "job, instance, vm"
 OWNER: Final = "name, display_name, project, namespace"
@@ -40,6 +56,20 @@ def with_owner(expr: str, labels: str = OWNER) -> str:
     return f"{expr} * on ({VM_KEYS}) group_left ({labels}) {info}"
 
 
+def name_few(few: str, labels: str, keys: str = VM_KEYS) -> str:
+    """Return ``few`` series by ``keys`` with labels of kvm_vm_info; without them where it is not kept.
+
+    Only the VMs that matter are made unique: to do that for each VM of a fleet takes seconds.
+    """
+    info = f"topk by ({VM_KEYS}) (1, {select(m.VM_INFO)} and on ({VM_KEYS}) ({few}))"
+    return f"(({few}) * on ({VM_KEYS}) group_left ({labels}) {info}) or on ({keys}) ({few})"
+
+
+def count_or_zero(found: str, known: str) -> str:
+    """Return how many series there are in ``found``: 0 if ``known`` has any, and nothing if it has none."""
+    return f"count({found}) or 0 * count({known})"
+
+
 def with_cpu(expr: str) -> str:
     """Return a query by host with the labels that name its CPU and microcode."""
     info = f"topk by (job, instance) (1, {select(m.HOST_INFO)})"
@@ -68,8 +98,7 @@ def vm_seconds_lost(exits: str, **equal: str) -> str:
 def find_stalled(labels: str) -> str:
     """Return the vCPUs that are stalled now, with labels of their VM where those are known."""
     keys = f"{VM_KEYS}, vcpu"
-    stalled = f"max by ({keys}) ({select(m.VCPU_NO_PROGRESS)}) == 1"
-    return f"({with_owner(f'({stalled})', labels)}) or on ({keys}) ({stalled})"
+    return name_few(f"max by ({keys}) ({select(m.VCPU_NO_PROGRESS)}) == 1", labels, keys)
 
 
 def seen_agents(expr: str) -> str:
@@ -77,7 +106,7 @@ def seen_agents(expr: str) -> str:
 
     ``up`` is there for every target of Prometheus, and the choice "All" of jobs means every job.
     """
-    return f"{expr} and on (job, instance) last_over_time({select(m.BUILD_INFO)}[$__range])"
+    return f"{expr} and on (job, instance) last_over_time({select(m.HOST_INFO)}[$__range])"
 
 
 ARMED_VMS: Final = f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS, protection='armed')})"

@@ -21,6 +21,7 @@ from grafana.builder.layout import (
 )
 from grafana.builder.panels import (
     GREEN_UNTIL_ONE,
+    NOTHING_FOUND,
     PROTECTION,
     PROTECTION_COLORS,
     STALLED,
@@ -235,7 +236,7 @@ def _verdicts() -> Row:
                     Query(_rate_by_vcpu(m.VCPU_SAME_RIP_EXITS), "same RIP, vCPU {{vcpu}}"),
                 ],
                 unit="cps",
-                no_value="none was traced",
+                no_value=NOTHING_FOUND,
             ),
             make_graph(
                 24,
