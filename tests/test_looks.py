@@ -16,7 +16,7 @@ from exporter.looks import WARM_SECONDS, Looks
 from exporter.progress import VcpuProgress
 from exporter.verdicts import StallRule, State
 from exporter.watch import Watch
-from kvm.model import SourceUnavailable
+from kvm.model import NotifyExit, SourceUnavailable
 from tests import test_watch
 from tests.fake_host import FakeArmed, FakeHost, FakeVcpu, FakeVm, R
 from tests.test_watch import Scene, check_share, play
@@ -336,6 +336,7 @@ def test_exits_that_come_faster_are_news_even_if_no_look_has_seen_that_they_had_
     for moved in (0, 100, 100):
         read(moved)
     vcpu.begin_look()
+    vcpu.looking = False
     vcpu.plan_look(now, now)
     read(100)
     assert (vcpu.moved, vcpu.faster) == (True, False)
@@ -343,7 +344,7 @@ def test_exits_that_come_faster_are_news_even_if_no_look_has_seen_that_they_had_
         read(moved)
     assert not vcpu.faster
     read(100)
-    assert (vcpu.faster, vcpu.look_at) == (True, now)
+    assert (vcpu.faster, vcpu.wants_look(now)) == (True, True)
 
 
 def test_older_counts_that_are_handed_over_late_say_nothing() -> None:
@@ -356,6 +357,20 @@ def test_older_counts_that_are_handed_over_late_say_nothing() -> None:
     assert not vcpu.moved
     vcpu.see_counts(1003.0, 1003.1, 11, 21)
     assert vcpu.moved
+
+
+def test_the_more_there_is_to_see_the_more_of_its_share_a_look_may_use_up() -> None:
+    vcpu = follow(FakeVm("web", 100, 1), 1000.0)
+    parts = [vcpu.part]
+    vcpu.progress.observe_records(
+        1001.0, [NotifyExit(round(seconds * 1e9), 110, R, 0, 0) for seconds in (1000.1, 1001)]
+    )
+    parts.append(vcpu.part)
+    vcpu.goes_on = True
+    parts.append(vcpu.part)
+    assert parts == sorted(set(parts))
+    assert 6.0 * (1.0 - parts[1]) >= 0.5  # enough to see that it goes on
+    assert 6.0 * (1.0 - parts[0]) >= 1.5  # enough to see that it is stuck
 
 
 def follow(vm: FakeVm, now: float, number: int = 0) -> Followed:
