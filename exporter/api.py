@@ -29,14 +29,22 @@ PRIVATE_HEADERS: Final[Mapping[str, str]] = {
 _PROXIES: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 
-def is_local(peer: str | None, headers: Mapping[str, str]) -> bool:
-    """Tell whether a client is one of this machine; ``peer`` is its address, None for a Unix socket."""
-    if any(name in headers for name in _PROXIES):
+def is_local(peer: str | None, headers: Mapping[str, str], http_version: tuple[int, int] = (1, 1)) -> bool:
+    """Tell whether a client is one of this machine; ``peer`` is its address, None for a Unix socket.
+
+    HTTP/1.0 is what nginx speaks for others, without a word about them, unless it is told better.
+    """
+    if http_version < (1, 1) or any(name in headers for name in _PROXIES):
         return False
     is_ours = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-    if not is_ours and headers.get("Sec-Fetch-Mode") != "navigate":
+    if not is_ours and not _follows_a_link(headers):
         return False
     return peer is None or (_is_loopback(peer) and _is_loopback(_find_host(headers.get("Host", ""))))
+
+
+def _follows_a_link(headers: Mapping[str, str]) -> bool:
+    """Tell whether a browser asks for a page of its own, not for a frame in another one."""
+    return headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest", "document") == "document"
 
 
 def _find_host(text: str) -> str:
@@ -66,6 +74,7 @@ def build_document(report: WatchReport, now: float, unix: float, with_details: b
     return {
         "unix_seconds": round(unix, 3),
         "trigger": report.trigger or None,
+        "trigger_problem": report.trigger_problem or None,
         "poll_period_seconds": report.poll_period_seconds,
         "problem": report.problem or None,
         "details": with_details,
@@ -91,6 +100,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         "vcpu": report.vcpu.index,
         "state": verdict.state,
         "why": verdict.why or None,
+        "put_off": report.put_off or None,
         "since_unix_seconds": date(verdict.since_seconds),
         "stuck_since_unix_seconds": date(verdict.stuck_since_seconds),
         "last_notify_exit_unix_seconds": date(report.moved_seconds),

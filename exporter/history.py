@@ -143,12 +143,6 @@ class History:
                 steps.append(Step(max(began, start), ended, (after - before) / (ended - began)))
         return steps
 
-    def count_numbers(self) -> int:
-        """Return how many numbers are kept."""
-        with self._lock:
-            columns = {id(s.column): len(s.column) for samples in self._vms.values() for s in samples.kept}
-        return sum(columns.values())
-
     def _iterate(self, key: VmKey, vcpu_id: int) -> Iterator[tuple[float, int]]:
         """Yield a counter's numbers with their times, from the last sample on that has another set of vCPUs."""
         samples = self._vms.get(key)

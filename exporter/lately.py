@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from exporter.history import History
 from kvm.model import Snapshot, SnapshotReader
 
@@ -13,6 +15,7 @@ class Lately:
         self.history = History()
         self._reader = reader
         self._snapshot: Snapshot | None = None
+        self._lock = threading.Lock()
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -23,8 +26,9 @@ class Lately:
         """Take one look."""
         snapshot = self._reader.read()
         self.history.observe(snapshot)
-        if self._snapshot is None or self._snapshot.monotonic_seconds <= snapshot.monotonic_seconds:
-            self._snapshot = snapshot
+        with self._lock:
+            if self._snapshot is None or self._snapshot.monotonic_seconds <= snapshot.monotonic_seconds:
+                self._snapshot = snapshot
         return snapshot
 
     def close(self) -> None:

@@ -33,13 +33,13 @@ class StallPages:
     async def answer_vcpus(self, request: web.Request) -> web.Response:
         """Say what is known of the vCPUs that take notify exits; RIPs and owners to clients of this machine only."""
         report = await asyncio.to_thread(self._watcher.report) if self._watcher else WatchReport(problem="not watched")
-        with_details = api.is_local(find_peer(request), request.headers)
+        with_details = is_local(request)
         document = api.build_document(report, time.monotonic(), time.time(), with_details)
         return web.json_response(document, headers=api.PRIVATE_HEADERS)
 
     async def answer_drill(self, request: web.Request) -> web.Response:
         """Begin a drill, for clients of this machine that mean it."""
-        if not api.is_local(find_peer(request), request.headers):
+        if not is_local(request):
             return _refuse(403, "a drill is for clients of this machine: http://127.0.0.1 or the Unix socket")
         if drill.HEADER not in request.headers or "Origin" in request.headers:
             return _refuse(403, f"a drill takes the header {drill.HEADER}, which no web page can send")
@@ -53,6 +53,11 @@ class StallPages:
         where = "in the log, in kvm_vcpu_no_forward_progress and in the API"
         message = f"vCPU {begun.vcpu.index} of {vm} is {begun.verdict.state} for {drill.DRILL_SECONDS:.0f} s, {where}"
         return web.json_response({"message": message})
+
+
+def is_local(request: web.Request) -> bool:
+    """Tell whether a request is one of this machine, and of nobody else by way of it."""
+    return api.is_local(find_peer(request), request.headers, request.version)
 
 
 def find_peer(request: web.Request) -> str | None:

@@ -2,10 +2,12 @@
 // Keeps the page up to date: asks for the parts that change and puts in what is new, so that focus, selection, scrolling
 // and what is typed stay. Whatever it puts in was rendered and escaped by the agent, and is parsed without running.
 (() => {
-  const PERIOD = 1000, SLOWEST = 30000, PATIENCE = 5000, TYPING = 250;
+  const PERIOD = 1000, SLOWEST = 30000, PATIENCE = 5000, TYPING = 250, BUSY = 3;
   const box = document.getElementById("q"), clock = document.getElementById("clock");
   const alarm = document.getElementById("alarm"), pause = document.getElementById("pause");
-  let timer = 0, asked = 0, failures = 0, paused = false, etag = "", answered = Date.now();
+  // The agent's clock, as all times on the page are: the reader's may be wrong.
+  let timer = 0, asked = 0, failures = 0, busy = 0, paused = false, etag = "";
+  let answered = Date.parse(clock.querySelector("time").dateTime);
 
   const say = (element, text) => { if (element.textContent !== text) element.textContent = text; };
   const time = (milliseconds) => new Date(milliseconds).toISOString().slice(11, 19);
@@ -41,7 +43,7 @@
   }
 
   function show(text) {
-    const fresh = new DOMParser().parseFromString(text, "text/html"), focused = document.activeElement;
+    const fresh = new DOMParser().parseFromString(text, "text/html");
     const parts = [...document.querySelectorAll("[data-live]")].map((old) => [old, fresh.getElementById(old.id)]);
     if (parts.some(([, part]) => !part)) throw new Error("what answers is no status page");
     const head = fresh.getElementById("head");
@@ -49,8 +51,7 @@
     const selection = getSelection(), { anchorNode, anchorOffset, focusNode, focusOffset, isCollapsed } = selection;
     for (const [old, part] of parts) morph(old, part);
     document.title = head.dataset.title;
-    // A row that has moved has lost both.
-    if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
+    // A row that has moved has lost it.
     const fits = (node, offset) => node && node.isConnected && offset <= (node.length ?? node.childNodes.length);
     if (!isCollapsed && selection.isCollapsed && fits(anchorNode, anchorOffset) && fits(focusNode, focusOffset)) {
       selection.setBaseAndExtent(anchorNode, anchorOffset, focusNode, focusOffset);
@@ -66,24 +67,26 @@
       });
       const text = answer.status === 200 ? await answer.text() : "";
       if (mine !== asked) return;
+      if (answer.status === 503 && ++busy < BUSY) return; // too many search at once: soon again
       if (answer.status !== 200 && answer.status !== 304) throw new Error("it answers " + answer.status);
       if (text) show(text);
       etag = answer.headers.get("ETag") || "";
-      answered = Date.now();
-      failures = 0;
+      answered = Date.parse(answer.headers.get("Date")) || answered;
+      failures = busy = 0;
       say(alarm, "");
-      say(clock, "As of " + time(answered) + " UTC");
+      say(clock, (paused ? "Paused: as of " : "As of ") + time(answered) + " UTC");
     } catch (error) {
       if (mine !== asked) return;
       failures += 1;
       const why = error.message.startsWith("it answers") ? " (" + error.message + ")" : "";
       say(alarm, "No answer from the agent since " + time(answered) + " UTC" + why + ": what is shown is old.");
-      say(clock, "Asked in vain, asking again");
+      say(clock, paused ? "Paused: asked in vain" : "Asked in vain, asking again");
     } finally {
       clearTimeout(late);
       if (mine === asked) {
         document.documentElement.classList.toggle("is-stale", failures > 0);
-        plan(Math.min(SLOWEST, PERIOD * 2 ** Math.min(failures, 10)));
+        // Not all at once, where too many ask.
+        plan(Math.min(SLOWEST, PERIOD * 2 ** Math.min(failures, 10) * (busy ? 1 + Math.random() : 1)));
       }
     }
   }
@@ -96,7 +99,6 @@
   box.addEventListener("input", () => {
     clearTimeout(timer);
     asked += 1; // an answer to the old question is none to the new one
-    etag = "";
     timer = setTimeout(() => {
       history.replaceState(null, "", query() || location.pathname);
       poll();
@@ -105,7 +107,6 @@
   box.form.addEventListener("submit", (event) => {
     event.preventDefault();
     history.replaceState(null, "", query() || location.pathname);
-    etag = "";
     poll();
   });
   pause.addEventListener("click", () => {

@@ -23,6 +23,7 @@ SHOWN_ROWS: Final = 50
 SHOWN_QUIET_ROWS: Final = 20
 SHOWN_NAMES: Final = 3
 MAX_QUERY: Final = 100
+MAX_WORDS: Final = 8
 SIMULATED: Final = "simulated"
 
 
@@ -112,13 +113,9 @@ class Picture:
         """Return the rows in these states, drills or what is real."""
         return [row for state in states for row in self.groups.get((state, drill), ())]
 
-    def find_worst(self, rows: Iterable[Row], number: int) -> list[Row]:
-        """Return the first few of some rows."""
-        return nsmallest(number, rows, key=_rank)
-
-    def count_rows(self) -> int:
-        """Return how many rows there are that are no drills."""
-        return sum(len(rows) for (_state, drill), rows in self.groups.items() if not drill)
+    def find_real(self) -> list[Row]:
+        """Return the rows that are no drills."""
+        return [row for (_state, drill), rows in self.groups.items() if not drill for row in rows]
 
     def count_protections(self) -> dict[Protection, int]:
         """Return how many VMs there are in each state, those with any."""
@@ -162,9 +159,9 @@ def take_picture(
 
 
 def clean_query(text: str) -> str:
-    """Return the words of a query: what no keyboard has is no part of it."""
+    """Return the first words of a query, each once: what no keyboard has is no part of it."""
     words = "".join(character if character.isprintable() else " " for character in text[: 4 * MAX_QUERY]).split()
-    return " ".join(words)[:MAX_QUERY].rstrip()
+    return " ".join(list(dict.fromkeys(words))[:MAX_WORDS])[:MAX_QUERY].rstrip()
 
 
 def read_counts(reading: VmReading) -> dict[int, int]:

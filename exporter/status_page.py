@@ -22,11 +22,12 @@ from exporter.check import SOURCE_USES, describe_cpu, describe_kvm, describe_loc
 from exporter.status import MAX_QUERY, Found, Picture
 from exporter.status_table import join_rows, render_foreign, render_moment, render_rows
 from exporter.status_words import (
+    MAX_REASON,
     ZERO_MEANS,
+    clean_name,
     count_things,
     describe_age,
     describe_drills,
-    describe_source_state,
     describe_watch,
     make_headline,
 )
@@ -101,7 +102,7 @@ def make_title(frame: Frame, picture: Picture) -> str:
     stalled = len(picture.find_in(State.STALLED))
     drills = len(picture.find_in(State.STALLED, drill=True))
     matter = f"{stalled:,} stalled · " if stalled else "Drill · " if drills else ""
-    return f"{matter}{TITLE}" + (f" · {frame.host_name}" if frame.host_name else "")
+    return f"{matter}{TITLE}" + (f" · {clean_name(frame.host_name)}" if frame.host_name else "")
 
 
 def _render_parts(frame: Frame, picture: Picture, found: Found, with_details: bool) -> tuple[str, str, str]:
@@ -125,15 +126,24 @@ def _render_parts(frame: Frame, picture: Picture, found: Found, with_details: bo
 
 def _render_figures(picture: Picture) -> str:
     vms = len(picture.snapshot.readings) if picture.snapshot else None
+    can_tell = picture.report is not None and not picture.report.problem
     figures = {
         "VMs": _number(vms),
         "vCPUs": _number(picture.count_vcpus()),
-        "with notify exits": _number(picture.count_rows()),
-        "stalled now": _number(len(picture.find_in(State.STALLED))),
+        "with notify exits": _count_notified(picture),
+        "stalled now": _number(len(picture.find_in(State.STALLED)) if can_tell else None),
         "watched": escape(describe_watch(picture)[0]),
     }
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
     return f'<dl class="figures">{items}</dl>'
+
+
+def _count_notified(picture: Picture) -> str:
+    if picture.snapshot is None:
+        return _number(None)
+    rows = picture.find_real()
+    vms = sum(row.vcpu is None for row in rows)  # of which only the sum is known
+    return _number(len(rows) - vms) + f" + {count_things(vms, 'VM')}" * (vms > 0)
 
 
 def _render_search(query: str, refresh: bool, with_details: bool) -> str:
@@ -180,10 +190,10 @@ def _render_sources(picture: Picture) -> str:
         return ""
     rows = join_rows(
         (
-            f"<code>{escape(source.source)}</code>",
-            f'<span class="{"up" if source.up else "down"}">{describe_source_state(source)}</span>',
-            escape(source.reason or SOURCE_USES.get(source.source, "")),
-            escape(source.remedy),
+            f"<code>{_render_text(source.source)}</code>",
+            f'<span class="{"up" if source.up else "down"}">{"works" if source.up else "does not work"}</span>',
+            _render_text(source.reason or SOURCE_USES.get(source.source, "")),
+            _render_text(source.remedy),
         )
         for source in sources
     )
@@ -200,11 +210,11 @@ def _render_host(picture: Picture) -> str:
         return ""
     host = picture.snapshot.host
     facts = {
-        "Kernel": escape(f"Linux {host.kernel}"),
-        "CPU": escape(describe_cpu(host)),
-        "KVM": escape(describe_kvm(host)),
-        "Notify exits": escape(_describe_support(host)),
-        "Lockdown": escape(describe_lockdown(host)),
+        "Kernel": _render_text(f"Linux {host.kernel}"),
+        "CPU": _render_text(describe_cpu(host)),
+        "KVM": _render_text(describe_kvm(host)),
+        "Notify exits": _render_text(_describe_support(host)),
+        "Lockdown": _render_text(describe_lockdown(host)),
         "Watch": escape(describe_watch(picture)[1]),
     }
     if not picture.snapshot.complete:
@@ -219,6 +229,11 @@ def _describe_support(host: Host) -> str:
     if host.notify_supported:
         return "supported; whether a VM has them armed is its VMM's choice"
     return "not supported by KVM on this host: every counter stays 0 (kvm-notify-exporter check says why)"
+
+
+def _render_text(text: str) -> str:
+    """Render what a source says, which may quote what is foreign."""
+    return escape(clean_name(text, MAX_REASON))
 
 
 def _number(number: int | None) -> str:

@@ -1,9 +1,10 @@
 """Answers for the status page, at a cost that does not grow with the number of those who look.
 
-- The host is looked at anew at most every ``LOOK_SECONDS``, by whoever comes first, in a thread of its own. Nobody
-  waits for a look that takes long: the page then shows the last one, and says how old it is.
+- The host is looked at anew at most every ``LOOK_SECONDS``, by whoever comes first, in a thread of its own. A look that
+  takes long is waited for once, by all who ask meanwhile together: the page then shows the last one, and says how old
+  it is.
 - What is known is put together at most every ``PICTURE_SECONDS``, and rendered once for all who ask the same.
-- Searches have a budget each second, one for this machine and one for everybody else: whoever asks for ever new words
+- Searches have a share of a core, one for this machine and one for everybody else: whoever asks for ever new words
   gets 503 in the end, and the page without a search is not touched by that.
 
 While a vCPU takes notify exits, the host is looked at every ``SAMPLE_SECONDS`` also when nobody asks, so that whoever
@@ -22,11 +23,12 @@ from typing import Final, NamedTuple
 
 from aiohttp import web
 
-from exporter import api, status_page
+from exporter import status_page
+from exporter.history import WINDOW_SECONDS
 from exporter.lately import Lately
-from exporter.stall_pages import Watcher, find_peer
+from exporter.stall_pages import Watcher, is_local
 from exporter.status import Picture, clean_query, take_picture
-from exporter.verdicts import State
+from exporter.verdicts import State, VcpuReport
 from kvm.model import Snapshot
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,9 @@ PICTURE_SECONDS: Final = 0.5
 SHARE: Final = 20
 MAX_PICTURE_SECONDS: Final = 2.0
 SAMPLE_SECONDS: Final = 5.0
-SEARCHES_A_SECOND: Final = 10.0
-SEARCH_BURST: Final = 20.0
+SEARCH_SHARE: Final = 0.05
+SEARCH_BURST_SECONDS: Final = 0.5
+MAX_SEARCHES_UNDER_WAY: Final = 8
 MAX_ANSWERS: Final = 64
 
 
@@ -54,51 +57,64 @@ class _Question(NamedTuple):
 class _Answer(NamedTuple):
     body: bytes
     etag: str
-    made_seconds: float
+    cost_seconds: float
 
 
 class Budget:
-    """So many a second, and some more after a pause."""
+    """A share of a core, and some more after a pause; what was spent beyond it has to come back first."""
 
-    def __init__(self, a_second: float, burst: float, clock: Callable[[], float]) -> None:
-        self._a_second, self._burst, self._clock = a_second, burst, clock
-        self._left, self._at = burst, clock()
+    def __init__(self, share: float, burst_seconds: float, clock: Callable[[], float]) -> None:
+        self._share, self._burst_seconds, self._clock = share, burst_seconds, clock
+        self._left_seconds, self._at = burst_seconds, clock()
 
-    def take(self) -> bool:
-        """Take one; False where none is left."""
+    @property
+    def is_left(self) -> bool:
+        """Whether there is anything left to spend."""
         now = self._clock()
-        self._left = min(self._burst, self._left + (now - self._at) * self._a_second)
+        self._left_seconds = min(self._burst_seconds, self._left_seconds + (now - self._at) * self._share)
         self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+        return self._left_seconds > 0
+
+    def spend(self, seconds: float) -> None:
+        """Take in that so much of a CPU's time was spent."""
+        self._left_seconds -= seconds
 
 
 class StatusPages:
-    """The handlers of the page and of its changing parts; ``run`` is to go on for as long as they are asked."""
+    """The handlers of the page and of its changing parts; ``run`` is to go on for as long as they are asked.
 
-    def __init__(self, lately: Lately, watcher: Watcher | None, frame: status_page.Frame) -> None:
+    ``clock`` is CLOCK_MONOTONIC, ``unix_clock`` the time of day.
+    """
+
+    def __init__(
+        self,
+        lately: Lately,
+        watcher: Watcher | None,
+        frame: status_page.Frame,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._lately, self._watcher, self._frame = lately, watcher, frame
-        self._clock: Callable[[], float] = time.monotonic
-        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="status")
-        self._rendering = asyncio.Lock()
+        self._clock, self._unix_clock = clock, unix_clock
+        self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-look")
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status")
         self._looking: asyncio.Future[Snapshot] | None = None
+        self._wait_until = 0.0
         self._picture: Picture | None = None
         self._picture_until = 0.0
-        self._answers: dict[_Question, _Answer] = {}
-        self._under_way: dict[_Question, asyncio.Task[_Answer]] = {}
-        self._budgets = {is_local: Budget(SEARCHES_A_SECOND, SEARCH_BURST, self._clock) for is_local in (True, False)}
+        self._answers: dict[_Question, asyncio.Task[_Answer]] = {}
+        self._budgets = {here: Budget(SEARCH_SHARE, SEARCH_BURST_SECONDS, clock) for here in (True, False)}
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """Keep the history while the application runs, and give the threads back when it ends."""
         sampling = asyncio.create_task(self._sample())
         yield
-        tasks = {sampling, *self._under_way.values()}
+        tasks = {sampling, *self._answers.values()}
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self._looker, self._renderer):
+            workers.shutdown(wait=False, cancel_futures=True)
 
     async def answer_page(self, request: web.Request) -> web.Response:
         """Answer with the whole page."""
@@ -109,74 +125,66 @@ class StatusPages:
         return await self._answer(request, is_page=False)
 
     async def _answer(self, request: web.Request, *, is_page: bool) -> web.Response:
-        question = _Question(
-            is_page,
-            clean_query(request.query.get("q", "")),
-            api.is_local(find_peer(request), request.headers),
-            is_page and "refresh" in request.query,
-        )
-        answer = self._find(question)
-        if answer is None:
-            is_new = question not in self._under_way
-            if is_new and question.query and not self._budgets[question.with_details].take():
-                return web.Response(
-                    status=503, text="too many searches, try again later\n", headers={"Retry-After": "1"}
-                )
-            answer = await asyncio.shield(self._begin(question))
-        headers = dict(status_page.make_headers() if is_page else api.PRIVATE_HEADERS)
-        headers["ETag"] = answer.etag
+        query, refresh = clean_query(request.query.get("q", "")), is_page and "refresh" in request.query
+        question = _Question(is_page, query, is_local(request), refresh)
+        if question not in self._answers:
+            if query and self._is_too_much(question):
+                text = "too many searches, try again later\n"
+                return web.Response(status=503, text=text, headers={"Retry-After": "1"})
+            self._answers[question] = asyncio.create_task(self._render(question))
+        # It is made to its end, so that clients that hang up cause no more work than others.
+        answer = await asyncio.shield(self._answers[question])
+        headers = {**status_page.make_headers(), "ETag": answer.etag}
         if request.headers.get("If-None-Match") == answer.etag:
             return web.Response(status=304, headers=headers)
         return web.Response(body=answer.body, content_type="text/html", charset="utf-8", headers=headers)
 
-    def _find(self, question: _Question) -> _Answer | None:
-        answer = self._answers.get(question)
-        return answer if answer and self._clock() - answer.made_seconds < PICTURE_SECONDS else None
+    def _is_too_much(self, question: _Question) -> bool:
+        """Tell whether there is no place for one more search."""
+        under_way = sum(bool(other.query) and not task.done() for other, task in self._answers.items())
+        is_full = under_way >= MAX_SEARCHES_UNDER_WAY or len(self._answers) >= MAX_ANSWERS
+        return is_full or not self._budgets[question.with_details].is_left
 
-    def _begin(self, question: _Question) -> asyncio.Task[_Answer]:
-        """Have an answer made; it is made to its end, so that clients that hang up cause no more work than others."""
-        task = self._under_way.get(question)
-        if task is None:
-            task = self._under_way[question] = asyncio.create_task(self._render(question))
-            task.add_done_callback(lambda done: self._finish(question, done))
-        return task
+    async def _render(self, question: _Question) -> _Answer:
+        """Make an answer, which is good for PICTURE_SECONDS."""
+        loop = asyncio.get_running_loop()
+        try:
+            await self._look(LOOK_SECONDS, LOOK_WAIT_SECONDS)
+            answer = await loop.run_in_executor(self._renderer, self._render_now, question)
+            if question.query:
+                self._budgets[question.with_details].spend(answer.cost_seconds)
+            return answer
+        finally:
+            loop.call_later(PICTURE_SECONDS, self._forget, question)
 
-    def _finish(self, question: _Question, task: asyncio.Task[_Answer]) -> None:
-        self._under_way.pop(question, None)
+    def _forget(self, question: _Question) -> None:
+        task = self._answers.pop(question)
         if not task.cancelled() and (err := task.exception()):
             log.debug("the status page was not rendered", extra={"fields": {"why": repr(err)}})
 
-    async def _render(self, question: _Question) -> _Answer:
-        async with self._rendering:
-            await self._look(LOOK_SECONDS, LOOK_WAIT_SECONDS)
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._workers, self._render_now, question)
-        if len(self._answers) >= MAX_ANSWERS:
-            now = self._clock()
-            self._answers = {q: a for q, a in self._answers.items() if now - a.made_seconds < PICTURE_SECONDS}
-            if len(self._answers) >= MAX_ANSWERS:
-                self._answers.clear()
-        self._answers[question] = answer
-        return answer
-
     def _render_now(self, question: _Question) -> _Answer:
         """Render one answer; in a worker thread, one at a time."""
-        picture, now, began = self._picture, self._clock(), time.thread_time()
-        if picture is None or now >= self._picture_until:
-            report = self._watcher.report() if self._watcher else None
-            picture = take_picture(self._lately.snapshot, report, self._lately.history, now, time.time())
-            self._picture = picture
-            # However many vCPUs there are to tell of, most of the CPU's time is for others.
-            self._picture_until = now + min(
-                MAX_PICTURE_SECONDS, max(PICTURE_SECONDS, SHARE * (time.thread_time() - began))
-            )
+        picture = self._draw()
+        began = time.thread_time()
         found = picture.find(question.query, question.with_details)
         if question.is_page:
             text = status_page.render_page(self._frame, picture, found, question.with_details, question.refresh)
         else:
             text = status_page.render_parts(self._frame, picture, found, question.with_details)
         body = text.encode(errors="replace")
-        return _Answer(body, f'"{hashlib.blake2s(body, digest_size=12).hexdigest()}"', now)
+        etag = f'"{hashlib.blake2s(body, digest_size=12).hexdigest()}"'
+        return _Answer(body, etag, time.thread_time() - began)
+
+    def _draw(self) -> Picture:
+        """Put together what is known, unless that was done just now."""
+        now, began = self._clock(), time.thread_time()
+        if self._picture is None or now >= self._picture_until:
+            report = self._watcher.report() if self._watcher else None
+            self._picture = take_picture(self._lately.snapshot, report, self._lately.history, now, self._unix_clock())
+            # However many vCPUs there are to tell of, most of the CPU's time is for others.
+            cost = SHARE * (time.thread_time() - began)
+            self._picture_until = now + min(MAX_PICTURE_SECONDS, max(PICTURE_SECONDS, cost))
+        return self._picture
 
     async def _look(self, max_age_seconds: float, wait_seconds: float) -> None:
         """Have the host looked at, unless somebody has done so just now; wait a while for it and no longer."""
@@ -184,9 +192,11 @@ class StatusPages:
         if snapshot is not None and self._clock() - snapshot.monotonic_seconds < max_age_seconds:
             return
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().run_in_executor(self._workers, self._lately.read)
+            self._looking = asyncio.get_running_loop().run_in_executor(self._looker, self._lately.read)
             self._looking.add_done_callback(_tell_failure)
-        await asyncio.wait({self._looking}, timeout=wait_seconds)
+            self._wait_until = self._clock() + wait_seconds
+        # All who wait for one look wait that long together: one that hangs must not hold each of them up in turn.
+        await asyncio.wait({self._looking}, timeout=max(0.0, self._wait_until - self._clock()))
 
     async def _sample(self) -> None:
         """Look at the host now and then while something happens on it."""
@@ -194,11 +204,19 @@ class StatusPages:
         while watcher is not None:
             await asyncio.sleep(SAMPLE_SECONDS)
             try:
-                report = await loop.run_in_executor(self._workers, watcher.report)
-                if any(vcpu.verdict.state is not State.QUIET and not vcpu.drill for vcpu in report.vcpus):
+                report = await loop.run_in_executor(self._renderer, watcher.report)
+                if any(_is_lively(vcpu, self._clock()) for vcpu in report.vcpus):
                     await self._look(SAMPLE_SECONDS, LOOK_WAIT_SECONDS)
             except Exception as err:  # noqa: BLE001 - a plot with a gap is better than none from now on
                 log.debug("the history was not kept", extra={"fields": {"why": repr(err)}})
+
+
+def _is_lively(found: VcpuReport, now: float) -> bool:
+    """Tell whether a vCPU takes notify exits, or has done so in what a plot shows: a paused one stays unknown."""
+    if found.drill or found.verdict.state is State.QUIET:
+        return False
+    moved = found.moved_seconds
+    return found.verdict.state is not State.UNKNOWN or moved is None or now - moved <= WINDOW_SECONDS
 
 
 def _tell_failure(look: asyncio.Future[Snapshot]) -> None:

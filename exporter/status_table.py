@@ -13,7 +13,7 @@ from typing import Final
 
 from exporter.plot import describe_rate, render_plot, render_rate
 from exporter.stall_log import render_rip
-from exporter.status import SIMULATED, Found, Picture, Row
+from exporter.status import Found, Picture, Row
 from exporter.status_words import clean_name, count_things, list_evidence, render_duration, render_time
 from exporter.verdicts import State
 
@@ -44,7 +44,7 @@ def render_moment(unix: float, now: float) -> str:
 
 def render_rows(picture: Picture, found: Found, with_details: bool) -> str:
     """Render the table, and a line that says how much of it there is."""
-    pieces = [f'<p class="count" id="count">{escape(_count_rows(found))}</p>']
+    pieces = [f'<p class="count" id="count" role="status">{escape(_count_rows(found))}</p>']
     if found.rows:
         head = "".join(f'<th scope="col" role="columnheader"{_classify(name)}>{name}</th>' for name in _COLUMNS)
         body = "".join(_render_row(picture, row, with_details) for row in found.rows)
@@ -96,8 +96,7 @@ def _render_state(picture: Picture, row: Row) -> str:
     if row.state is None:
         return '<span class="state">not watched</span>'
     text = f'<span class="state"><span aria-hidden="true">{_MARKS[row.state]}</span> {row.state}</span>'
-    for is_marked, mark in ((row.drill, "drill, not real"), (_is_simulated(row), "simulated")):
-        text += f' <span class="tag">{mark}</span>' * is_marked
+    text += ' <span class="tag">drill, not real</span>' * row.drill
     since = row.report.verdict.stuck_since_seconds if row.report else None
     if since is not None and row.state in (State.STALLED, State.SUSPECT, State.UNKNOWN):
         moment = render_moment(picture.unix - picture.now + since, picture.unix)
@@ -144,11 +143,6 @@ def _render_quiet_count(row: Row) -> str:
         why = "; ".join(list_evidence(row)) or "no source could read it"
         return f'<span class="count">not read: {escape(clean_name(why))}</span>'
     return f'<span class="count">{count_things(row.notify_exits, "notify exit")}</span>'
-
-
-def _is_simulated(row: Row) -> bool:
-    source = row.report.source if row.report else row.reading.source if row.reading else ""
-    return source == SIMULATED
 
 
 def _name_row(row: Row) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 from exporter.collector import BuildInfo, CollectorSettings, HostCollector
 from exporter.drill import NoDrill
@@ -94,15 +96,63 @@ def open_collector(lately: Lately) -> HostCollector:
     return HostCollector(lately, CollectorSettings(), build, time.perf_counter)
 
 
+class ScriptedAgent:
+    """A server of the page whose answers to the script are told: status and delay, by the words of the search."""
+
+    def __init__(self, page: str, parts: Callable[[str], str]) -> None:
+        self.asked: list[tuple[float, str]] = []
+        self.answers: dict[str, tuple[int, float]] = {}
+        self.date = "Mon, 20 Nov 2023 01:02:03 GMT"
+        self.stop = threading.Event()
+        agent = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                target = urlsplit(self.path)
+                query = parse_qs(target.query).get("q", [""])[0]
+                status, text = (200, page) if target.path == "/" else (404, "")
+                if target.path == "/-/status":
+                    agent.asked.append((time.monotonic(), query))
+                    status, delay = agent.answers.get(query, (200, 0.0))
+                    agent.stop.wait(delay)
+                    text = parts(query)
+                self.send_response_only(status)
+                for name, value in (("Date", agent.date), ("Content-Type", "text/html; charset=utf-8")):
+                    self.send_header(name, value)
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(text.encode())
+
+            def log_message(self, *arguments: object) -> None:
+                """Be silent."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        with self._server:
+            thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+            thread.start()
+            try:
+                yield
+            finally:
+                self.stop.set()
+                self._server.shutdown()
+                thread.join(30)
+
+
 @contextmanager
-def serve_host(host: FixedHost, watcher: FixedWatcher | None = None, port: int = 0) -> Iterator[int]:
+def serve_host(
+    host: FixedHost, watcher: FixedWatcher | None = None, port: int = 0, host_name: str = "hv-17.example"
+) -> Iterator[int]:
     """Serve a host from a thread; gives the port."""
     listening, ports = threading.Event(), list[int]()
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     async def serve() -> None:
         lately = Lately(host)
-        settings = ServerSettings(addresses=(TcpAddress("127.0.0.1", port),), host_name="hv-17.example")
+        settings = ServerSettings(addresses=(TcpAddress("127.0.0.1", port),), host_name=host_name)
         async with open_server(open_collector(lately), lately, settings, watcher=watcher) as (address,):
             assert isinstance(address, TcpAddress)
             ports.append(address.port)

@@ -32,7 +32,7 @@ class FakeWatcher:
         self.drills: list[str] = []
 
     def report(self) -> WatchReport:
-        return WatchReport(vcpus=self.vcpus, trigger="poll", poll_period_seconds=1.0)
+        return WatchReport(vcpus=self.vcpus, trigger="poll", trigger_problem="no libbpf.so.1", poll_period_seconds=1.0)
 
     async def start_drill(self, name: str) -> VcpuReport:
         if not name:
@@ -75,19 +75,22 @@ async def ask_vcpus(address: Address, *headers: str) -> dict[str, Any]:
 def test_what_is_known_of_each_vcpu() -> None:
     now = time.monotonic()
     report = make_report(idt_vectoring=0x80000B11, stuck_since_seconds=now - 10, context_invalid=True)
-    watcher = FakeWatcher(make_report(State.QUIET, vcpu=1), replace(report, moved_seconds=now - 1))
+    quiet = replace(make_report(State.QUIET, vcpu=1), put_off="others have their turn")
+    watcher = FakeWatcher(quiet, replace(report, moved_seconds=now - 1))
 
     async def scenario(address: Address) -> None:
         document = await ask_vcpus(address)
         assert (document["trigger"], document["problem"], document["details"]) == ("poll", None, True)
+        assert document["trigger_problem"] == "no libbpf.so.1"
         stalled, quiet = document["vcpus"]
-        assert (quiet["state"], quiet["vcpu"]) == ("quiet", 1)
+        assert (quiet["state"], quiet["vcpu"], quiet["put_off"]) == ("quiet", 1, "others have their turn")
         assert stalled["stuck_since_unix_seconds"] == pytest.approx(time.time() - 10, abs=1)
         assert stalled["last_notify_exit_unix_seconds"] == pytest.approx(time.time() - 1, abs=1)
         expected = {
             "vm": "uuid-4242",
             "vcpu": 0,
             "state": "stalled",
+            "put_off": None,
             "streak": 64,
             "exits_at_rip": 40,
             "notify_window_exits": 1234,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+from aiohttp import web
 
-from exporter.complaints import LINES, WINDOW_SECONDS, Complaints
+from exporter.complaints import LINES, WINDOW_SECONDS, Complaints, HttpProtocol
 from tests.agents import open_agent
 
 NONSENSE = [
@@ -34,6 +37,35 @@ def test_a_handful_of_lines_a_minute_and_a_count_of_the_rest(caplog: pytest.LogC
     assert caplog.records[-1].__dict__["fields"] == {"client": 100, "withheld": 100 - LINES}
     complaints.write(logging.WARNING, "too slow", client=101)
     assert "withheld" not in caplog.records[-1].__dict__["fields"]
+
+
+def open_protocol(writer: object) -> tuple[HttpProtocol, web.BaseRequest]:
+    """The server's side of a connection, and a request on it of which so much has been written."""
+    request = SimpleNamespace(remote="10.0.0.1", writer=writer)
+    protocol = HttpProtocol(web.Server(lambda _request: None), Complaints())  # type: ignore[arg-type, return-value]
+    return protocol, request  # type: ignore[return-value]
+
+
+def test_what_fails_on_a_connection_is_one_line_and_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        protocol, _request = open_protocol(None)
+        protocol.log_exception("Unhandled exception", exc_info=ValueError("odd"))
+
+    asyncio.run(scenario())
+    (line,) = [record for record in caplog.records if record.name == "exporter.complaints"]
+    assert (line.message, line.exc_info) == ("serving a connection failed", None)
+    assert line.__dict__["fields"]["why"] == "ValueError('odd')"
+
+
+def test_no_second_answer_is_written_into_another() -> None:
+    async def scenario() -> None:
+        protocol, request = open_protocol(SimpleNamespace(output_size=10))
+        with pytest.raises(ConnectionError):
+            protocol.handle_error(request, 500, ValueError())
+        protocol, request = open_protocol(SimpleNamespace(output_size=0))
+        assert protocol.handle_error(request, 400, ValueError()).status == 400
+
+    asyncio.run(scenario())
 
 
 def ask(port: int, data: bytes) -> bytes:

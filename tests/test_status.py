@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from exporter.history import History
-from exporter.status import SHOWN_ROWS, Found, Picture, take_picture
+from exporter.status import SHOWN_QUIET_ROWS, SHOWN_ROWS, Found, Picture, take_picture
 from exporter.verdicts import State, VcpuReport, WatchReport
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, VmCounters
 from tests.reports import make_report
@@ -63,7 +63,7 @@ def test_a_drill_is_marked_and_comes_after_what_is_real() -> None:
     assert len(picture.find_in(State.STALLED)) == 1
     # The vCPU of the drill has a row of its own, for what it really did.
     assert len([row for row in picture.rows if row.vm == reading.vm]) == 2
-    assert picture.count_rows() == 2
+    assert len(picture.find_real()) == 2
 
 
 def test_what_is_not_watched_is_not_called_quiet() -> None:
@@ -121,6 +121,9 @@ def test_the_first_rows_of_many() -> None:
     picture = draw(make_large_host(100, 16, 3))
     found = picture.find("", True)
     assert (len(found.rows), found.matching, found.all_rows) == (SHOWN_ROWS, 1600, 1600)
+    quiet = draw(make_snapshot(*(make_vm_reading(f"web-{pid}", pid, (0,)) for pid in range(1, 31))))
+    searched = quiet.find("web", True)
+    assert (len(searched.quiet), searched.quiet_matching) == (SHOWN_QUIET_ROWS, 30)
     counts = [row.notify_exits for row in found.rows]
     assert counts == sorted(counts, key=lambda count: -(count or 0))
 

@@ -16,8 +16,8 @@ from exporter.history import History
 from exporter.status import MAX_QUERY, SHOWN_ROWS, Picture, clean_query, take_picture
 from exporter.status_page import Frame, make_headers, make_title, render_page, render_parts
 from exporter.status_words import Level, clean_name, make_headline, render_duration, render_time
-from exporter.verdicts import State, VcpuReport, WatchReport
-from kvm.model import Protection, Snapshot, SourceReport
+from exporter.verdicts import State, VcpuReport, Verdict, WatchReport
+from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport, VmCounters
 from kvm.sources.simulated import SimulatedHost
 from tests.reports import make_report
 from tests.snapshots import make_snapshot, make_unread
@@ -26,6 +26,11 @@ from tests.status_hosts import HOSTILE_NAMES, make_large_host, make_reports, mak
 FRAME = Frame("0.1.0", "abc123", "hv-17", {"Metrics": "/metrics"})
 NOW, UNIX = 100.0, 1.7e9
 VOID = {"meta", "input", "br", "img", "link", "hr"}
+
+
+def plain(text: str) -> str:
+    """Text without the marks that isolate names in it."""
+    return text.replace("\u2068", "").replace("\u2069", "")
 
 
 class Outline(HTMLParser):
@@ -56,7 +61,7 @@ class Outline(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1] not in ("script", "style"):
-            self.text += data
+            self.text += plain(data)
 
 
 def draw(snapshot: Snapshot | None, *vcpus: VcpuReport, problem: str = "", trigger: str = "bpf") -> Picture:
@@ -92,15 +97,53 @@ def test_it_says_what_is_the_matter_and_with_whom() -> None:
     assert "<title>1 stalled · KVM notify exits · hv-17</title>" in page
 
 
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [("no libbpf.so.1; install libbpf1", "no libbpf.so.1; install libbpf1."), ("", "none is asked for.")],
+)
+def test_it_says_why_counters_are_polled(problem: str, words: str) -> None:
+    report = WatchReport(trigger="poll", poll_period_seconds=1.0, trigger_problem=problem)
+    page = render(take_picture(make_snapshot(make_vm_reading("web", 1)), report, History(), NOW, UNIX))
+    assert f"polled every 1 s, for want of a BPF trigger: {words}" in Outline(page).text
+
+
 def test_strangers_see_neither_names_nor_owners_nor_rips() -> None:
     readings = [make_vm_reading("secret", 1), make_vm_reading("secret-2", 2, (0, 0))]
     picture = draw(make_snapshot(*readings), *make_reports(readings[:1], State.STALLED))
     for query in ("", "uuid", "secret"):
         parts = render_parts(FRAME, picture, picture.find(query, False), False)
         assert not re.search("secret|terces|0xffffffff81012345", parts)
-        assert "vCPU 0 of uuid-1." in parts
+        assert "vCPU 0 of uuid-1." in plain(parts)
         assert "to clients of this machine only" in parts
     assert "to clients of this machine only" not in render(picture)
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("with_details", [True, False])
+def test_foreign_text_is_text_wherever_it_is_shown(name: str, with_details: bool) -> None:
+    frame = replace(FRAME, host_name=name)
+    reading = make_vm_reading(name, 1, vm_id=name)
+    snapshot = make_snapshot(reading, sources=(SourceReport("stats_fd", True), SourceReport(name, False, name, name)))
+    drill = replace(make_report(State.STALLED, vm=reading.vm), drill=True)
+    pictures = [draw(snapshot, *make_reports([reading], state, now=NOW)) for state in (State.STALLED, State.SUSPECT)]
+    evidence = replace(make_report(State.PROGRESSING, vm=reading.vm, why=name), put_off=name)
+    pictures += [draw(snapshot, drill), draw(snapshot, evidence), draw(snapshot, problem=name)]
+    unread = replace(reading, counters=VmCounters(problem=name))
+    pictures += [draw(make_snapshot(unread, make_vm_reading("a", 2, (0,)))), draw(None, problem=name)]
+    polled = WatchReport(trigger="poll", trigger_problem=name)
+    pictures.append(take_picture(make_snapshot(reading), polled, History(), NOW, UNIX))
+    for picture in pictures:
+        found = picture.find(clean_query(name), with_details)
+        page = render_page(frame, picture, found, with_details)
+        outline = Outline(page)
+        assert outline.tags.count("script") == outline.tags.count("style") == outline.tags.count("title") == 1
+        assert not {"img", "b"} & set(outline.tags)
+        assert outline.tags.count("svg") == page.count('<svg class="plot"')
+        assert not [attribute for _tag, attribute, _value in outline.attributes if attribute.startswith("on")]
+        assert not re.search("[\0\a\x1b\u202e\u2028\udcff]", page)
+        assert "w" * 501 not in page
+        assert "\u0335\u0322\u0327" * 2 not in re.sub('value="[^"]*"', "", page)
+        assert "<b>" not in outline.text  # nothing is taken for a character reference
 
 
 @pytest.mark.parametrize("with_details", [True, False])
@@ -127,6 +170,7 @@ def test_foreign_text_is_text(with_details: bool) -> None:
 def test_a_query_is_cut_and_made_harmless() -> None:
     assert clean_query("  a\0b\u202e  c\udcff ") == "a b c"
     assert len(clean_query("x" * 10_000)) == MAX_QUERY
+    assert clean_query("e " * 45 + "a b c d e f g h i") == "e a b c d f g h"
 
 
 def test_names_of_people_stay_as_they_are() -> None:
@@ -134,6 +178,14 @@ def test_names_of_people_stay_as_they_are() -> None:
     assert clean_name("a\u202eb\x00\U000e0001\udc80") == "a\\u202eb\\u0000\\U000e0001�"
     assert clean_name("Việt" + "o\u0335\u0322\u0327\u0335\u0322") == "Việt" + "o\u0335\u0322\u0327\u0335\\u0322"
     assert len(clean_name("x" * 10_000)) == 121
+    assert clean_name("a" + "\u0e47" * 6) == "a" + "\u0e47" * 4 + "\\u0e47" * 2  # marks of no combining class
+    assert clean_name("\u3164\u115f\u2800") == "\\u3164\\u115f\\u2800"  # letters that are not seen
+
+
+def test_a_name_in_a_sentence_turns_nothing_around() -> None:
+    reading = make_vm_reading("שרת", 1)
+    headline = make_headline(draw(make_snapshot(reading), *make_reports([reading], State.STALLED)), True)
+    assert "vCPU 0 of \u2068שרת\u2069." in headline.text
 
 
 def test_nothing_may_load_or_run_but_its_own_style_sheet_and_script() -> None:
@@ -200,25 +252,93 @@ def test_headlines_by_what_matters() -> None:
 
     def tell(*states: State, snapshot: Snapshot | None = snapshot, problem: str = "") -> str:
         readings = [make_vm_reading(f"web-{pid}", pid) for pid in range(len(states))]
-        return make_headline(
-            draw(snapshot, *make_reports(readings, *(states or (State.QUIET,))), problem=problem), True
-        ).text
+        reports = make_reports(readings, *(states or (State.QUIET,)))
+        return plain(make_headline(draw(snapshot, *reports, problem=problem), True).text)
 
-    assert tell(*[State.STALLED] * 5).startswith("5 vCPUs make no forward progress: vCPU 0 of web-")
+    # In an order of their own, so that it is not read out again when their rates change.
+    text = "5 vCPUs make no forward progress: vCPU 0 of web-0, vCPU 0 of web-1, vCPU 0 of web-2"
+    assert tell(*[State.STALLED] * 5).startswith(text)
     assert "and 2 more." in tell(*[State.STALLED] * 5)
     assert tell(State.SUSPECT, State.QUIET) == "1 vCPU may be stuck: vCPU 0 of web-0."
     assert tell(State.UNKNOWN).startswith("1 vCPU was stuck and cannot be judged now")
     assert tell(State.PROGRESSING).startswith("No vCPU is stuck. 2 vCPUs have taken notify exits.")
     assert "Whether one is stuck is not known." in tell(problem="no tracefs")
     assert tell(snapshot=None) == "The host has not been looked at yet."
-    assert tell(snapshot=make_snapshot(reading, sources=())) == "Not every counter of this host can be read."
+    assert tell(snapshot=make_snapshot(reading, sources=())) == "The counters of this host cannot be read."
+    incomplete = make_snapshot(reading, complete=False)
+    assert tell(snapshot=incomplete) == "Not every process of this host can be seen."
+    assert "Not every process can be seen: there may be VMs" in render(draw(incomplete))
+    assert "Not every process" not in render(draw(snapshot))
     nobody = take_picture(snapshot, None, History(), NOW, UNIX)
     assert make_headline(nobody, True).meaning == "This agent does not watch for stalls."
 
 
-def test_an_old_look_is_spoken_of() -> None:
-    picture = replace(draw(make_snapshot()), now=NOW + 40)
-    assert "The host was last looked at 40 s ago" in Outline(render(picture)).text
+def tell_one(snapshot: Snapshot, *vcpus: VcpuReport, trigger: str = "bpf") -> tuple[Level, str, str]:
+    headline = make_headline(draw(snapshot, *vcpus, trigger=trigger), True)
+    return headline.level, headline.text, headline.meaning
+
+
+def test_what_nobody_can_judge_is_not_called_calm() -> None:
+    reading = make_vm_reading("web", 1)
+    snapshot = make_snapshot(reading)
+    (report,) = make_reports([reading], State.NOTIFYING)
+    one = (Level.WARN, "1 vCPU has taken notify exits. Of 1 vCPU it is not known whether it is stuck.")
+    hidden = replace(report, verdict=Verdict(State.UNKNOWN, 90.0, why="KVM hides its RIP"), can_judge=False)
+    without_thread = replace(report, vcpu=replace(report.vcpu, tid=None), can_judge=False)
+    sums = VmCounters(totals={NOTIFY_WINDOW_EXITS: 12})
+    sum_only = replace(reading, vcpus=(), counters=sums)
+    assert tell_one(snapshot, hidden)[:2] == one
+    assert tell_one(snapshot, without_thread)[:2] == one
+    assert tell_one(snapshot, trigger="")[:2] == one
+    assert "its thread is not known" in render(draw(snapshot, without_thread))
+    sum_text = "1 VM has taken notify exits. Of 1 VM it is not known whether it is stuck."
+    assert tell_one(make_snapshot(sum_only)) == (Level.WARN, sum_text, "Why is said in its row.")
+    assert "<dd>0 + 1 VM</dd>" in render(draw(make_snapshot(sum_only)))
+    other = replace(make_vm_reading("db", 2), vcpus=(), counters=sums)
+    level, text, _meaning = tell_one(make_snapshot(sum_only, other, make_vm_reading("c", 3)), trigger="")
+    assert (level, text.split(". ")[1]) == (
+        Level.WARN,
+        "Of 1 vCPU and 2 VMs it is not known whether they are stuck.",
+    )
+
+
+def test_calm_is_said_of_what_is_known_and_of_no_more() -> None:
+    reading, quiet, unread = make_vm_reading("web", 1), make_vm_reading("db", 2, (0, 0)), make_unread()
+    (going,) = make_reports([reading], State.PROGRESSING)
+    (new,) = make_reports([reading], State.NOTIFYING)
+    level, text, meaning = tell_one(make_snapshot(reading), going)
+    assert (level, text) == (Level.CALM, "No vCPU is stuck. 1 vCPU has taken notify exits.")
+    assert meaning.startswith("Their guests go on")
+    _level, text, meaning = tell_one(make_snapshot(reading), new)
+    assert (text.split(". ")[0], meaning) == ("No vCPU is known to be stuck", "1 vCPU has yet to be judged.")
+    # A vCPU whose counter stands still is not stuck, whatever else is not known of it.
+    (still,) = make_reports([reading], State.QUIET)
+    assert tell_one(make_snapshot(reading), replace(still, can_judge=False))[0] is Level.CALM
+    text = "No vCPU that was read is stuck. 1 vCPU has taken notify exits, of those that were read."
+    assert tell_one(make_snapshot(reading, unread), going)[1] == text
+    assert tell_one(make_snapshot(quiet, unread))[1] == "No vCPU that was read has taken a notify exit."
+
+
+def test_an_old_look_is_spoken_of_and_not_calm() -> None:
+    picture = draw(make_snapshot())
+    assert make_headline(picture, True).level is Level.CALM
+    assert "last looked at" not in render(replace(picture, now=NOW + 9))
+    old = replace(picture, now=NOW + 40)
+    assert "The host was last looked at 40 s ago" in Outline(render(old)).text
+    headline = make_headline(old, True)
+    assert headline.level is Level.WARN
+    assert headline.meaning.startswith("What is known is 40 s old. ")
+    assert headline.text == make_headline(picture, True).text  # which is not read out each second
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    reading = make_vm_reading("web", 1)
+    (report,) = make_reports([reading], State.PROGRESSING)
+    page = render(draw(make_snapshot(make_unread()), replace(report, notify_exits=None)))
+    assert 'data-label="Notify exits" class="number">—</td>' in page
+    assert page.count("<dd>—</dd>") == 0
+    assert render(draw(None)).count("<dd>—</dd>") == 3
+    assert "<dt>stalled now</dt><dd>—</dd>" in render(draw(make_snapshot(reading), problem="no tracefs"))
 
 
 def test_search_says_what_it_found() -> None:
@@ -251,6 +371,7 @@ def test_it_can_be_read_out() -> None:
     assert outline.tags.count("table") == outline.tags.count("caption")
     assert ("html", "lang", "en") in outline.attributes
     assert ("div", "role", "status") in outline.attributes
+    assert '<p class="count" id="count" role="status"></p>' in page  # there before there is something to tell
     assert ("label", "for", "q") in outline.attributes
     assert all(("th", "scope", scope) in outline.attributes for scope in ("row", "col"))
     ids = [value for _tag, name, value in outline.attributes if name == "id"]
