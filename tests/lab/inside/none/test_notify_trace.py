@@ -118,23 +118,6 @@ def test_the_kernel_stops_after_the_allowance_until_it_is_refreshed(armed: Armed
     assert armed.read() == TraceRecords()
 
 
-def test_refreshing_during_a_flood_gives_a_full_allowance_each_time(armed: ArmedThread, guest: GuestProcess) -> None:
-    """A used-up event is switched off a moment late, and by newer kernels for good: what follows must not suffer."""
-    guest.notify(0, exits=0)
-    for _ in range(200):
-        seen = 0
-        while True:
-            records = wait_for_record(armed)
-            seen += len(records.exits)
-            assert (records.lost, records.odd) == (0, 0)
-            if records.ended:
-                break
-        assert seen == RECORDS_A_LOOK
-        armed.refresh()
-    guest.stop()
-    guest.wait_for("done")
-
-
 def test_an_allowance_that_is_not_used_up_stays_as_it_is(armed: ArmedThread, guest: GuestProcess) -> None:
     guest.notify(0, exits=10)
     guest.wait_for("done")
