@@ -10,14 +10,17 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.waiting import wait_until
+
+T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 # Far above what is usual: under emulation it takes a minute to load eBPF programs.
 START_SECONDS = 240.0
@@ -30,6 +33,7 @@ class AgentProcess:
         self.process = process
         self.pid = process.pid
         self.log: list[str] = []
+        self._news = threading.Condition()
         self._listening = threading.Event()
         self.port = 0
         self._reader = threading.Thread(target=self._read_log)
@@ -38,7 +42,9 @@ class AgentProcess:
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.log.append(line.rstrip("\n"))
+            with self._news:
+                self.log.append(line.rstrip("\n"))
+                self._news.notify_all()
             if match := re.search(r"msg=listening address=127\.0\.0\.1:(\d+)", line):
                 self.port = int(match[1])
                 self._listening.set()
@@ -48,11 +54,12 @@ class AgentProcess:
         """Wait until it listens and has taken its first look."""
         if not self._listening.wait(START_SECONDS) or not self.port:
             raise RuntimeError(f"the agent does not listen: {self.log}")
-        deadline = time.monotonic() + START_SECONDS
-        while self.get("/-/ready")[0] != 200:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the agent is not ready: {self.log}")
-            time.sleep(0.01)
+        wait_until(lambda: self.get("/-/ready")[0] == 200, lambda: f"the agent is ready: {self.log}", START_SECONDS)
+
+    def wait_for_log(self, find: Callable[[], T], seconds: float) -> T:
+        """Return what is found in the log, as soon as a line makes it something; after so long, whatever it is."""
+        with self._news:
+            return self._news.wait_for(find, seconds)
 
     def get(self, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], bytes]:
         """Ask once: status, headers in lower case, body."""

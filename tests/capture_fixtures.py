@@ -20,12 +20,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.live.libvirt_daemon import QEMU, render_kubevirt_metadata, render_nova_metadata, running_libvirt
+from tests.waiting import wait_until
 
 FIXTURES = Path(__file__).parent / "fixtures" / "owners"
 KERNEL = platform.release().split("-")[0]
@@ -136,9 +136,7 @@ def capture_process(
 
 def wait_for_arguments(pid: int) -> None:
     """Return when a process that was just started has its arguments: the kernel sets them after Popen has returned."""
-    deadline = time.monotonic() + START_SECONDS
-    while not Path(f"/proc/{pid}/cmdline").read_bytes():
-        assert time.monotonic() < deadline, f"process {pid} does not start"
+    wait_until(Path(f"/proc/{pid}/cmdline").read_bytes, f"process {pid} starts", START_SECONDS)
 
 
 def open_full_pipe() -> tuple[int, int]:

@@ -6,27 +6,17 @@ import contextlib
 import os
 import shutil
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from tests.waiting import wait_until
+
 FIXTURES = Path(__file__).parent / "fixtures" / "owners"
 START_TICKS = 4711
-# Long enough for a loaded machine; nothing waits this long unless something is broken.
-PATIENCE_SECONDS = 30.0
 
 
 def owner_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "owners"]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Return when something holds that no event tells of; the test fails where it never does."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        threading.Event().wait(0.002)
 
 
 class FakeProc:

@@ -19,7 +19,8 @@ from exporter.server import ServerSettings, open_server
 from exporter.verdicts import State, VcpuReport, WatchReport
 from kvm.sources.simulated import SimulatedHost
 from tests.reports import make_report, make_vm
-from tests.test_server import PATIENCE_SECONDS, Client, open_collector
+from tests.test_server import Client, open_collector
+from tests.waiting import PATIENCE_SECONDS
 
 Scenario = Callable[[Address], Awaitable[None]]
 DETAILS = {"rip", "name", "display_name", "project", "namespace", "vmm", "pid", "tid"}

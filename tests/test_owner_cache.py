@@ -12,7 +12,8 @@ from kvm.model import Owner
 from kvm.owners import OwnerCache, read_program
 from kvm.processes import read_stat
 from tests.capture_fixtures import imitated_vmm
-from tests.fake_proc import PATIENCE_SECONDS, START_TICKS, FakeProc, owner_threads, wait_until
+from tests.fake_proc import START_TICKS, FakeProc, owner_threads
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 Errors = list[tuple[int, str, str]]
 

@@ -16,7 +16,8 @@ from kvm.model import Owner, VmGone
 from kvm.owners import OwnerReading, parse_namespace_pids, parse_pod_cgroup, read_owner
 from kvm.processes import find_living_thread
 from tests.capture_fixtures import imitated_vmm, scrub_cgroup, scrub_text
-from tests.fake_proc import FIXTURES, FakeProc, wait_until
+from tests.fake_proc import FIXTURES, FakeProc
+from tests.waiting import wait_until
 
 UUID = "6c1b3a86-60c5-4d0a-9b22-1d7c5d8f6a01"
 PROJECT = "0f5b5f7d2a6e4d55a1d0d25a7e6f0002"

@@ -27,9 +27,9 @@ from exporter.listen import Address, TcpAddress, UnixAddress
 from exporter.server import ServerSettings, open_server, serve
 from kvm.model import Snapshot, SnapshotReader
 from kvm.sources.simulated import SimulatedHost
+from tests.waiting import PATIENCE_SECONDS
 
 LOOPBACK = TcpAddress("127.0.0.1", 0)
-PATIENCE_SECONDS = 30.0
 
 Scenario = Callable[[Address], Awaitable[None]]
 

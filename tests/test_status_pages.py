@@ -25,7 +25,8 @@ from kvm.model import Snapshot, SnapshotReader
 from tests.reports import make_report
 from tests.snapshots import make_snapshot
 from tests.status_hosts import FixedHost, FixedWatcher, make_reports, make_vm_reading, open_collector
-from tests.test_server import PATIENCE_SECONDS, Answer, Client, GatedHost, wait_ready
+from tests.test_server import Answer, Client, GatedHost, wait_ready
+from tests.waiting import PATIENCE_SECONDS
 
 Scenario = Callable[[Address], Awaitable[None]]
 READINGS = [make_vm_reading("web", 1), make_vm_reading("db", 2)]

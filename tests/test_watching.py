@@ -17,9 +17,9 @@ from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Snapshot, SourceUnavailable, V
 from kvm.notify_trigger import FUNCTION
 from kvm.processes import read_stat
 from kvm.sources.bpf_decode import VcpuState
-from tests.fake_proc import wait_until
 from tests.snapshots import make_snapshot
 from tests.test_holds import PROC
+from tests.waiting import wait_until
 
 KEY = VmKey(1, 2, 3)
 

@@ -8,6 +8,7 @@ series a vCPU; the agent answers whole scrapes over HTTP, request to last byte, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import statistics
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.crowd import open_crowd
+from tests.waiting import wait_until
 
 ROUNDS = 15
 SOURCE = Path(__file__).with_name("reference_scrape.c")
@@ -78,17 +80,19 @@ def open_agent(directory: Path, source: str) -> Iterator[Agent]:
     words += [f"--collector.source={source}", "--log.level=warn"]
     with subprocess.Popen(words) as process:
         try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
+            agents: list[Agent] = []
+
+            def answers() -> bool:
+                with contextlib.suppress(OSError):  # it does not listen yet
                     agent = Agent(process.pid, path)
                     agent.scrape()
-                    break
-                except OSError:
-                    if time.monotonic() > deadline or process.poll() is not None:
-                        raise
-                    time.sleep(0.01)
-            yield agent
+                    agents.append(agent)
+                return bool(agents) or process.poll() is not None
+
+            wait_until(answers, "the agent answers", 60)
+            if not agents:
+                raise RuntimeError(f"the agent has ended with {process.returncode}")
+            yield agents[0]
         finally:
             process.terminate()
 

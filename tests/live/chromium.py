@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import wait_until
+
 ANSWER_SECONDS = 60.0
 FLAGS = [
     "--headless=new",
@@ -99,12 +101,8 @@ class Tab:
 
     def wait_until(self, expression: str, timeout_seconds: float = ANSWER_SECONDS) -> float:
         """Wait until an expression is true; returns after how many seconds it was."""
-        began = time.monotonic()
-        while not self.evaluate(expression):
-            if time.monotonic() - began > timeout_seconds:
-                raise BrowserError(f"not true within {timeout_seconds} s: {expression}; {self.read_text()[:1000]}")
-            time.sleep(0.02)
-        return time.monotonic() - began
+        what = lambda: f"{expression}; {self.read_text()[:1000]}"  # noqa: E731
+        return wait_until(lambda: self.evaluate(expression), what, timeout_seconds)
 
     def read_text(self) -> str:
         """Return the text that a reader sees."""

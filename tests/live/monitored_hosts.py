@@ -39,9 +39,9 @@ from tests.live.prometheus_server import (
     build_prometheus_config,
     open_alertmanager,
     open_prometheus,
-    wait_until,
 )
 from tests.live.receiver import Notification, Receiver, open_receiver
+from tests.waiting import wait_until
 
 RULES = ROOT / "grafana" / "alerts"
 PAGE = "KvmVcpuNoForwardProgress"
@@ -213,7 +213,7 @@ def _open_monitored_hosts(stack: ExitStack, directory: Path, receiver: Receiver)
     prometheus_config = build_prometheus_config(targets, find_rule_files(), alertmanager.port)
     prometheus = stack.enter_context(open_prometheus(directory / "prometheus", prometheus_config))
 
-    wait_until(lambda: set(prometheus.find_targets().values()) == {"up"}, SCRAPED_SECONDS, "all agents are scraped")
+    wait_until(lambda: set(prometheus.find_targets().values()) == {"up"}, "all agents are scraped", SCRAPED_SECONDS)
     run_agent("drill", f"--vm={DRILL_VM}", f"--url=http://127.0.0.1:{agents['twin'].port}")
     leaving.close()
     prometheus.forget("lost:9750")

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import wait_until
 
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
@@ -57,15 +58,6 @@ def find_free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def wait_until(holds: Callable[[], bool], seconds: float, what: str) -> None:
-    """Ask until it holds; raises TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.05)
 
 
 class Server:
@@ -104,13 +96,9 @@ class Server:
 
     def wait(self) -> bool:
         """Wait until it is ready; False if its port was taken."""
-        deadline = time.monotonic() + START_SECONDS
-        while self.process.poll() is None:
-            if self.is_ready():
-                return True
-            if time.monotonic() > deadline:
-                raise self.fail("not ready in time")
-            time.sleep(0.05)
+        wait_until(lambda: self.process.poll() is not None or self.is_ready(), self.read_log, START_SECONDS)
+        if self.process.poll() is None:
+            return True
         if "address already in use" in self.read_log():
             return False
         raise self.fail(f"ended with {self.process.returncode}")
@@ -199,7 +187,7 @@ class Prometheus:
             job["static_configs"] = [one for one in job["static_configs"] if one["labels"]["instance"] != instance]
         self._config_file.write_text(json.dumps(config))
         self.server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: instance not in self.find_targets(), ANSWER_SECONDS, f"{instance} is forgotten")
+        wait_until(lambda: instance not in self.find_targets(), f"{instance} is forgotten", ANSWER_SECONDS)
 
     def find_targets(self) -> dict[str, str]:
         """What is scraped: the health (``up``, ``down``, ``unknown``) of each instance."""

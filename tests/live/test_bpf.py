@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from kvm.statistics import decode_header
 from kvm.throwaway_vm import ThrowawayVm
 from tests.agents import ROOT
 from tests.live import GuestProcess, open_guest_process, strange_vmm
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.live
 
@@ -102,14 +102,6 @@ def open_strange(way: str) -> Iterator[Strange]:
 
 def read_of(source: BpfSource, *pids: int) -> dict[VmKey, VmCounters]:
     return {key: counters for key, counters in source.read().items() if key.pid in pids}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-    return True
 
 
 def make_key(pid: int, vm_fd: int) -> VmKey:
@@ -204,12 +196,12 @@ def test_files_that_a_child_holds_too_are_listed_under_the_owner_and_after_its_e
             ((key, counters),) = read_of(source, vmm["pid"], child).items()
             assert (key.pid, counters.vcpu_ids) == (vmm["pid"], (0, 1))
             os.kill(vmm["pid"], signal.SIGKILL)
-            assert wait_for(lambda: [key.pid for key in read_of(source, vmm["pid"], child)] == [child])
+            wait_until(lambda: [key.pid for key in read_of(source, vmm["pid"], child)] == [child], seconds=10)
             ((key, counters),) = read_of(source, child).items()
             assert (key, counters.vcpu_ids) == (make_key(child, vmm["vm_fd"]), (0, 1))
         finally:
             os.kill(child, signal.SIGKILL)
-        assert wait_for(lambda: not read_of(source, child))
+        wait_until(lambda: not read_of(source, child), seconds=10)
 
 
 def test_a_vm_whose_leader_thread_has_exited(source: BpfSource) -> None:
@@ -305,7 +297,7 @@ def test_exits_of_a_thousand_running_vcpus_lie_between_two_readings_of_statistic
         for guest in guests:
             guest.send("loop")
         start = read_exits(guests)
-        assert wait_for(lambda: sum(map(int.__lt__, start.values(), read_exits(guests).values())) >= 100)
+        wait_until(lambda: sum(map(int.__lt__, start.values(), read_exits(guests).values())) >= 100, seconds=10)
         before = read_exits(guests)
         found = read_of(list_source, *(guest.pid for guest in guests))
         after = read_exits(guests)
@@ -410,7 +402,7 @@ def test_nothing_is_left_open_and_no_vm_is_kept_alive() -> None:
         assert directory.exists()
         for _ in range(20):
             assert read_of(source, guest.pid)
-    assert wait_for(lambda: not directory.exists(), seconds=1)
+    wait_until(lambda: not directory.exists(), "the VM is gone", seconds=1)
     assert len(os.listdir("/proc/self/fd")) <= opened + 2  # the iterator's link, from the first read on
     source.close()
     source.close()

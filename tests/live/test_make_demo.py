@@ -20,7 +20,8 @@ import pytest
 
 from tests.agents import ROOT
 from tests.live.monitored_hosts import PAGE
-from tests.live.prometheus_server import end_process, find_free_port, find_program, wait_until
+from tests.live.prometheus_server import end_process, find_free_port, find_program
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.live
 
@@ -39,7 +40,9 @@ class Demo:
     temporary: Path
 
     def wait_for(self, text: str) -> None:
-        wait_until(lambda: text in self.output.read_text(), START_SECONDS, f"{text!r} in {self.output.read_text()}")
+        wait_until(
+            lambda: text in self.output.read_text(), lambda: f"{text!r} in {self.output.read_text()}", START_SECONDS
+        )
 
     def is_gone(self) -> bool:
         """Whether none of its processes is left, and no file."""
@@ -66,7 +69,7 @@ def open_demo(directory: Path, prometheus_port: int = 0, **environment: str) -> 
             yield demo
         finally:
             end_process(process)
-    wait_until(demo.is_gone, 10, "nothing is left of the demo")
+    wait_until(demo.is_gone, "nothing is left of the demo", 10)
 
 
 def fetch(address: str, path: str) -> bytes:
@@ -92,7 +95,7 @@ def test_agent_and_prometheus_run_until_ctrl_c(tmp_path: Path) -> None:
         assert f"Prometheus with the rules: http://{demo.prometheus}/alerts\n" in demo.output.read_text()
         names = {rule["name"] for group in ask(demo, "rules")["groups"] for rule in group["rules"]}
         assert PAGE in names
-        wait_until(lambda: ask(demo, "query?query=kvm_vm_info")["result"] != [], START_SECONDS, "it has the demo's VMs")
+        wait_until(lambda: ask(demo, "query?query=kvm_vm_info")["result"] != [], "it has the demo's VMs", START_SECONDS)
         assert b"kvm_vm_info{" in fetch(demo.agent, "/metrics")
         assert len(os.listdir(demo.temporary)) == 1
         press_ctrl_c(demo)

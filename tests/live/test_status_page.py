@@ -15,6 +15,7 @@ from exporter.status import take_picture
 from exporter.status_page import Frame, render_page, render_parts
 from exporter.verdicts import State, WatchReport
 from kvm.model import SourceReport
+from kvm.sources.simulated import CYCLE_SECONDS
 from tests.agents import AgentProcess, open_agent
 from tests.live import open_guest_process
 from tests.live.chromium import Tab, find_chromium, open_tab
@@ -31,6 +32,7 @@ from tests.status_hosts import (
     make_vm_reading,
     serve_host,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="there is no chromium: Debian's package has it")
 
@@ -128,8 +130,7 @@ def find_stalled(agent: AgentProcess) -> list[str]:
 def test_a_stall_shows_up_within_three_seconds(tab: Tab, demo: AgentProcess, tell: Callable[[str], None]) -> None:
     tab.open(f"http://127.0.0.1:{demo.port}/")
     tab.wait_until(f"{HEADLINE}.startsWith('No vCPU')")
-    while not find_stalled(demo):
-        time.sleep(0.05)
+    wait_until(lambda: find_stalled(demo), "a stall in the demo", CYCLE_SECONDS)
     known = time.monotonic()
     tab.wait_until(f"{HEADLINE}.includes('no forward progress: vCPU 0 of batch-1')", 3.0)
     seconds = time.monotonic() - known
@@ -408,8 +409,7 @@ def test_an_answer_to_an_old_question_is_none_to_the_new_one(browser: Tab, agent
     browser.open(agent.url)
     browser.evaluate("document.getElementById('q').focus()")
     browser.type("web")
-    while "web" not in [query for _, query in agent.asked]:
-        time.sleep(0.02)
+    wait_until(lambda: "web" in [query for _, query in agent.asked], "the question")
     browser.evaluate("const box = document.getElementById('q'); box.value = 'batch'; box.form.requestSubmit()")
     browser.wait_until(f"{ROWS} === 1")
     browser.evaluate("""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.lab.inside.perf_reader import open_perf_reader, read_format
 from tests.live import GuestProcess, open_guest_process
+from tests.waiting import wait_until
 
 NOTIFY = "exit_reason == 75 && isa == 1"
 EXIT_REASON_NOTIFY, ISA_VMX, ISA_SVM, KVM_EXIT_NOTIFY = 75, 1, 2, 37
@@ -23,10 +22,8 @@ def count_notify_exits(guest: GuestProcess, index: int = 0) -> int:
 
 
 def wait_for_notify_exits(guest: GuestProcess, number: int, index: int = 0) -> None:
-    deadline = time.monotonic() + 60
     target = count_notify_exits(guest, index) + number
-    while count_notify_exits(guest, index) < target:
-        assert time.monotonic() < deadline, f"no {number} notify exits within a minute"
+    wait_until(lambda: count_notify_exits(guest, index) >= target, f"{number} notify exits", 60)
 
 
 def test_the_record_is_laid_out_as_the_injector_assumes() -> None:

@@ -7,7 +7,7 @@ import os
 import select
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from kvm.notify_records import TraceRecords
 from kvm.notify_trace import RECORDS_A_LOOK, ArmedThread, NotifyTracer
 from tests.lab.inside.kvm_readers import find_vm_directory, read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
+from tests.waiting import wait_until
 
 HIDE_RIP, COUNT_IN_RCX = 1, 2
 CONTEXT_INVALID, UNBLOCKED_NMI = 1, 0x1000
@@ -57,12 +58,6 @@ def armed(tracer: NotifyTracer, guest: GuestProcess) -> Iterator[ArmedThread]:
 
 def read_statistic(guest: GuestProcess, name: str, index: int = 0) -> int:
     return read_vcpu_statistics(guest, guest.vcpus[index])[name]
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, f"no {what} within a minute"
 
 
 def wait_for_record(armed: ArmedThread) -> TraceRecords:
@@ -173,7 +168,7 @@ def test_another_rip_is_silent_on_a_stuck_guest_and_fires_when_it_goes_on(
     armed.watch_other_rips(rip)
     names = ("irq_exits", "notify_window_exits", "exits")
     before = {name: read_statistic(guest, name) for name in names}
-    wait_until(lambda: read_statistic(guest, "irq_exits") >= before["irq_exits"] + 50, "50 interrupts")
+    wait_until(lambda: read_statistic(guest, "irq_exits") >= before["irq_exits"] + 50, "50 interrupts", WAIT_SECONDS)
     moved = {name: read_statistic(guest, name) - before[name] for name in names}
     assert not armed.read().other_rip
     print(f"silent through {moved}")
@@ -214,7 +209,9 @@ def test_a_rep_at_one_rip_is_no_other_rip_until_it_is_over(armed: ArmedThread, g
     armed.watch_other_rips(code)
     guest.notify(0, flags=COUNT_IN_RCX, rcx=10**9)
     start = read_statistic(guest, "notify_window_exits")
-    wait_until(lambda: read_statistic(guest, "notify_window_exits") > start + 1000, "thousand notify exits")
+    wait_until(
+        lambda: read_statistic(guest, "notify_window_exits") > start + 1000, "a thousand notify exits", WAIT_SECONDS
+    )
     assert not armed.read().other_rip
     guest.stop()
     guest.wait_for("done")
@@ -260,8 +257,8 @@ def test_a_guest_that_dies_while_armed(tracer: NotifyTracer) -> None:
         assert rip is not None
         guest.process.kill()
         guest.process.wait()
-        wait_until(lambda: not directory.exists(), "end of the VM, although it is traced")
-        wait_until(lambda: armed.read().gone, "news of the thread's end")
+        wait_until(lambda: not directory.exists(), "the end of the VM, although it is traced", WAIT_SECONDS)
+        wait_until(lambda: armed.read().gone, "news of the thread's end", WAIT_SECONDS)
         assert armed.read() == TraceRecords(ended=True, gone=True)
         with contextlib.suppress(VmGone):  # raised if the thread had used up what it may make
             armed.refresh()

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO, Any
 import pytest
 
 from tests.lab.inside.agent import find_labels, find_per_vcpu, run_once
+from tests.waiting import wait_until
 
 UUID = "7b1f0a52-6a83-4f8e-9a0e-2f3b6f0a9c11"
 VCPUS = 2
@@ -55,9 +55,7 @@ def qemu() -> Iterator[Qemu]:
         stack.callback(process.kill)
         theirs.close()
         qemu = Qemu(process, ours, stack.enter_context(ours.makefile("rb")))
-        deadline = time.monotonic() + QMP_SECONDS
-        while read_qmp_statistic(qemu, "exits")["0"] == 0:
-            assert time.monotonic() < deadline, "the firmware made no exit"
+        wait_until(lambda: read_qmp_statistic(qemu, "exits")["0"], "an exit of the firmware", QMP_SECONDS)
         qemu.ask("stop")
         yield qemu
 

@@ -30,6 +30,7 @@ from tests.agents import AgentProcess, open_agent
 from tests.lab.calibration import find_slowdown, is_within
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("injector")
 
@@ -77,20 +78,18 @@ class Listener:
 
     def wait_for(self, vm: str, state: str, seconds: float = 30.0, after: int = 0) -> dict[str, str]:
         """Wait until a VM's vCPU enters a state, after so many verdicts about it."""
-        deadline = time.monotonic() + seconds
-        while True:
-            found = [line for line in self.verdicts(vm)[after:] if line["state"] == state]
-            if found:
-                return found[0]
-            assert time.monotonic() < deadline, f"not {state}:\n{self.tell_of(vm)}"
-            time.sleep(0.05)
+
+        def find() -> list[dict[str, str]]:
+            return [line for line in self.verdicts(vm)[after:] if line["state"] == state]
+
+        found = self.agent.wait_for_log(find, seconds)
+        assert found, f"not {state}:\n{self.tell_of(vm)}"
+        return found[0]
 
     def wait_for_line(self, msg: str, vm: str, number: int = 1, seconds: float = 30.0) -> dict[str, str]:
-        deadline = time.monotonic() + seconds
-        while len(self.lines(msg, vm)) < number:
-            assert time.monotonic() < deadline, f"no line {msg!r}:\n{self.tell_of(vm)}"
-            time.sleep(0.05)
-        return self.lines(msg, vm)[number - 1]
+        found = self.agent.wait_for_log(lambda: self.lines(msg, vm)[number - 1 :], seconds)
+        assert found, f"no line {msg!r}:\n{self.tell_of(vm)}"
+        return found[0]
 
     def tell_of(self, vm: str) -> str:
         """What there is to know when something has not come."""
@@ -208,8 +207,7 @@ def compare_rates(guest: GuestProcess, agent: AgentProcess, tell: Tell, what: st
     """
     running, still = [], []
     with open_yardstick(GUESTS_CPU) as yardstick:
-        while not yardstick[0]:
-            time.sleep(0.1)
+        wait_until(lambda: yardstick[0], "the yardstick runs")
         for number in range(PAIRS):
             if number % 2:  # in the order A B B A, so that a machine that slows down slows both
                 running.append(measure_rate(guest, yardstick, 1.0))
@@ -362,8 +360,11 @@ def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str, 
     stuck.send("loop")
     began = time.monotonic()
     line = listener.wait_for_line(END, vm, seconds=60)
-    while listener.agent.samples("kvm_vcpu_no_forward_progress", vm=vm) != {(("vcpu", "1"),): 0.0}:
-        time.sleep(0.1)
+    wait_until(
+        lambda: listener.agent.samples("kvm_vcpu_no_forward_progress", vm=vm) == {(("vcpu", "1"),): 0.0},
+        "the metric is 0 again",
+        pause_seconds=0.1,
+    )
     seconds = time.monotonic() - began
     tell(f"the guest goes on: line and metric after {seconds:.1f} s, because {line['why']}")
     assert is_within(seconds, 15.0)
@@ -428,8 +429,5 @@ def test_no_event_outlives_its_vm_and_none_is_left_in_the_end(listener: Listener
     with open_guest(50, "brief") as guest:
         guest.notify(0, exits=0)
         listener.wait_for(make_uuid(50), "suspect")
-    deadline = time.monotonic() + 5
-    while count_events(listener.agent.pid) > 1:  # the dummy stays for a minute
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert count_events(listener.agent.pid) == 1
+    # The dummy stays for a minute.
+    wait_until(lambda: count_events(listener.agent.pid) == 1, "all events but one are closed", 5)
