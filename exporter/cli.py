@@ -23,31 +23,33 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from exporter import journal, metrics, watching
-from exporter.check import can_read, has_counters, render_check
-from exporter.collector import COLLECTORS, BuildInfo, CollectorSettings, HostCollector
-from exporter.drill import ask_for_drill
-from exporter.exposition import render_text
-from exporter.lately import Lately
-from exporter.listen import Address, TcpAddress, parse_address
-from exporter.log_format import LEVELS, start_logging
-from exporter.report import render_json, render_table
-from exporter.vm_lines import VcpuSeries
-from exporter.watch import Watch
-from kvm import host
-from kvm.confinement import read_confinement
-from kvm.discovery import Discovery
-from kvm.identities import OWNER_WAIT_SECONDS
+from exporter import wiring
+from exporter.commands.report import render_json, render_table
+from exporter.history.recorder import Lately
+from exporter.host_summary import can_read, has_counters, render_check
+from exporter.logs import journal
+from exporter.logs.formatters import LEVELS, start_logging
+from exporter.monitor.stall_monitor import Watch
+from exporter.prometheus import metrics
+from exporter.prometheus.collector import COLLECTORS, BuildInfo, CollectorSettings, HostCollector
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.vm_series import VcpuSeries
+from exporter.stalls.drill import ask_for_drill
+from exporter.web.listeners import Address, TcpAddress, parse_address
+from kvm.counters.bpf import BpfSource
+from kvm.counters.debugfs import DebugfsSource
+from kvm.counters.source import CounterSource
+from kvm.counters.stats_fd import StatsFdSource
+from kvm.discovery.uevents import open_uevents, read_uevent
+from kvm.discovery.vm_discovery import Discovery
+from kvm.host import facts
+from kvm.host.privileges import read_confinement
+from kvm.identity.owners import OwnerCache
+from kvm.identity.vm_ids import OWNER_WAIT_SECONDS
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SnapshotReader
-from kvm.owners import OwnerCache
 from kvm.read_errors import ReadErrors
+from kvm.simulated.host import SimulatedHost
 from kvm.snapshot import HostReader
-from kvm.sources import CounterSource
-from kvm.sources.bpf import BpfSource
-from kvm.sources.debugfs import DebugfsSource
-from kvm.sources.simulated import SimulatedHost
-from kvm.sources.stats_fd import StatsFdSource
-from kvm.uevents import open_uevents, read_uevent
 
 log = logging.getLogger(__name__)
 
@@ -122,14 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         add_log_flags(command, "info" if name in ("serve", "demo") else "warn")
         if name == "drill":
-            watching.add_drill_flags(command)
+            wiring.add_drill_flags(command)
             continue
         if name != "demo":
             add_source_flags(command)
         if name != "check":
             add_collector_flags(command)
         if name in ("serve", "demo"):
-            watching.add_watch_flags(command, of_this_host=name == "serve")
+            wiring.add_watch_flags(command, of_this_host=name == "serve")
             add_web_flags(command)
         if name == "once":
             form = command.add_mutually_exclusive_group()
@@ -278,7 +280,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         snapshot = open_host(arguments.sources, stack, ONE_LOOK_WAIT_SECONDS).read()
     cpuinfo = (PROC / "cpuinfo").read_text(errors="replace")
-    sys.stdout.write(render_check(snapshot, read_confinement(PROC, SYSFS), host.parse_vmx_flags(cpuinfo)))
+    sys.stdout.write(render_check(snapshot, read_confinement(PROC, SYSFS), facts.parse_vmx_flags(cpuinfo)))
     return 0 if can_read(snapshot) else 1
 
 
@@ -318,7 +320,7 @@ def write_whole(path: Path, text: str) -> None:
 def run_server(arguments: argparse.Namespace) -> int:
     """Serve this host, or a made-up one, until a signal ends it."""
     # Importing aiohttp takes longer than all the rest of what the other commands do.
-    from exporter.server import ServerSettings, serve  # noqa: PLC0415
+    from exporter.web.server import ServerSettings, serve  # noqa: PLC0415
 
     settings = ServerSettings(
         addresses=tuple(arguments.listen_addresses or [DEFAULT_ADDRESS]),
@@ -330,12 +332,12 @@ def run_server(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         if arguments.command == "demo":
             made_up = SimulatedHost()
-            lately = Lately(watching.SharedReader(made_up))
-            watch = watching.open_simulated_watch(arguments, lately, made_up)
+            lately = Lately(wiring.SharedReader(made_up))
+            watch = wiring.open_simulated_watch(arguments, lately, made_up)
         else:
             bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
-            lately = Lately(watching.SharedReader(open_host(arguments.sources, stack, bpf=bpf)))
-            watch = watching.open_watch(arguments, lately, bpf)
+            lately = Lately(wiring.SharedReader(open_host(arguments.sources, stack, bpf=bpf)))
+            watch = wiring.open_watch(arguments, lately, bpf)
         collector = build_collector(lately, arguments, watch)
         asyncio.run(run_until_signalled(watch, lambda stop: serve(collector, lately, settings, stop, watch)))
     return 0

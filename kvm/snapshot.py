@@ -13,9 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kvm import abi, host
-from kvm.discovery import Discovery
-from kvm.identities import OWNER_WAIT_SECONDS, FindOwners, Identities
+from kvm import abi
+from kvm.counters.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
+from kvm.counters.source import CounterSource
+from kvm.discovery.vm_discovery import Discovery
+from kvm.host import facts
+from kvm.identity.vcpu_index import number_vcpus, read_index
+from kvm.identity.vm_ids import OWNER_WAIT_SECONDS, FindOwners, Identities
 from kvm.model import (
     Host,
     Protection,
@@ -29,9 +33,6 @@ from kvm.model import (
     VmReading,
 )
 from kvm.read_errors import ReadErrors
-from kvm.sources import CounterSource
-from kvm.sources.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
-from kvm.vcpu_numbers import number_vcpus, read_index
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class HostReader:
         *,
         proc: Path = Path("/proc"),
         kvm_debugfs: Path = Path("/sys/kernel/debug/kvm"),
-        read_host: Callable[[], Host] = host.read_host,
+        read_host: Callable[[], Host] = facts.read_host,
         owner_wait_seconds: float = OWNER_WAIT_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
         unix: Callable[[], float] = time.time,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 CLANG = "clang-14"
 STRIP = "llvm-strip-14"
-SOURCES = Path(__file__).parents[1] / "kvm" / "sources"
+SOURCES = Path(__file__).parents[1] / "kvm" / "bpf" / "programs"
 OBJECTS = ("vcpus.bpf.o", "notify.bpf.o")
 
 

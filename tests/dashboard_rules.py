@@ -13,7 +13,7 @@ from typing import Any, Final
 import promql_parser as ast
 import yaml
 
-from exporter.metrics import METRICS, Metric, MetricType
+from exporter.prometheus.metrics import METRICS, Metric, MetricType
 from tests.dashboard_linter import VALUES, Rule, find_calls, find_expressions, walk_parsed
 from tests.dashboard_queries import DASHBOARDS, Json, find_panels, find_query_variables, find_variables, substitute
 from tests.promql import find_labels, find_selectors

@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from exporter.look import Reading
+from exporter.monitor.trace_session import Reading
+from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
@@ -26,7 +27,6 @@ from kvm.model import (
     VmKey,
     VmReading,
 )
-from kvm.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from tests.snapshots import INTEL
 
 R = 0xFFFFFFFF81000000

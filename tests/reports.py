@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.verdicts import State, VcpuReport, Verdict
+from exporter.stalls.verdicts import State, VcpuReport, Verdict
 from kvm.model import Owner, Vcpu, Vm, VmKey
 
 RIP = 0xFFFFFFFF81012345

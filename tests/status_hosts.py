@@ -11,12 +11,12 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from exporter.collector import BuildInfo, CollectorSettings, HostCollector
-from exporter.drill import NoDrill
-from exporter.lately import Lately
-from exporter.listen import TcpAddress
-from exporter.server import ServerSettings, open_server
-from exporter.verdicts import State, VcpuReport, WatchReport
+from exporter.history.recorder import Lately
+from exporter.prometheus.collector import BuildInfo, CollectorSettings, HostCollector
+from exporter.stalls.drill import NoDrill
+from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+from exporter.web.listeners import TcpAddress
+from exporter.web.server import ServerSettings, open_server
 from kvm.model import Owner, Protection, Snapshot, VmReading
 from tests.reports import make_report
 from tests.snapshots import make_reading, make_snapshot

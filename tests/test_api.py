@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from exporter import api, drill
-from exporter.lately import Lately
-from exporter.listen import Address, TcpAddress, UnixAddress
-from exporter.server import ServerSettings, open_server
-from exporter.verdicts import State, VcpuReport, WatchReport
-from kvm.sources.simulated import SimulatedHost
+from exporter.history.recorder import Lately
+from exporter.stalls import drill
+from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+from exporter.web import vcpus_json
+from exporter.web.listeners import Address, TcpAddress, UnixAddress
+from exporter.web.server import ServerSettings, open_server
+from kvm.simulated.host import SimulatedHost
 from tests.reports import make_report, make_vm
 from tests.test_server import Client, open_collector
 from tests.waiting import PATIENCE_SECONDS
@@ -67,7 +68,7 @@ async def ask(address: Address, path: str, *headers: str, method: str = "GET") -
 
 
 async def ask_vcpus(address: Address, *headers: str) -> dict[str, Any]:
-    status, body = await ask(address, api.PATH, *headers)
+    status, body = await ask(address, vcpus_json.PATH, *headers)
     assert status == 200
     found: dict[str, Any] = json.loads(body)
     return found
@@ -152,7 +153,7 @@ def test_rips_and_owners_are_not_for_strangers(headers: list[str]) -> None:
     ],
 )
 def test_who_is_local(peer: str | None, host: str, local: bool) -> None:
-    assert api.is_local(peer, {"Host": host} if host else {}) is local
+    assert vcpus_json.is_local(peer, {"Host": host} if host else {}) is local
 
 
 @pytest.mark.parametrize(
@@ -161,12 +162,12 @@ def test_who_is_local(peer: str | None, host: str, local: bool) -> None:
 )
 def test_a_browser_here_is_local_unless_another_page_makes_it_ask(site: str, mode: str, local: bool) -> None:
     headers = {"Host": "localhost:9750", "Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
-    assert api.is_local("127.0.0.1", headers) is local
+    assert vcpus_json.is_local("127.0.0.1", headers) is local
 
 
 def test_the_answer_is_not_for_other_sites_nor_to_be_kept() -> None:
-    assert api.PRIVATE_HEADERS["Cache-Control"] == "no-store"
-    assert api.PRIVATE_HEADERS["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert vcpus_json.PRIVATE_HEADERS["Cache-Control"] == "no-store"
+    assert vcpus_json.PRIVATE_HEADERS["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
 def test_a_unix_socket_is_local(tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ def test_a_drill_is_asked_for_by_post_with_its_header_from_this_machine() -> Non
     serve(scenario, watcher)
 
 
-@pytest.mark.parametrize("path", [api.PATH, drill.PATH])
+@pytest.mark.parametrize("path", [vcpus_json.PATH, drill.PATH])
 def test_the_metrics_cannot_take_these_paths(path: str) -> None:
     with pytest.raises(ValueError, match="taken"):
         ServerSettings(telemetry_path=path)
@@ -214,7 +215,7 @@ def test_the_metrics_cannot_take_these_paths(path: str) -> None:
 def test_what_matters_comes_first() -> None:
     states = [State.QUIET, State.RECOVERED, State.STALLED, State.UNKNOWN, State.SUSPECT, State.PROGRESSING]
     reports = tuple(make_report(state, vm=make_vm(pid=number)) for number, state in enumerate(states))
-    document = api.build_document(WatchReport(vcpus=reports), 0.0, 0.0, with_details=True)
+    document = vcpus_json.build_document(WatchReport(vcpus=reports), 0.0, 0.0, with_details=True)
     vcpus = document["vcpus"]
     assert isinstance(vcpus, list)
     assert [found["state"] for found in vcpus] == [

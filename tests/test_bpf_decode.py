@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.model import MalformedData, Statistic, VmKey
-from kvm.sources.bpf_decode import (
+from kvm.bpf.vcpu_decode import (
     FILE_RECORD,
     IDENTITY,
     REGISTERS,
@@ -23,6 +22,7 @@ from kvm.sources.bpf_decode import (
     join_blocks,
     keep_vms,
 )
+from kvm.model import MalformedData, Statistic, VmKey
 
 NAMES = ("exits", "notify_window_exits")
 TICK_NS = 10_000_000

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvm.libbpf import BpfObject, Library, open_library
+from kvm.bpf import vcpu_programs
+from kvm.bpf.libbpf import BpfObject, Library, open_library
 from kvm.model import SourceUnavailable
-from kvm.sources import bpf_object
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_messages_go_to_our_log_and_are_kept(
     library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "broken.bpf.o"
-    path.write_bytes(bpf_object.OBJECT.read_bytes()[:1000])
+    path.write_bytes(vcpu_programs.OBJECT.read_bytes()[:1000])
     with caplog.at_level(logging.DEBUG), pytest.raises(OSError, match="bpf_object__open_mem"):
         BpfObject(library, path)
     assert [message for message in library.messages.kept() if "is not a valid" in message or "elf" in message]
@@ -54,7 +54,7 @@ def test_a_success_forgets_the_messages_of_failures(library: Library, tmp_path: 
 
 
 def test_an_object_is_opened_without_rights_and_closed_twice(library: Library) -> None:
-    opened = BpfObject(library, bpf_object.OBJECT)
+    opened = BpfObject(library, vcpu_programs.OBJECT)
     opened.set_entries("vcpus", 4)
     opened.skip_program("read_batch")
     with pytest.raises(OSError, match="find_program_by_name"):

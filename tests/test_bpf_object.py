@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from kvm import notify_trigger
-from kvm.sources import bpf_decode, bpf_object
+from kvm.bpf import notify_trigger, vcpu_decode, vcpu_programs
 from tests import build_bpf
 
 # Everything that the kernel or libbpf reads of an object; the rest are names of compilers and tables of names.
@@ -85,19 +84,19 @@ def test_the_object_is_what_its_source_says(name: str, tmp_path: Path) -> None:
 def test_the_object_holds_neither_debug_sections_nor_directories_of_who_built_it(name: str) -> None:
     sections = read_sections(build_bpf.SOURCES / name)
     assert [section for section in sections if section.startswith(".debug")] == []
-    assert b"/kvm/sources" not in (build_bpf.SOURCES / name).read_bytes()
+    assert b"/kvm/bpf/programs" not in (build_bpf.SOURCES / name).read_bytes()
 
 
 def test_what_is_shared_with_vcpus_lies_where_python_takes_it() -> None:
-    structs = parse_structs(read_sections(bpf_object.OBJECT)[".BTF"])
-    names = " ".join(name for name, _ in bpf_object.CONTROL_FIELDS)
-    formats = " ".join(format_ for _, format_ in bpf_object.CONTROL_FIELDS)
-    assert structs["control"] == (bpf_object.CONTROL_BYTES, place(names, formats))
+    structs = parse_structs(read_sections(vcpu_programs.OBJECT)[".BTF"])
+    names = " ".join(name for name, _ in vcpu_programs.CONTROL_FIELDS)
+    formats = " ".join(format_ for _, format_ in vcpu_programs.CONTROL_FIELDS)
+    assert structs["control"] == (vcpu_programs.CONTROL_BYTES, place(names, formats))
     vm = "kvm mm start_boottime tgid vm_fd first count notify_window notify_vmexit_flags next has_notify missing"
-    assert structs["vm"] == (bpf_decode.VM_RECORD.size, place(f"{vm} reserved", "Q Q Q I i I I I I I I I I"))
-    assert structs["vcpu_identity"] == (bpf_decode.IDENTITY.size, place("vcpu_id tid", "I i"))
-    state = place("regs rip regs_avail vcpu_id tid statistics", f"16Q Q Q I i {bpf_object.STATISTICS_BYTES}s")
-    assert structs["vcpu_state"] == (bpf_decode.STATE_RECORD.size + bpf_object.STATISTICS_BYTES, state)
+    assert structs["vm"] == (vcpu_decode.VM_RECORD.size, place(f"{vm} reserved", "Q Q Q I i I I I I I I I I"))
+    assert structs["vcpu_identity"] == (vcpu_decode.IDENTITY.size, place("vcpu_id tid", "I i"))
+    state = place("regs rip regs_avail vcpu_id tid statistics", f"16Q Q Q I i {vcpu_programs.STATISTICS_BYTES}s")
+    assert structs["vcpu_state"] == (vcpu_decode.STATE_RECORD.size + vcpu_programs.STATISTICS_BYTES, state)
 
 
 def test_what_is_shared_with_notify_lies_where_python_takes_it() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm.bpf_refusals import check_own_pid, explain, find_missing_capabilities, find_refusal
+from kvm.bpf.refusals import check_own_pid, explain, find_missing_capabilities, find_refusal
 from kvm.model import SourceUnavailable
 
 ALL = 0x1FFFFFFFFFF

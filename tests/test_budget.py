@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.budget import LONGEST_TURN_SECONDS, SHORTEST_TURN_SECONDS, Limits, LookBudget, VcpuKey
-from exporter.cadence import LOOK_SECONDS
+from exporter.monitor.trace_budget import LONGEST_TURN_SECONDS, SHORTEST_TURN_SECONDS, Limits, LookBudget, VcpuKey
+from exporter.stalls.interval import LOOK_SECONDS
 from kvm.model import VmKey
 
 NOW = 0.0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.cadence import Cadence
+from exporter.stalls.interval import Cadence
 
 
 def read(exits: list[float], readings: list[float]) -> float | None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.check import can_read, render_check
-from kvm.confinement import (
+from exporter.host_summary import can_read, render_check
+from kvm.host.privileges import (
     Confinement,
     find_missing_capabilities,
     parse_effective_capabilities,

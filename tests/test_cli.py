@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from exporter.cli import build_parser, choose_collectors, parse_command_line, write_whole
-from exporter.collector import COLLECTORS
-from exporter.vm_lines import VcpuSeries
+from exporter.prometheus.collector import COLLECTORS
+from exporter.prometheus.vm_series import VcpuSeries
 from tests.agents import ROOT, open_agent, run_agent
 
 

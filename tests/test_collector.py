@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from exporter.collector import (
+from exporter.prometheus.collector import (
     COLLECTORS,
     BadSelection,
     BuildInfo,
@@ -20,8 +20,8 @@ from exporter.collector import (
     HostCollector,
     select_collectors,
 )
-from exporter.exposition import render_text
-from exporter.vm_lines import VcpuSeries
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.vm_series import VcpuSeries
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
@@ -36,7 +36,7 @@ from kvm.model import (
     VmKey,
     VmReading,
 )
-from kvm.sources.simulated import SimulatedHost
+from kvm.simulated.host import SimulatedHost
 
 HOST = Host("6.12", "GenuineIntel", "6", "143", "8", "Xeon", "0x2b", "none", "kvm_intel", True)
 OWNER = Owner("qemu", "web", "uuid-1", "", "10.0", "shop", "")

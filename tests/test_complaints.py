@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
-from exporter.complaints import LINES, WINDOW_SECONDS, Complaints, HttpProtocol
+from exporter.web.protocol import LINES, WINDOW_SECONDS, Complaints, HttpProtocol
 from tests.agents import open_agent
 
 NONSENSE = [

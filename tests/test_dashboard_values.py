@@ -13,8 +13,8 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from exporter import metrics as m
-from exporter.metrics import Metric, order_labels
+from exporter.prometheus import metrics as m
+from exporter.prometheus.metrics import Metric, order_labels
 from grafana.builder.queries import HOST_ARMED_VCPUS, HOST_EXIT_RATE, HOST_SECONDS_LOST, UP, VM_EXIT_RATE
 from tests.dashboard_queries import find_queries
 from tests.dashboard_rules import find_labels_of

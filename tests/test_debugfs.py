@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.discovery import HeldVm
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, MalformedData, SourceUnavailable, VmKey
-from kvm.sources.debugfs import (
+from kvm.counters.debugfs import (
     DebugfsSource,
     find_vcpu_ids,
     find_vm_directory,
@@ -18,6 +16,8 @@ from kvm.sources.debugfs import (
     parse_counter,
     read_vcpu_tids,
 )
+from kvm.discovery.vm_discovery import HeldVm
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, MalformedData, SourceUnavailable, VmKey
 
 WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
 KEY = VmKey(1000, 5, 9)

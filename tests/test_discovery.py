@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.discovery import (
-    OTHER_SECONDS,
-    VMM_SECONDS,
-    YOUNG_SECONDS,
-    Discovery,
+from kvm.discovery.kvm_fds import (
+    MAX_VM_FDS,
+    VmOwners,
+    compare_numbers,
+    find_distinct,
+    holds_several_vms,
+    parse_kvm_links,
 )
+from kvm.discovery.processes import parse_stat
+from kvm.discovery.uevents import parse_uevent
+from kvm.discovery.vm_discovery import OTHER_SECONDS, VMM_SECONDS, YOUNG_SECONDS, Discovery
 from kvm.model import MalformedData, VmKey
-from kvm.processes import parse_stat
-from kvm.uevents import parse_uevent
-from kvm.vm_files import MAX_VM_FDS, VmOwners, compare_numbers, find_distinct, holds_several_vms, parse_kvm_links
 
 CREATE = (
     b"change@/devices/virtual/misc/kvm\0ACTION=change\0DEVPATH=/devices/virtual/misc/kvm\0SUBSYSTEM=misc\0"

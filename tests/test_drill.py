@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter.drill import DRILL_SECONDS, Drill, NoDrill, ask_for_drill, find_vm
-from exporter.verdicts import StallRule, State
-from kvm.sources.simulated import SimulatedHost
+from exporter.stalls.drill import DRILL_SECONDS, Drill, NoDrill, ask_for_drill, find_vm
+from exporter.stalls.verdicts import StallRule, State
+from kvm.simulated.host import SimulatedHost
 from tests.agents import ROOT, open_agent, run_agent
 from tests.snapshots import make_reading, make_snapshot, make_unread
 

@@ -18,7 +18,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from prometheus_client.registry import CollectorRegistry
 
-from exporter.exposition import (
+from exporter.prometheus.exposition import (
     Family,
     SampleLines,
     accepts_gzip,
@@ -32,7 +32,7 @@ from exporter.exposition import (
     render_series,
     render_text,
 )
-from exporter.metrics import METRICS, VCPU_EXITS, VM_INFO, Metric, MetricType
+from exporter.prometheus.metrics import METRICS, VCPU_EXITS, VM_INFO, Metric, MetricType
 
 Samples = list[tuple[tuple[str, ...], float]]
 TEXT = "text/plain; version=0.0.4; charset=utf-8"

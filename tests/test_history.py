@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.history import GAP_SECONDS, MAX_NUMBERS, NOW_SECONDS, WHOLE_VM, WINDOW_SECONDS, History, Step
-from exporter.lately import Lately
+from exporter.history.rates import GAP_SECONDS, MAX_NUMBERS, NOW_SECONDS, WHOLE_VM, WINDOW_SECONDS, History, Step
+from exporter.history.recorder import Lately
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmCounters, VmReading
 from tests.snapshots import make_reading, make_snapshot
 

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import pytest
 
-from exporter.holds import Holds, open_vm_process
+from exporter.monitor.process_watcher import Holds, open_vm_process
+from kvm.discovery.processes import read_stat
 from kvm.model import MalformedData, VmGone, VmKey
-from kvm.processes import read_stat
 from tests.virtual_time import run_inline
 
 T = TypeVar("T")

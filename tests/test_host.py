@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm import host
+from kvm.host import facts
 from kvm.model import SourceUnavailable
 
 FIXTURES = Path(__file__).parent / "fixtures" / "host"
 
 
 def test_captured_cpuinfo_gives_every_field() -> None:
-    fields = host.parse_cpuinfo((FIXTURES / "cpuinfo").read_text())
+    fields = facts.parse_cpuinfo((FIXTURES / "cpuinfo").read_text())
     assert {fields[name] for name in ("vendor_id", "cpu family", "model", "stepping", "microcode")} == {
         "AuthenticAMD",
         "25",
@@ -23,20 +23,20 @@ def test_captured_cpuinfo_gives_every_field() -> None:
         "1",
         "0x1000065",
     }
-    assert host.parse_vmx_flags((FIXTURES / "cpuinfo").read_text()) is None
+    assert facts.parse_vmx_flags((FIXTURES / "cpuinfo").read_text()) is None
 
 
 def test_a_flag_counts_only_if_every_processor_has_it() -> None:
     text = "vmx flags\t: vnmi notify_vm_exiting\n\nvmx flags\t: vnmi preemption_timer\n"
-    assert host.parse_vmx_flags(text) == frozenset({"vnmi"})
-    assert host.parse_vmx_flags("vmx flags : vnmi notify_vm_exiting\n") == frozenset({"vnmi", "notify_vm_exiting"})
+    assert facts.parse_vmx_flags(text) == frozenset({"vnmi"})
+    assert facts.parse_vmx_flags("vmx flags : vnmi notify_vm_exiting\n") == frozenset({"vnmi", "notify_vm_exiting"})
 
 
 @given(st.text())
 def test_foreign_text_parses(text: str) -> None:
-    host.parse_cpuinfo(text)
-    host.parse_vmx_flags(text)
-    assert " " not in host.parse_lockdown(text)
+    facts.parse_cpuinfo(text)
+    facts.parse_vmx_flags(text)
+    assert " " not in facts.parse_lockdown(text)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,11 @@ def test_foreign_text_parses(text: str) -> None:
     [("[none] integrity confidentiality\n", "none"), ("none [integrity] confidentiality\n", "integrity"), ("", "")],
 )
 def test_lockdown(text: str, mode: str) -> None:
-    assert host.parse_lockdown(text) == mode
+    assert facts.parse_lockdown(text) == mode
 
 
 def test_a_host_without_anything_readable_is_unknown_and_not_unsupported(tmp_path: Path) -> None:
-    found = host.read_host(tmp_path, tmp_path, tmp_path / "kvm")
+    found = facts.read_host(tmp_path, tmp_path, tmp_path / "kvm")
     assert found.notify_supported is None
     assert "does not exist" in found.notify_unknown_reason
     assert (found.cpu_vendor, found.microcode, found.lockdown, found.kvm_module) == ("", "", "", "")
@@ -57,14 +57,14 @@ def test_a_host_without_anything_readable_is_unknown_and_not_unsupported(tmp_pat
 
 def test_a_device_that_is_not_kvm_is_not_asked_in_vain(tmp_path: Path) -> None:
     with pytest.raises(SourceUnavailable, match="does not answer"):
-        host.read_notify_supported(Path("/dev/null"))
+        facts.read_notify_supported(Path("/dev/null"))
     with pytest.raises(SourceUnavailable, match="load kvm_intel or kvm_amd"):
-        host.read_notify_supported(tmp_path / "kvm")
+        facts.read_notify_supported(tmp_path / "kvm")
 
 
 def test_the_back_end_is_named_before_the_common_module(tmp_path: Path) -> None:
-    assert host.find_kvm_module(tmp_path) == ""
+    assert facts.find_kvm_module(tmp_path) == ""
     (tmp_path / "module" / "kvm").mkdir(parents=True)
-    assert host.find_kvm_module(tmp_path) == "kvm"
+    assert facts.find_kvm_module(tmp_path) == "kvm"
     (tmp_path / "module" / "kvm_amd").mkdir()
-    assert host.find_kvm_module(tmp_path) == "kvm_amd"
+    assert facts.find_kvm_module(tmp_path) == "kvm_amd"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.journal import JournalHandler, encode_fields, is_journal, name_fields, use_journal
-from exporter.stall_log import STALL_ID, StallLog
+from exporter.logs.journal import JournalHandler, encode_fields, is_journal, name_fields, use_journal
+from exporter.stalls.stall_log import STALL_ID, StallLog
 from tests.reports import make_report, make_vm
 
 

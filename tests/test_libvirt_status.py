@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.libvirt_status import (
+from kvm.identity.libvirt_status import (
     DEPTH_LIMIT,
     STATUS_BYTES,
     TEXT_CHARACTERS,

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.listen import Address, ListenError, TcpAddress, UnixAddress, find_address, open_sockets, parse_address
+from exporter.web.listeners import (
+    Address,
+    ListenError,
+    TcpAddress,
+    UnixAddress,
+    find_address,
+    open_sockets,
+    parse_address,
+)
 
 
 @pytest.mark.parametrize(

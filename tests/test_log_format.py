@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.log_format import JsonFormatter, LogfmtFormatter, render_logfmt, start_logging
+from exporter.logs.formatters import JsonFormatter, LogfmtFormatter, render_logfmt, start_logging
 
 
 @pytest.fixture

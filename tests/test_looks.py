@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import pytest
 
-from exporter.budget import Limits, VcpuKey
-from exporter.followed import Followed
-from exporter.look import Subject, take_look
-from exporter.looks import WARM_SECONDS, Looks
-from exporter.progress import VcpuProgress
-from exporter.verdicts import StallRule, State
-from exporter.watch import Watch
+from exporter.monitor.stall_monitor import Watch
+from exporter.monitor.trace_budget import Limits, VcpuKey
+from exporter.monitor.trace_scheduler import WARM_SECONDS, Looks
+from exporter.monitor.trace_session import Subject, take_look
+from exporter.monitor.tracked_vcpu import Followed
+from exporter.stalls.detector import VcpuProgress
+from exporter.stalls.verdicts import StallRule, State
 from kvm.model import NotifyExit, SourceUnavailable
 from tests import test_watch
 from tests.fake_host import FakeArmed, FakeHost, FakeVcpu, FakeVm, R

@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from exporter import metrics
-from exporter.collector import BuildInfo, CollectorSettings, HostCollector
-from exporter.exposition import render_text
-from exporter.metrics import METRICS, Metric, MetricType, order_labels
-from exporter.verdicts import WatchReport
+from exporter.prometheus import metrics
+from exporter.prometheus.collector import BuildInfo, CollectorSettings, HostCollector
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.metrics import METRICS, Metric, MetricType, order_labels
+from exporter.stalls.verdicts import WatchReport
 from kvm.model import Snapshot
-from kvm.sources.simulated import SimulatedHost
+from kvm.simulated.host import SimulatedHost
 from tests.reports import make_report
 
 # promtool's own lists (client_golang, prometheus/testutil/promlint).

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.movements import MEMORY_SECONDS, Movements
+from exporter.history.increases import MEMORY_SECONDS, Movements
 from kvm.model import (
     NOTIFY_WINDOW_EXITS,
     Host,

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.confinement import Confinement
+from kvm.host.privileges import Confinement
 from kvm.model import NotifyExit, SourceUnavailable, VmGone
-from kvm.notify_records import NOTIFY_FILTER, build_mask_filter, decode_notify_exit
-from kvm.notify_trace import NotifyTracer
-from kvm.perf_events import count_pages, open_event
-from kvm.perf_refusals import explain
-from kvm.perf_ring import Sample
-from kvm.tracefs import find_tracefs, parse_tracefs_mounts
-from kvm.tracepoint_format import Tracepoint, parse_format
+from kvm.perf.event import count_pages, open_event
+from kvm.perf.notify_records import NOTIFY_FILTER, build_mask_filter, decode_notify_exit
+from kvm.perf.notify_tracer import NotifyTracer
+from kvm.perf.refusals import explain
+from kvm.perf.ring import Sample
+from kvm.perf.tracefs import find_tracefs, parse_tracefs_mounts
+from kvm.perf.tracepoint_format import Tracepoint, parse_format
 
 CAPTURES = Path(__file__).parent / "fixtures" / "tracepoints"
 KERNELS = sorted(path.stem for path in CAPTURES.glob("*.format"))

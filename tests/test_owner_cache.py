@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kvm.discovery.processes import read_stat
+from kvm.identity.owners import OwnerCache, read_program
 from kvm.model import Owner
-from kvm.owners import OwnerCache, read_program
-from kvm.processes import read_stat
 from tests.capture_fixtures import imitated_vmm
 from tests.fake_proc import START_TICKS, FakeProc, owner_threads
 from tests.waiting import PATIENCE_SECONDS, wait_until

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvm.discovery.processes import find_living_thread
+from kvm.identity.owners import OwnerReading, parse_namespace_pids, parse_pod_cgroup, read_owner
 from kvm.model import Owner, VmGone
-from kvm.owners import OwnerReading, parse_namespace_pids, parse_pod_cgroup, read_owner
-from kvm.processes import find_living_thread
 from tests.capture_fixtures import imitated_vmm, scrub_cgroup, scrub_text
 from tests.fake_proc import FIXTURES, FakeProc
 from tests.waiting import wait_until

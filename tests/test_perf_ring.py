@@ -7,7 +7,7 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.perf_ring import RingContents, Sample, copy_unread, decode_records
+from kvm.perf.ring import RingContents, Sample, copy_unread, decode_records
 
 # include/uapi/linux/perf_event.h
 LOST, THROTTLE, SAMPLE, LOST_SAMPLES = 2, 5, 9, 13

@@ -6,8 +6,16 @@ import re
 
 import pytest
 
-from exporter.history import Step
-from exporter.plot import HEIGHT, WIDTH, describe_plot, describe_rate, draw_paths, render_plot, render_rate
+from exporter.history.rates import Step
+from exporter.status_page.sparkline import (
+    HEIGHT,
+    WIDTH,
+    describe_plot,
+    describe_rate,
+    draw_paths,
+    render_plot,
+    render_rate,
+)
 
 
 @pytest.mark.parametrize(

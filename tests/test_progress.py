@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.progress import QUIET_SECONDS, RECOVERED_SECONDS, VcpuProgress
-from exporter.verdicts import StallRule, State, Verdict
+from exporter.stalls.detector import QUIET_SECONDS, RECOVERED_SECONDS, VcpuProgress
+from exporter.stalls.verdicts import StallRule, State, Verdict
 from kvm.model import NotifyExit
 
 R, OTHER = 0xFFFFFFFF81000000, 0xFFFFFFFF81000010

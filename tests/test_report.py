@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.report import render_columns, render_json, render_table
+from exporter.commands.report import render_columns, render_json, render_table
 from tests.snapshots import make_reading, make_snapshot, make_unread
 
 

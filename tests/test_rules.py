@@ -21,13 +21,13 @@ import promql_parser as ast
 import pytest
 import yaml
 
-from exporter.collector import BuildInfo, CollectorSettings, HostCollector
-from exporter.exposition import render_text
-from exporter.metrics import METRICS
-from exporter.verdicts import VcpuReport, WatchReport
-from exporter.vm_lines import VcpuSeries
+from exporter.prometheus.collector import BuildInfo, CollectorSettings, HostCollector
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.metrics import METRICS
+from exporter.prometheus.vm_series import VcpuSeries
+from exporter.stalls.verdicts import VcpuReport, WatchReport
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport
-from kvm.sources.simulated import SimulatedHost
+from kvm.simulated.host import SimulatedHost
 from tests.promql import TARGET_LABELS, find_joins, find_labels, find_selectors, walk
 from tests.reports import make_report
 

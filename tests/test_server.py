@@ -19,14 +19,14 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from exporter.collector import BuildInfo, CollectorSettings, HostCollector
-from exporter.connections import ConnectionGuard
-from exporter.exposition import Family
-from exporter.lately import Lately
-from exporter.listen import Address, TcpAddress, UnixAddress
-from exporter.server import ServerSettings, open_server, serve
+from exporter.history.recorder import Lately
+from exporter.prometheus.collector import BuildInfo, CollectorSettings, HostCollector
+from exporter.prometheus.exposition import Family
+from exporter.web.connection_guard import ConnectionGuard
+from exporter.web.listeners import Address, TcpAddress, UnixAddress
+from exporter.web.server import ServerSettings, open_server, serve
 from kvm.model import Snapshot, SnapshotReader
-from kvm.sources.simulated import SimulatedHost
+from kvm.simulated.host import SimulatedHost
 from tests.waiting import PATIENCE_SECONDS
 
 LOOPBACK = TcpAddress("127.0.0.1", 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, SnapshotReader, VmReading
-from kvm.sources.simulated import (
+from kvm.simulated.host import (
     CYCLE_SECONDS,
     RARE_SECONDS,
     STUCK_EXITS_PER_SECOND,

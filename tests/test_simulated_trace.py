@@ -7,19 +7,13 @@ import logging
 
 import pytest
 
-from exporter.means import Means
-from exporter.verdicts import StallRule, State
-from exporter.watch import Watch
-from exporter.watching import make_vcpu_reader
+from exporter.monitor.backends import Means
+from exporter.monitor.stall_monitor import Watch
+from exporter.stalls.verdicts import StallRule, State
+from exporter.wiring import make_vcpu_reader
 from kvm.model import VmGone
-from kvm.sources.simulated import (
-    CYCLE_SECONDS,
-    STUCK_EXITS_PER_SECOND,
-    STUCK_FROM_SECONDS,
-    STUCK_SECONDS,
-    SimulatedHost,
-)
-from kvm.sources.simulated_trace import STUCK_RIP, SimulatedTracer
+from kvm.simulated.host import CYCLE_SECONDS, STUCK_EXITS_PER_SECOND, STUCK_FROM_SECONDS, STUCK_SECONDS, SimulatedHost
+from kvm.simulated.tracer import STUCK_RIP, SimulatedTracer
 from tests.virtual_time import run_inline, run_virtual
 
 CYCLES = 3

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.discovery import Discovery, HeldVm
-from kvm.host import read_host
-from kvm.identities import choose_ids
+from kvm.discovery.processes import read_stat
+from kvm.discovery.vm_discovery import Discovery, HeldVm
+from kvm.host.facts import read_host
+from kvm.identity.vm_ids import choose_ids
 from kvm.model import EXITS, Owner, Protection, Snapshot, SourceUnavailable, VmCounters, VmKey
-from kvm.processes import read_stat
 from kvm.read_errors import ReadErrors
 from kvm.snapshot import RETRY_SECONDS, HostReader, judge_protection
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from exporter.log_format import build_fields, render_logfmt
-from exporter.stall_log import HOST_LINES, MEANING, MEANING_DELIVERY, MEANING_INVALID, StallLog, name_vector
-from exporter.verdicts import State, VcpuReport
+from exporter.logs.formatters import build_fields, render_logfmt
+from exporter.stalls.stall_log import HOST_LINES, MEANING, MEANING_DELIVERY, MEANING_INVALID, StallLog, name_vector
+from exporter.stalls.verdicts import State, VcpuReport
 from tests.reports import RIP, make_report, make_vm
 
 UNIX = 1_800_000_000.0

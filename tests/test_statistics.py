@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm import abi
-from kvm.model import MalformedData, Statistic
-from kvm.sources.stats_fd import plan_layout, read_safe_to_borrow
-from kvm.statistics import (
+from kvm.binary_stats import (
     MAX_DATA_BYTES,
     StatsHeader,
     decode_descriptors,
@@ -22,6 +20,8 @@ from kvm.statistics import (
     find_counters,
     is_counter,
 )
+from kvm.counters.stats_fd import plan_layout, read_safe_to_borrow
+from kvm.model import MalformedData, Statistic
 
 FIXTURES = Path(__file__).parent / "fixtures" / "stats"
 CAPTURES = sorted(FIXTURES.glob("*.bin"))

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from exporter.history import History
-from exporter.status import SHOWN_QUIET_ROWS, SHOWN_ROWS, Found, Picture, take_picture
-from exporter.verdicts import State, VcpuReport, WatchReport
+from exporter.history.rates import History
+from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+from exporter.status_page.view import SHOWN_QUIET_ROWS, SHOWN_ROWS, Found, Picture, take_picture
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, VmCounters
 from tests.reports import make_report
 from tests.snapshots import make_snapshot, make_unread

@@ -12,13 +12,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from exporter.history import History
-from exporter.status import MAX_QUERY, SHOWN_ROWS, Picture, clean_query, take_picture
-from exporter.status_page import Frame, make_headers, make_title, render_page, render_parts
-from exporter.status_words import Level, clean_name, make_headline, render_duration, render_time
-from exporter.verdicts import State, VcpuReport, Verdict, WatchReport
+from exporter.history.rates import History
+from exporter.stalls.verdicts import State, VcpuReport, Verdict, WatchReport
+from exporter.status_page.page import Frame, make_headers, make_title, render_page, render_parts
+from exporter.status_page.text import Level, clean_name, make_headline, render_duration, render_time
+from exporter.status_page.view import MAX_QUERY, SHOWN_ROWS, Picture, clean_query, take_picture
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport, VmCounters
-from kvm.sources.simulated import SimulatedHost
+from kvm.simulated.host import SimulatedHost
 from tests.reports import make_report
 from tests.snapshots import make_snapshot, make_unread
 from tests.status_hosts import HOSTILE_NAMES, make_large_host, make_reports, make_vm_reading

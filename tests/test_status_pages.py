@@ -12,15 +12,16 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 
-from exporter import api, status_page, status_pages
-from exporter.history import WINDOW_SECONDS
-from exporter.lately import Lately
-from exporter.listen import Address, TcpAddress
-from exporter.server import ServerSettings, open_server
-from exporter.status import Picture, take_picture
-from exporter.status_page import Frame
-from exporter.status_pages import Budget, StatusPages
-from exporter.verdicts import State, WatchReport
+from exporter.history.rates import WINDOW_SECONDS
+from exporter.history.recorder import Lately
+from exporter.stalls.verdicts import State, WatchReport
+from exporter.status_page import page
+from exporter.status_page.page import Frame
+from exporter.status_page.view import Picture, take_picture
+from exporter.web import status_handlers, vcpus_json
+from exporter.web.listeners import Address, TcpAddress
+from exporter.web.server import ServerSettings, open_server
+from exporter.web.status_handlers import Budget, StatusPages
 from kvm.model import Snapshot, SnapshotReader
 from tests.reports import make_report
 from tests.snapshots import make_snapshot
@@ -130,13 +131,13 @@ def test_a_stranger_finds_nothing_by_what_strangers_do_not_see(query: str) -> No
     ],
 )
 def test_another_sites_frame_is_not_local(headers: dict[str, str], local: bool) -> None:
-    assert api.is_local("127.0.0.1", {"Host": "localhost"} | headers) is local
-    assert not api.is_local("127.0.0.1", {"Host": "localhost"}, (1, 0))
+    assert vcpus_json.is_local("127.0.0.1", {"Host": "localhost"} | headers) is local
+    assert not vcpus_json.is_local("127.0.0.1", {"Host": "localhost"}, (1, 0))
 
 
 def test_who_speaks_http_1_0_may_be_a_proxy() -> None:
     async def scenario(address: Address) -> None:
-        for target in ("/", "/-/status", api.PATH):
+        for target in ("/", "/-/status", vcpus_json.PATH):
             client = await Client.open(address)
             await client.send(f"GET {target} HTTP/1.0\r\nHost: 127.0.0.1:9750\r\n\r\n".encode())
             answer = await client.read_rest()
@@ -149,7 +150,7 @@ def test_who_speaks_http_1_0_may_be_a_proxy() -> None:
 
 
 def test_what_has_not_changed_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_pages, "PICTURE_SECONDS", 0.0)
+    monkeypatch.setattr(status_handlers, "PICTURE_SECONDS", 0.0)
     clock, watcher = Clock(), FixedWatcher(*make_reports(READINGS, State.PROGRESSING))
 
     async def scenario(address: Address) -> None:
@@ -195,16 +196,16 @@ def test_many_who_look_cost_as_much_as_one(tell: Callable[[str], None]) -> None:
         seconds = loop.time() - began
         counts = f"{host.looks - looks} looks at the host, {watcher.asked - asked} reports of the watch"
         tell(f"status page asked 400 times in {seconds:.1f} s: {counts}")
-        assert host.looks - looks <= 1 + seconds / status_pages.LOOK_SECONDS
-        assert watcher.asked - asked <= 2 + seconds / status_pages.PICTURE_SECONDS
+        assert host.looks - looks <= 1 + seconds / status_handlers.LOOK_SECONDS
+        assert watcher.asked - asked <= 2 + seconds / status_handlers.PICTURE_SECONDS
 
     run(scenario, host, watcher)
 
 
 def test_ever_new_searches_are_turned_away_and_nobody_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_pages, "SEARCH_BURST_SECONDS", 0.02)
-    monkeypatch.setattr(status_pages, "SEARCH_SHARE", 1e-6)
-    monkeypatch.setattr(status_pages, "MAX_ANSWERS", 500)
+    monkeypatch.setattr(status_handlers, "SEARCH_BURST_SECONDS", 0.02)
+    monkeypatch.setattr(status_handlers, "SEARCH_SHARE", 1e-6)
+    monkeypatch.setattr(status_handlers, "MAX_ANSWERS", 500)
 
     async def scenario(address: Address) -> None:
         await wait_ready(address)
@@ -239,8 +240,8 @@ def test_a_budget_comes_back() -> None:
 
 
 def test_answers_are_kept_for_a_moment_and_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_pages, "MAX_ANSWERS", 5)
-    monkeypatch.setattr(status_pages, "PICTURE_SECONDS", 2.0)
+    monkeypatch.setattr(status_handlers, "MAX_ANSWERS", 5)
+    monkeypatch.setattr(status_handlers, "PICTURE_SECONDS", 2.0)
 
     async def scenario(address: Address) -> None:
         assert [(await ask(address, f"/?q=x{number}")).status for number in range(6)] == [200] * 5 + [503]
@@ -272,7 +273,7 @@ class Renderings:
 
 def test_who_asks_the_same_gets_the_same_and_one_is_rendered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     renderings = Renderings()
-    monkeypatch.setattr(status_page, "render_parts", renderings)
+    monkeypatch.setattr(page, "render_parts", renderings)
 
     async def scenario(address: Address) -> None:
         await asyncio.gather(*(ask(address, f"/-/status?q=x{number % 4}") for number in range(20)))
@@ -291,7 +292,7 @@ def test_much_to_put_together_is_put_together_less_often(monkeypatch: pytest.Mon
             pass
         return take_picture(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(status_pages, "take_picture", toil)
+    monkeypatch.setattr(status_handlers, "take_picture", toil)
 
     async def scenario(address: Address) -> None:
         for pause, asked in ((0.0, 1), (0.9, 1), (1.2, 2)):
@@ -303,7 +304,7 @@ def test_much_to_put_together_is_put_together_less_often(monkeypatch: pytest.Mon
 
 
 def test_a_client_that_hangs_up_takes_nobodys_answer_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_pages, "LOOK_WAIT_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(status_handlers, "LOOK_WAIT_SECONDS", PATIENCE_SECONDS)
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
@@ -336,8 +337,8 @@ def test_any_query_is_answered(query: str) -> None:
 
 
 def test_a_look_that_hangs_does_not_hold_the_page_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_pages, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(status_pages, "LOOK_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(status_handlers, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status_handlers, "LOOK_WAIT_SECONDS", 0.01)
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
@@ -357,7 +358,7 @@ def test_a_look_that_hangs_holds_up_all_who_ask_together_and_not_in_turn(tell: C
     async def scenario(address: Address) -> None:
         await host.pass_first_look(address)
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(status_pages.LOOK_SECONDS)
+        await asyncio.sleep(status_handlers.LOOK_SECONDS)
         began = loop.time()
         searches = [ask(address, f"/-/status?q=random{number}", **STRANGER) for number in range(20)]
         answers = await asyncio.gather(ask(address, "/"), ask(address), *searches)
@@ -365,7 +366,7 @@ def test_a_look_that_hangs_holds_up_all_who_ask_together_and_not_in_turn(tell: C
         assert [answer.status for answer in answers[:2]] == [200, 200]
         statuses = [answer.status for answer in answers[2:]]
         assert set(statuses) == {200, 503}
-        assert statuses.count(200) == status_pages.MAX_SEARCHES_UNDER_WAY
+        assert statuses.count(200) == status_handlers.MAX_SEARCHES_UNDER_WAY
         assert seconds < 1
         began = loop.time()
         assert (await ask(address, "/?refresh=1")).status == 200
@@ -391,7 +392,7 @@ class CountingHost(FixedHost):
 
 
 def test_while_something_happens_the_history_is_kept_though_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_pages, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(status_handlers, "SAMPLE_SECONDS", 0.01)
     host = CountingHost(make_snapshot(*READINGS))
 
     async def scenario(address: Address) -> None:
@@ -403,7 +404,7 @@ def test_while_something_happens_the_history_is_kept_though_nobody_looks(monkeyp
 
 @pytest.mark.parametrize("reason", ["quiet", "drill", "paused"])
 def test_while_nothing_happens_nobody_looks(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    monkeypatch.setattr(status_pages, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(status_handlers, "SAMPLE_SECONDS", 0.01)
     (paused,) = make_reports(READINGS[:1], State.UNKNOWN, now=time.monotonic() - WINDOW_SECONDS)
     vcpus = {
         "quiet": make_reports(READINGS, State.QUIET),
@@ -422,7 +423,7 @@ def test_while_nothing_happens_nobody_looks(monkeypatch: pytest.MonkeyPatch, rea
 
 
 def test_a_watch_that_fails_once_does_not_end_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_pages, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(status_handlers, "SAMPLE_SECONDS", 0.01)
 
     class FailingOnce(FixedWatcher):
         def report(self) -> WatchReport:
@@ -471,7 +472,7 @@ def test_clients_that_hang_up_cause_no_more_work(tell: Callable[[str], None]) ->
             await hang_up(address)
         assert (await ask(address)).status == 200
         seconds = loop.time() - began
-        assert watcher.asked - asked <= 2 + seconds / status_pages.PICTURE_SECONDS
+        assert watcher.asked - asked <= 2 + seconds / status_handlers.PICTURE_SECONDS
         tell(f"status page asked by 300 clients that hang up in {seconds:.1f} s: {watcher.asked - asked} reports")
 
     run(scenario, host, watcher)

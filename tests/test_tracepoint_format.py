@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm.model import MalformedData
-from kvm.tracepoint_format import Field, Tracepoint, parse_format
+from kvm.perf.tracepoint_format import Field, Tracepoint, parse_format
 
 CAPTURES = Path(__file__).parent / "fixtures" / "tracepoints"
 KERNELS = sorted(path.stem for path in CAPTURES.glob("*.format"))

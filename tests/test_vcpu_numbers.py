@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.vcpu_numbers import number_vcpus, parse_cgroup, parse_thread_name, read_index
+from kvm.identity.vcpu_index import number_vcpus, parse_cgroup, parse_thread_name, read_index
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from exporter.collector import BuildInfo, CollectorSettings, HostCollector
-from exporter.exposition import render_text
-from exporter.verdicts import State, VcpuReport, WatchReport
-from exporter.vm_lines import VcpuSeries
+from exporter.prometheus.collector import BuildInfo, CollectorSettings, HostCollector
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.vm_series import VcpuSeries
+from exporter.stalls.verdicts import State, VcpuReport, WatchReport
 from kvm.model import Snapshot, VmReading
 from tests.reports import make_report
 from tests.snapshots import make_reading, make_snapshot

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.model import Owner
-from kvm.vmm_cmdline import (
+from kvm.identity.vmm_cmdline import (
     CMDLINE_ARGUMENTS,
     LABEL_CHARACTERS,
     clean_text,
@@ -19,6 +18,7 @@ from kvm.vmm_cmdline import (
     parse_qemu_list,
     parse_uuid,
 )
+from kvm.model import Owner
 
 FIXTURES = Path(__file__).parent / "fixtures" / "owners"
 UUID = "6c1b3a86-60c5-4d0a-9b22-1d7c5d8f6a01"

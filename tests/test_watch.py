@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from exporter.drill import NoDrill
-from exporter.means import Means, PollMode
-from exporter.threads import STRANGER_SECONDS, UNPLACED_CALLS
-from exporter.vcpu_reports import WAITS
-from exporter.verdicts import StallRule, State, VcpuReport
-from exporter.watch import Watch
+from exporter.monitor.backends import Means, PollMode
+from exporter.monitor.stall_monitor import Watch
+from exporter.monitor.thread_index import STRANGER_SECONDS, UNPLACED_CALLS
+from exporter.monitor.vcpu_reports import WAITS
+from exporter.stalls.drill import NoDrill
+from exporter.stalls.verdicts import StallRule, State, VcpuReport
+from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.model import Protection, SourceUnavailable
-from kvm.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from tests.fake_host import FakeHost, FakeTrigger, FakeVm, R
 from tests.snapshots import INTEL
 from tests.virtual_time import run_inline, run_virtual

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from exporter.cli import parse_command_line
-from exporter.holds import is_thread_of, open_vm_process
-from exporter.means import PollMode
-from exporter.watching import SharedReader, make_vcpu_reader
+from exporter.monitor.backends import PollMode
+from exporter.monitor.process_watcher import is_thread_of, open_vm_process
+from exporter.wiring import SharedReader, make_vcpu_reader
+from kvm.bpf.notify_trigger import FUNCTION
+from kvm.bpf.vcpu_decode import VcpuState
+from kvm.discovery.processes import read_stat
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Snapshot, SourceUnavailable, VmGone, VmKey
-from kvm.notify_trigger import FUNCTION
-from kvm.processes import read_stat
-from kvm.sources.bpf_decode import VcpuState
 from tests.snapshots import make_snapshot
 from tests.test_holds import PROC
 from tests.waiting import wait_until

@@ -5,8 +5,8 @@ and compares.
 
 Plain functions and dataclasses make them, not grafana-foundation-sdk: four kinds of panels are in use, and its output
 changes with the version of Grafana that a release of it was made for, of which pip picks the last one published and
-not the newest Grafana. Names of metrics and labels come from ``exporter.metrics``, so that a query that asks for
-something else cannot be written.
+not the newest Grafana. Names of metrics and labels come from ``exporter.prometheus.metrics``, so that a query that asks
+for something else cannot be written.
 
 - ``queries``: pieces of PromQL;
 - ``layout``: the dashboard around the panels: variables, annotations, links, places;

@@ -7,7 +7,7 @@ a few series, which are there whatever ``--vcpu-series`` says. Names of VMs are 
 
 from __future__ import annotations
 
-from exporter import metrics as m
+from exporter.prometheus import metrics as m
 from grafana.builder.fleet_members import make_agents_row, make_hosts_row, make_vms_row
 from grafana.builder.layout import (
     FLEET_UID,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporter import metrics as m
+from exporter.prometheus import metrics as m
 from grafana.builder.layout import Row, link_to_host, link_to_vm
 from grafana.builder.panels import BAD, GREEN_UNTIL_ONE, NOTHING_FOUND, YES_NO, Column, Query, make_graph, make_table
 from grafana.builder.queries import (

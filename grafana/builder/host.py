@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporter import metrics as m
+from exporter.prometheus import metrics as m
 from grafana.builder.host_agent import make_agent_row, make_tracing_row
 from grafana.builder.layout import (
     HOST_UID,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporter import metrics as m
+from exporter.prometheus import metrics as m
 from grafana.builder.layout import Row
 from grafana.builder.panels import NOTHING_FOUND, WORKS, Query, make_graph, make_timeline
 from grafana.builder.queries import HOST_KEYS, UP, rate, seen_agents, select

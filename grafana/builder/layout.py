@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from exporter import metrics as m
+from exporter.prometheus import metrics as m
 from grafana.builder.queries import select
 
 Json = dict[str, Any]

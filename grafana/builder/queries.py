@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from exporter import metrics as m
-from exporter.metrics import Metric, MetricType
+from exporter.prometheus import metrics as m
+from exporter.prometheus.metrics import Metric, MetricType
 
 # Prometheus gives this to each of its targets.
 UP: Final = Metric("up", MetricType.GAUGE, "Whether the last scrape of a target succeeded.")

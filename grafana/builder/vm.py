@@ -6,8 +6,8 @@ This is the only one that asks for every vCPU's series. With ``--vcpu-series=non
 
 from __future__ import annotations
 
-from exporter import metrics as m
-from exporter.metrics import Metric
+from exporter.prometheus import metrics as m
+from exporter.prometheus.metrics import Metric
 from grafana.builder.layout import (
     VM_UID,
     Json,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvm.sources.bpf import BpfSource
+from kvm.counters.bpf import BpfSource
 from tests.bench.__main__ import SOURCE, run_reference
 from tests.bench.crowd import open_crowd
 

@@ -1,8 +1,8 @@
 """Two days of made-up history, for rules that no test can wait for and for faults that no agent here can have.
 
-``SERIES`` is a table of samples by `exporter.metrics`: a name or a label that is not declared there raises. It is
-written into the data of a Prometheus as blocks. What recording rules would have made of it is asked of the Prometheus
-itself, rule by rule, and written beside it. The instances:
+``SERIES`` is a table of samples by `exporter.prometheus.metrics`: a name or a label that is not declared there raises.
+It is written into the data of a Prometheus as blocks. What recording rules would have made of it is asked of the
+Prometheus itself, rule by rule, and written beside it. The instances:
 
 ============== ===================================================================================================
 ``fleet-1``... three hosts with a new microcode for 20 hours, since when guests take notify exits; on ``fleet-1`` one
@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from exporter import metrics as m
-from exporter.exposition import escape_label_value, render_number, render_series
-from exporter.metrics import Metric, order_labels
+from exporter.prometheus import metrics as m
+from exporter.prometheus.exposition import escape_label_value, render_number, render_series
+from exporter.prometheus.metrics import Metric, order_labels
 from kvm.model import Protection
 from tests.live.prometheus_server import Prometheus, create_blocks, open_prometheus
 from tests.promql import find_selectors

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.metrics import VCPU_NO_PROGRESS as NO_PROGRESS
+from exporter.prometheus.metrics import VCPU_NO_PROGRESS as NO_PROGRESS
 from tests.agents import ROOT, AgentProcess, open_agent, run_agent
 from tests.live import open_guest_process
 from tests.live.made_up_history import write_history

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from kvm import syscalls
+from kvm.binary_stats import decode_header
+from kvm.counters.bpf import BpfSource
+from kvm.host.throwaway_vm import ThrowawayVm
 from kvm.model import SourceUnavailable, VmCounters, VmKey
-from kvm.sources.bpf import BpfSource
-from kvm.statistics import decode_header
-from kvm.throwaway_vm import ThrowawayVm
 from tests.agents import ROOT
 from tests.live import GuestProcess, open_guest_process, strange_vmm
 from tests.waiting import wait_until
@@ -38,7 +38,7 @@ MAKERS: dict[str, Callable[[], BpfSource]] = {
 
 TRY = """
 from kvm.model import SourceUnavailable
-from kvm.sources.bpf import BpfSource
+from kvm.counters.bpf import BpfSource
 source = BpfSource()
 try:
     source.open()

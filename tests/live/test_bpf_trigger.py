@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
+from kvm.bpf.notify_trigger import NotifyCall, NotifyTrigger
 from kvm.model import SourceUnavailable
-from kvm.notify_trigger import NotifyCall, NotifyTrigger
 from tests.live import open_guest_process
 
 pytestmark = pytest.mark.live

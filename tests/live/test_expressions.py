@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from exporter.metrics import METRICS, VCPU_CONTEXT_INVALID
+from exporter.prometheus.metrics import METRICS, VCPU_CONTEXT_INVALID
 from tests.dashboard_queries import find_panels, read_dashboards
 from tests.live.expressions import (
     find_dashboard_questions,

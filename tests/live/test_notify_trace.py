@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pytest
 
-from kvm import perf_events
 from kvm.model import VmGone
-from kvm.notify_records import TraceRecords, build_mask_filter
-from kvm.notify_trace import NotifyTracer
-from kvm.perf_ring import Sample
-from kvm.tracefs import find_tracefs, read_tracepoint
+from kvm.perf import event as perf_event
+from kvm.perf.notify_records import TraceRecords, build_mask_filter
+from kvm.perf.notify_tracer import NotifyTracer
+from kvm.perf.ring import Sample
+from kvm.perf.tracefs import find_tracefs, read_tracepoint
 from tests.live import open_guest_process
 
 pytestmark = pytest.mark.live
@@ -107,9 +107,9 @@ class Event:
 
     def __init__(self, tid: int, event_filter: str, pages: int) -> None:
         self.tracepoint = read_tracepoint(TRACEFS, "raw_syscalls", "sys_enter")
-        self.fd = perf_events.open_event(self.tracepoint.id, tid, event_filter)
-        self.id = perf_events.read_event_id(self.fd)
-        self.ring = perf_events.Ring(self.fd, pages)
+        self.fd = perf_event.open_event(self.tracepoint.id, tid, event_filter)
+        self.id = perf_event.read_event_id(self.fd)
+        self.ring = perf_event.Ring(self.fd, pages)
 
     def decode(self, samples: tuple[Sample, ...]) -> list[int]:
         return [self.tracepoint.decode(sample.raw, ["id"])[0] for sample in samples]
@@ -132,7 +132,7 @@ def open_sys_enter(tid: int, event_filter: str = f"id >= {FIRST}", pages: int = 
 
 def test_records_arrive_complete_in_order_and_in_time(caller: Caller) -> None:
     with open_sys_enter(caller.tid) as event:
-        perf_events.allow_records(event.fd, 1000)
+        perf_event.allow_records(event.fd, 1000)
         began = time.monotonic_ns()
         caller.call(FIRST, SECOND, FIRST)
         ended = time.monotonic_ns()
@@ -146,8 +146,8 @@ def test_records_arrive_complete_in_order_and_in_time(caller: Caller) -> None:
 def test_nothing_comes_before_the_event_is_let_go(caller: Caller) -> None:
     with open_sys_enter(caller.tid) as event:
         caller.call(FIRST, SECOND)
-        assert perf_events.read_count(event.fd) == 0
-        perf_events.allow_records(event.fd, 1000)
+        assert perf_event.read_count(event.fd) == 0
+        perf_event.allow_records(event.fd, 1000)
         caller.call(SECOND)
         assert event.read() == [SECOND]
 
@@ -157,7 +157,7 @@ def test_the_filter_holds_from_the_first_record_on(caller: Caller) -> None:
     for _ in range(50):
         caller.start(*[SECOND] * 200, FIRST)
         with open_sys_enter(caller.tid, FIRST_ONLY) as event:
-            perf_events.allow_records(event.fd, 1000)
+            perf_event.allow_records(event.fd, 1000)
             caller.wait()
             assert set(event.read()) <= {FIRST}
 
@@ -165,7 +165,7 @@ def test_the_filter_holds_from_the_first_record_on(caller: Caller) -> None:
 def test_other_threads_leave_no_records(caller: Caller) -> None:
     other = Caller()
     with open_sys_enter(caller.tid) as event:
-        perf_events.allow_records(event.fd, 1000)
+        perf_event.allow_records(event.fd, 1000)
         other.call(FIRST)
         other.end()
         assert event.read() == []
@@ -176,7 +176,7 @@ def test_a_mask_filter_means_in_the_kernel_what_it_says(caller: Caller) -> None:
     passing = [75 | high << 16 for high in (0, 1, 1 << 10, 1 << 11, 0xC00, 0x3FFF)]
     dropped = [75 ^ 1 << bit | 1 << 26 for bit in range(16)]  # numbers of no system call
     with open_sys_enter(caller.tid, build_mask_filter("id", 75, 0xFFFF)) as event:
-        perf_events.allow_records(event.fd, 1000)
+        perf_event.allow_records(event.fd, 1000)
         caller.call(*passing, *dropped, *reversed(passing))  # 75 itself is fdatasync(-1)
         assert event.read() == [*passing, *reversed(passing)]
 
@@ -185,14 +185,14 @@ def test_a_mask_filter_means_in_the_kernel_what_it_says(caller: Caller) -> None:
 def test_the_kernel_stops_at_the_allowance_and_a_new_event_goes_on(caller: Caller, allowance: int) -> None:
     """The same event may not be let go again: since Linux 6.17 it stays stopped."""
     with open_sys_enter(caller.tid) as event, ExitStack() as stack:
-        perf_events.allow_records(event.fd, allowance)
+        perf_event.allow_records(event.fd, allowance)
         caller.call(*[FIRST] * 1000)
         assert event.read() == [FIRST] * allowance
         for _ in range(3):
-            next_fd = perf_events.open_event(event.tracepoint.id, caller.tid, FIRST_ONLY)
+            next_fd = perf_event.open_event(event.tracepoint.id, caller.tid, FIRST_ONLY)
             stack.callback(os.close, next_fd)
-            perf_events.redirect_records(next_fd, event.fd)
-            perf_events.allow_records(next_fd, allowance)
+            perf_event.redirect_records(next_fd, event.fd)
+            perf_event.allow_records(next_fd, allowance)
             caller.call(*[FIRST] * 1000)
             assert event.read() == [FIRST] * allowance
 
@@ -202,21 +202,21 @@ def test_nothing_waits_without_a_wake_up(caller: Caller) -> None:
     total = 20_000
     with open_sys_enter(caller.tid, pages=1024) as event, select.epoll() as loop:
         loop.register(event.fd, select.EPOLLIN)
-        perf_events.allow_records(event.fd, total + 1)
+        perf_event.allow_records(event.fd, total + 1)
         caller.start(*[FIRST] * total)
         seen = wakes = 0
         while seen < total:
             assert loop.poll(WAIT_MS / 1000), f"records wait without a wake-up, after {seen}"
-            assert not perf_events.has_exited(event.fd)
+            assert not perf_event.has_exited(event.fd)
             seen, wakes = seen + len(event.read()), wakes + 1
         caller.wait()
-        assert (seen, perf_events.read_count(event.fd)) == (total, total)
+        assert (seen, perf_event.read_count(event.fd)) == (total, total)
         print(f"{total} records in {wakes} wake-ups")
 
 
 def test_a_full_ring_keeps_the_oldest_and_counts_the_rest(caller: Caller) -> None:
     with open_sys_enter(caller.tid, pages=1) as event:
-        perf_events.allow_records(event.fd, 5000)
+        perf_event.allow_records(event.fd, 5000)
         caller.call(*[FIRST] * 10, *[SECOND] * 990)
         first = event.ring.read()
         assert event.decode(first.samples)[:11] == [FIRST] * 10 + [SECOND]
@@ -228,32 +228,32 @@ def test_a_full_ring_keeps_the_oldest_and_counts_the_rest(caller: Caller) -> Non
 
 def test_two_events_write_to_one_ring(caller: Caller) -> None:
     with open_sys_enter(caller.tid, FIRST_ONLY) as event, ExitStack() as stack:
-        second = perf_events.open_event(event.tracepoint.id, caller.tid, f"id == {SECOND}")
+        second = perf_event.open_event(event.tracepoint.id, caller.tid, f"id == {SECOND}")
         stack.callback(os.close, second)
-        perf_events.redirect_records(second, event.fd)
-        perf_events.allow_records(event.fd, 64)
-        perf_events.allow_records(second, 1)
+        perf_event.redirect_records(second, event.fd)
+        perf_event.allow_records(event.fd, 64)
+        perf_event.allow_records(second, 1)
         caller.call(FIRST, SECOND, SECOND, FIRST)
         samples = event.ring.read().samples
-        other = perf_events.read_event_id(second)
+        other = perf_event.read_event_id(second)
         assert [sample.event_id for sample in samples] == [event.id, other, event.id]
-        assert (perf_events.read_count(event.fd), perf_events.read_count(second)) == (2, 1)
+        assert (perf_event.read_count(event.fd), perf_event.read_count(second)) == (2, 1)
 
 
 def test_a_thread_that_ends_while_armed(caller: Caller) -> None:
     with open_sys_enter(caller.tid) as event:
-        perf_events.allow_records(event.fd, 64)
+        perf_event.allow_records(event.fd, 64)
         caller.call(FIRST)
-        assert not perf_events.has_exited(event.fd)
+        assert not perf_event.has_exited(event.fd)
         caller.end()
         waiter = select.poll()
         waiter.register(event.fd, 0)
         assert waiter.poll(WAIT_MS), "the kernel does not tell"
-        assert perf_events.has_exited(event.fd)
+        assert perf_event.has_exited(event.fd)
         assert event.read() == [FIRST]
-        perf_events.allow_records(event.fd, 64)
+        perf_event.allow_records(event.fd, 64)
         with pytest.raises(ProcessLookupError):
-            perf_events.open_event(event.tracepoint.id, caller.tid)
+            perf_event.open_event(event.tracepoint.id, caller.tid)
 
 
 def test_arming_leaves_nothing_behind(tracer: NotifyTracer) -> None:
@@ -371,7 +371,7 @@ def test_what_it_costs(tracer: NotifyTracer, caller: Caller) -> None:
 
 OPEN = """
 from kvm.model import SourceUnavailable
-from kvm.notify_trace import NotifyTracer
+from kvm.perf.notify_tracer import NotifyTracer
 tracer = NotifyTracer()
 try:
     tracer.open()

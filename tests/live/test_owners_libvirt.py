@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kvm.discovery.processes import read_stat
+from kvm.identity.owners import OwnerCache, OwnerReading, read_owner
 from kvm.model import Owner
-from kvm.owners import OwnerCache, OwnerReading, read_owner
-from kvm.processes import read_stat
 from tests.live.libvirt_daemon import (
     Libvirt,
     find_missing,
@@ -31,7 +31,7 @@ PROJECT = "0f5b5f7d2a6e4d55a1d0d25a7e6f0002"
 LOOK = """
 import dataclasses, json, sys
 from pathlib import Path
-from kvm.owners import read_owner
+from kvm.identity.owners import read_owner
 pid = int(sys.argv[1])
 owner, problems = read_owner(Path("/proc"), pid, pid)
 print(json.dumps([dataclasses.asdict(owner), problems]))

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from exporter.drill import DRILL_SECONDS
-from kvm.sources.simulated import STUCK_SECONDS
+from exporter.stalls.drill import DRILL_SECONDS
+from kvm.simulated.host import STUCK_SECONDS
 from tests.live.monitored_hosts import DRILL_VM, PAGE, STUCK_VM, Episode, is_alert
 from tests.live.receiver import Notification
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from kvm import abi
-from kvm.discovery import Discovery, HeldVm
+from kvm.counters.debugfs import DebugfsSource, find_vcpu_ids, find_vm_directory, read_vcpu_tids
+from kvm.counters.stats_fd import StatsFdSource
+from kvm.discovery.uevents import open_uevents, parse_uevent, read_uevent
+from kvm.discovery.vm_discovery import Discovery, HeldVm
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SourceUnavailable, VmKey
-from kvm.sources.debugfs import DebugfsSource, find_vcpu_ids, find_vm_directory, read_vcpu_tids
-from kvm.sources.stats_fd import StatsFdSource
-from kvm.uevents import open_uevents, parse_uevent, read_uevent
 from tests.live import open_guest_process
 
 pytestmark = pytest.mark.live

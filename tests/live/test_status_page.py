@@ -10,12 +10,12 @@ from itertools import pairwise
 
 import pytest
 
-from exporter.history import History
-from exporter.status import take_picture
-from exporter.status_page import Frame, render_page, render_parts
-from exporter.verdicts import State, WatchReport
+from exporter.history.rates import History
+from exporter.stalls.verdicts import State, WatchReport
+from exporter.status_page.page import Frame, render_page, render_parts
+from exporter.status_page.view import take_picture
 from kvm.model import SourceReport
-from kvm.sources.simulated import CYCLE_SECONDS
+from kvm.simulated.host import CYCLE_SECONDS
 from tests.agents import AgentProcess, open_agent
 from tests.live import open_guest_process
 from tests.live.chromium import Tab, find_chromium, open_tab

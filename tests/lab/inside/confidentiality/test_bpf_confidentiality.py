@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvm.bpf.notify_trigger import NotifyTrigger
+from kvm.counters.bpf import BpfSource
 from kvm.model import SourceUnavailable
-from kvm.notify_trigger import NotifyTrigger
-from kvm.sources.bpf import BpfSource
 from tests.lab.inside.conftest import LOCKDOWN
 
 REASON = "lockdown=confidentiality: BPF may not read kernel memory"

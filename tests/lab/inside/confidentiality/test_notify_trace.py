@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvm.notify_records import TraceRecords
-from kvm.notify_trace import NotifyTracer
+from kvm.perf.notify_records import TraceRecords
+from kvm.perf.notify_tracer import NotifyTracer
 from tests.lab.inside.confidentiality.test_confidentiality import locked_down
 from tests.live import GuestProcess
 

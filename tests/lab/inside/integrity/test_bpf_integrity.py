@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import select
 
-from kvm.notify_trigger import NotifyCall, NotifyTrigger
-from kvm.sources.bpf import BpfSource
+from kvm.bpf.notify_trigger import NotifyCall, NotifyTrigger
+from kvm.counters.bpf import BpfSource
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.live import GuestProcess
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvm.notify_records import TraceRecords
-from kvm.notify_trace import NotifyTracer
+from kvm.perf.notify_records import TraceRecords
+from kvm.perf.notify_tracer import NotifyTracer
 from tests.live import GuestProcess
 
 

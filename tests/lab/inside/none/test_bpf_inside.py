@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kvm.bpf.notify_trigger import NotifyCall, NotifyTrigger
+from kvm.counters.bpf import BpfSource
 from kvm.model import VmKey
-from kvm.notify_trigger import NotifyCall, NotifyTrigger
-from kvm.sources.bpf import BpfSource
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kvm.bpf.notify_trigger import NotifyTrigger
+from kvm.counters.bpf import BpfSource
 from kvm.model import SourceUnavailable
-from kvm.notify_trigger import NotifyTrigger
-from kvm.sources.bpf import BpfSource
 from tests.live import open_guest_process
 
 MODULES = ("kvm", "kvm-amd", "notify_inject")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from kvm.model import NotifyExit, VmGone
-from kvm.notify_records import TraceRecords
-from kvm.notify_trace import RECORDS_A_LOOK, ArmedThread, NotifyTracer
+from kvm.perf.notify_records import TraceRecords
+from kvm.perf.notify_tracer import RECORDS_A_LOOK, ArmedThread, NotifyTracer
 from tests.lab.inside.kvm_readers import find_vm_directory, read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
 from tests.waiting import wait_until

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvm.notify_trace import RECORDS_A_LOOK
+from kvm.perf.notify_tracer import RECORDS_A_LOOK
 from tests.lab.inside.none.test_notify_trace import open_armed, open_tracer, wait_for_record
 from tests.live import GuestProcess
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm.libvirt_status import parse_domain_status
+from kvm.identity.libvirt_status import parse_domain_status
 from tests.agents import AgentProcess, open_agent
 from tests.lab.calibration import find_slowdown, is_within
 from tests.lab.inside.kvm_readers import read_vcpu_statistics

@@ -1,0 +1,1 @@
+"""The commands: serve, once, check, drill; a file each, which ``exporter/cli.py`` calls."""

@@ -1,0 +1,1 @@
+"""What consecutive snapshots say: increases, changes, rates."""

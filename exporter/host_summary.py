@@ -1,0 +1,159 @@
+"""Explains to a person what works on this host, what does not, why, and what to do about it.
+
+``render_check`` is pure: it turns a look at the host into lines. The verdict, and the exit code, is whether the
+counters can be had.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvm.host.privileges import NEEDED_CAPABILITIES, Confinement
+from kvm.model import Host, Protection, Snapshot, SourceReport
+
+SOURCE_USES = {
+    "bpf": "every vCPU of every VMM, and whether notify exits are armed",
+    "stats_fd": "every vCPU of VMMs that hold statistics fds (QEMU 8.1 and later)",
+    "debugfs": "each VM's sum, no vCPUs",
+}
+
+
+def has_counters(snapshot: Snapshot) -> bool:
+    """Tell whether a source works and, where there are VMs, some of them could be read."""
+    unread = sum(not reading.source for reading in snapshot.readings)
+    return any(source.up for source in snapshot.sources) and (not unread or unread < len(snapshot.readings))
+
+
+def can_read(snapshot: Snapshot) -> bool:
+    """Tell whether this host's counters can be had: there are some, and no VM can have been overlooked."""
+    return snapshot.complete and has_counters(snapshot)
+
+
+def render_check(snapshot: Snapshot, confinement: Confinement, vmx_flags: frozenset[str] | None) -> str:
+    """Render a report: a line a fact, sources in order of preference."""
+    host = snapshot.host
+    rows = [
+        ("host", f"Linux {host.kernel}, {describe_cpu(host)}"),
+        ("kvm", describe_kvm(host)),
+        ("notify exits", _describe_notify(host, vmx_flags)),
+        ("lockdown", describe_lockdown(host)),
+        ("privileges", _describe_privileges(confinement)),
+        ("namespaces", _describe_namespaces(host, confinement)),
+        ("security", _describe_security(confinement)),
+        *((f"source {source.source}", _describe_source(source)) for source in snapshot.sources),
+        ("VMs", _describe_vms(snapshot)),
+        ("verdict", _describe_verdict(snapshot)),
+    ]
+    width = max(len(name) for name, _text in rows)
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in rows)
+
+
+def describe_cpu(host: Host) -> str:
+    """Say which CPU it is, down to its microcode."""
+    if not host.cpu_vendor:
+        return "CPU unknown: /proc/cpuinfo cannot be read"
+    numbers = f"family {host.cpu_family} model {host.cpu_model} stepping {host.cpu_stepping}"
+    return f"{host.cpu_model_name or 'CPU'} ({host.cpu_vendor} {numbers}, microcode {host.microcode or 'unknown'})"
+
+
+def describe_kvm(host: Host) -> str:
+    """Say whether KVM answers, and what it runs on."""
+    backends = {
+        "kvm_intel": "VMX, by kvm_intel",
+        "kvm_amd": "SVM, by kvm_amd",
+        "kvm_pvm": "kvm_pvm: KVM in software, without VMX or SVM",
+        "kvm": "a back end of no known name",
+    }
+    if host.notify_supported is None:
+        return host.notify_unknown_reason
+    return f"/dev/kvm answers; {backends.get(host.kvm_module, 'no module of it is shown')}"
+
+
+def _describe_notify(host: Host, vmx_flags: frozenset[str] | None) -> str:
+    if host.notify_supported is None:
+        return "unknown: KVM cannot be asked"
+    if host.notify_supported:
+        return "supported (KVM_CAP_X86_NOTIFY_VMEXIT); whether a VM has them armed is its VMM's choice"
+    if vmx_flags is None:
+        why = "the CPU shows no VMX"
+    elif "notify_vm_exiting" in vmx_flags:
+        why = (
+            "though the CPU has notify_vm_exiting: KVM is too old (before Linux 6.0) or runs inside another hypervisor"
+        )
+    else:
+        why = "the CPU has VMX without notify_vm_exiting, or the kernel is older than 6.0"
+    return f"not supported (KVM_CAP_X86_NOTIFY_VMEXIT is 0): {why}; every counter stays 0 here"
+
+
+def describe_lockdown(host: Host) -> str:
+    """Say what the kernel's lockdown closes."""
+    texts = {
+        "": "unknown: securityfs is not mounted, or the kernel has no lockdown",
+        "none": "none",
+        "integrity": "integrity (usual with Secure Boot): counters in debugfs are closed, even to root",
+        "confidentiality": "confidentiality: eBPF and traces are closed as well",
+    }
+    return texts.get(host.lockdown, host.lockdown)
+
+
+def _describe_privileges(confinement: Confinement) -> str:
+    who = "root" if confinement.uid == 0 else f"uid {confinement.uid}"
+    missing = confinement.missing_capabilities
+    if missing is None:
+        return f"{who}, capabilities unknown: /proc/self/status cannot be read"
+    if not missing:
+        return f"{who}, with every capability that is needed"
+    return f"{who}, without " + "; ".join(f"{name} ({NEEDED_CAPABILITIES[name]})" for name in missing)
+
+
+def _describe_namespaces(host: Host, confinement: Confinement) -> str:
+    pid = {
+        True: "pid: the host's",
+        False: "pid: a container's, the host's processes are not visible: run with hostPID: true",
+        None: "pid: unknown",
+    }[host.first_pid_namespace]
+    user = {True: "user: the host's", False: "user: a container's, its root is not the host's", None: "user: unknown"}
+    return f"{pid}; {user[confinement.first_user_namespace]}"
+
+
+def _describe_security(confinement: Confinement) -> str:
+    modules = ",".join(confinement.security_modules) or "no module is shown"
+    parts = [modules]
+    if confinement.label and confinement.label != "unconfined":
+        parts.append(f"this process is confined as {confinement.label!r}")
+    if confinement.selinux_enforcing:
+        parts.append("SELinux enforces: a denial is in the audit log")
+    if confinement.ptrace_scope == 3:
+        parts.append("yama's ptrace_scope=3 forbids borrowing statistics fds")
+    return "; ".join(parts)
+
+
+def _describe_source(source: SourceReport) -> str:
+    if source.up:
+        return f"works: {SOURCE_USES.get(source.source, 'a made-up host')}" + (
+            f"; but {source.reason}" if source.reason else ""
+        )
+    text = f"does not work: {source.reason}"
+    return f"{text} -> {source.remedy}" if source.remedy else text
+
+
+def _describe_vms(snapshot: Snapshot) -> str:
+    if not snapshot.readings:
+        return "none runs" if snapshot.complete else "none found, but not every process can be seen"
+    sources = Counter(reading.source or "no source" for reading in snapshot.readings)
+    states = Counter(reading.protection for reading in snapshot.readings)
+    by_source = ", ".join(f"{number} by {source}" for source, number in sorted(sources.items()))
+    by_state = ", ".join(f"{states[state]} {state}" for state in Protection if states[state])
+    return f"{len(snapshot.readings)} found, read {by_source}; notify exits {by_state}"
+
+
+def _describe_verdict(snapshot: Snapshot) -> str:
+    if not any(source.up for source in snapshot.sources):
+        return "no source works: no counter of this host can be read"
+    unread = Counter(reading.counters.problem for reading in snapshot.readings if not reading.source)
+    if unread:
+        reasons = "; ".join(f"{reason} ({number})" for reason, number in unread.most_common(3))
+        return f"{unread.total()} of {len(snapshot.readings)} VMs cannot be read: {reasons}"
+    if not snapshot.complete:
+        return "not every process of this host can be seen: what is not seen is not exported"
+    return "the counters of this host can be read"

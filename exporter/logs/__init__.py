@@ -1,0 +1,1 @@
+"""How lines are written: formatters, the journal, the rate limit."""

@@ -1,0 +1,55 @@
+"""What the watch reads with: the ways to a host's counters, traces and processes, real or made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from exporter.monitor.trace_session import Reading, Tracer
+from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
+from kvm.model import SnapshotReader, VmKey
+
+
+class PollMode(StrEnum):
+    """What is polled: VMs whose counter can move, or every VM."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
+class Trigger(Protocol):
+    """Tells of notify exits as they happen; see kvm.notify_trigger."""
+
+    @property
+    def fd(self) -> int: ...  # noqa: D102
+    @property
+    def lost(self) -> tuple[int, int]: ...  # noqa: D102
+    def open(self) -> TriggerStatus: ...  # noqa: D102
+    def deliver(self) -> int: ...  # noqa: D102
+    def read_context_invalid(self) -> dict[VcpuThread, int]: ...  # noqa: D102
+    def forget(self, ended: Collection[tuple[int, ...]]) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+def is_any_thread(pid: int, tid: int) -> bool:
+    """Tell that a thread belongs to its process, where nobody can know."""
+    return pid > 0 and tid > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What the watch reads with; what is None is not there.
+
+    ``reader`` is read from worker threads, one read at a time. ``read_vcpu`` reads one vCPU of the last look, None if
+    it is gone; it raises SourceUnavailable. ``hold`` returns a pidfd of a VM's process and raises VmGone.
+    ``is_thread`` tells whether a thread belongs to a process. ``make_trigger`` makes a trigger for what takes calls.
+    """
+
+    reader: SnapshotReader
+    tracer: Tracer | None = None
+    read_vcpu: Callable[[VmKey, int], Reading | None] | None = None
+    hold: Callable[[VmKey], int] | None = None
+    is_thread: Callable[[int, int], bool] = is_any_thread
+    make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None

@@ -1,0 +1,92 @@
+"""Holds pidfds of the VMs that are followed: the end of one is known at once, and nothing of ours outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from exporter.monitor.trace_session import Run
+from kvm.discovery.processes import read_stat
+from kvm.model import MalformedData, VmGone, VmKey
+
+log = logging.getLogger(__name__)
+
+_OPENING: Final = -1
+
+
+def open_vm_process(key: VmKey, proc: Path = Path("/proc")) -> int:
+    """Return a pidfd of a VM's process, to be closed.
+
+    Raises VmGone where it has ended, also if its pid lives on; OSError or MalformedData where that cannot be told,
+    as without an fd left.
+    """
+    try:
+        with ExitStack() as stack:
+            pidfd = os.pidfd_open(key.pid)
+            stack.callback(os.close, pidfd)
+            if read_stat(proc, key.pid).start_ticks != key.start_ticks:
+                raise VmGone(f"process {key.pid} is another one by now")
+            stack.pop_all()
+            return pidfd
+    except (FileNotFoundError, ProcessLookupError) as err:
+        raise VmGone(f"process {key.pid}: {err.strerror}") from err
+
+
+def is_thread_of(pid: int, tid: int, proc: Path = Path("/proc")) -> bool:
+    """Tell whether a thread belongs to a process."""
+    return (proc / str(pid) / "task" / str(tid)).is_dir()
+
+
+class Holds:
+    """The pidfds; ``on_end`` is called, in the event loop, for each VM that ends."""
+
+    def __init__(self, open_pidfd: Callable[[VmKey], int] | None, run: Run, on_end: Callable[[VmKey], None]) -> None:
+        self._open_pidfd = open_pidfd
+        self._run = run
+        self._on_end = on_end
+        self._pidfds: dict[VmKey, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def hold(self, key: VmKey) -> None:
+        """Hold a VM, unless it is held already."""
+        if self._open_pidfd is None or key in self._pidfds:
+            return
+        self._pidfds[key] = _OPENING
+        task = asyncio.get_running_loop().create_task(self._hold(key, self._open_pidfd))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def release(self, key: VmKey) -> None:
+        """Let a VM go."""
+        pidfd = self._pidfds.pop(key, _OPENING)
+        if pidfd != _OPENING:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+
+    async def close(self) -> None:
+        """Let all VMs go."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for key in list(self._pidfds):
+            self.release(key)
+
+    async def _hold(self, key: VmKey, open_pidfd: Callable[[VmKey], int]) -> None:
+        try:
+            pidfd = await self._run(lambda: open_pidfd(key))
+        except VmGone as err:
+            log.debug("a VM has ended", extra={"fields": {"pid": key.pid, "why": str(err)}})
+            self._on_end(key)
+            return
+        except (OSError, MalformedData) as err:
+            # Its end is then noticed when looks at the host miss it.
+            log.warning("a VM's end cannot be waited for", extra={"fields": {"pid": key.pid, "why": str(err)}})
+            return
+        if self._pidfds.get(key) != _OPENING:  # released meanwhile, and perhaps held again
+            os.close(pidfd)
+            return
+        self._pidfds[key] = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._on_end, key)

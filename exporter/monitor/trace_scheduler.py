@@ -1,0 +1,202 @@
+"""All looks at vCPU threads: which are wanted, which are under way, and whether looking works at all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+from exporter.monitor.trace_budget import Limits, LookBudget, VcpuKey
+from exporter.monitor.trace_session import Reading, Run, Subject, Tracer, take_look
+from exporter.monitor.tracked_vcpu import Followed
+from exporter.stalls.verdicts import Verdict
+from kvm.model import SourceUnavailable, VmGone, VmKey
+
+log = logging.getLogger(__name__)
+
+# The tracepoint is kept in place for so long after a look: taking it out and putting it in patches kernel text.
+WARM_SECONDS: Final = 60.0
+# Where tracing has worked before, it is soon tried again.
+RETRY_SECONDS: Final = 10.0
+_NEVER: Final = float("inf")
+
+
+class Looks:
+    """Starts looks as the budget allows, and keeps count.
+
+    ``is_thread`` tells whether a thread belongs to a process, ``read`` reads a vCPU (None where it cannot be had), both
+    in worker threads, ``on_change`` takes verdicts.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer | None,
+        limits: Limits,
+        run: Run,
+        *,
+        is_thread: Callable[[int, int], bool],
+        read: Callable[[VcpuKey], Reading | None],
+        on_change: Callable[[Followed, Sequence[Verdict]], None],
+    ) -> None:
+        self.problem = "nothing can trace exits here" if tracer is None else "not tried yet"
+        self.armed = self.armings = self.records = self.lost = 0
+        self.intervals: dict[int, float] = {}
+        """The shortest time between two notify exits at one RIP, by the VM's window in cycles."""
+        self._tracer, self._run = tracer, run
+        self._budget = LookBudget(limits)
+        self._is_thread, self._read, self._on_change = is_thread, read, on_change
+        # Those that wait for a look, have one or had one; a VM that has ended has none here.
+        self._vcpus: dict[VcpuKey, Followed] = {}
+        self._timers: dict[VcpuKey, asyncio.TimerHandle] = {}
+        self._tasks: dict[VcpuKey, asyncio.Task[None]] = {}
+        self._retry: asyncio.Task[None] | None = None
+        self._last_look: float | None = None
+        self._closing = False
+
+    @property
+    def exhausted(self) -> int:
+        """How many looks were put off for want of budget."""
+        return self._budget.exhausted
+
+    @property
+    def cool_at(self) -> float:
+        """When there is nothing left of the looks but the dummy event; infinity where that is gone too."""
+        if self._tasks:
+            return asyncio.get_running_loop().time() + WARM_SECONDS
+        return _NEVER if self._last_look is None else self._last_look + WARM_SECONDS
+
+    async def open(self) -> None:
+        """Open the tracer, where it is not open; what is wrong is logged when it changes."""
+        if self.problem:
+            await self._try_tracer()
+
+    async def _try_tracer(self) -> None:
+        if self._tracer is None:
+            return
+        before = self.problem
+        try:
+            await self._run(self._tracer.open)
+            self.problem = ""
+        except SourceUnavailable as err:
+            self.problem = str(err)
+            if self.problem != before:
+                text = "exits cannot be traced: stalls cannot be told from other notify exits"
+                log.warning(text, extra={"fields": {"why": err.reason, "remedy": err.remedy}})
+
+    def consider(self, vcpu: Followed) -> None:
+        """Start a look at a vCPU if it is due and the budget allows; else it waits for its turn."""
+        now = asyncio.get_running_loop().time()
+        if self.problem or self._closing or not vcpu.wants_look(now):
+            return
+        self._vcpus[vcpu.key] = vcpu
+        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.part)
+        if free > now:
+            vcpu.look_at = free
+            self._consider_later(vcpu)
+        else:
+            self.start()
+
+    def start(self) -> None:
+        """Start the looks that are wanted, as far as there is room."""
+        loop = asyncio.get_running_loop()
+        for key, seconds in self._budget.start(loop.time()):
+            vcpu = self._vcpus.get(key)
+            if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
+                self._budget.end(key, loop.time())
+                continue
+            vcpu.begin_look()
+            task = self._tasks[key] = loop.create_task(self._look(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
+            task.add_done_callback(partial(self._end, vcpu))
+
+    def forget(self, vm: VmKey) -> None:
+        """Forget a VM that has ended."""
+        self._budget.forget(vm)
+        self._vcpus = {key: vcpu for key, vcpu in self._vcpus.items() if key.vm != vm}
+        for key in [key for key in self._timers if key.vm == vm]:
+            self._timers.pop(key).cancel()
+        for key, task in list(self._tasks.items()):
+            if key.vm == vm:
+                task.cancel()
+
+    async def cool(self, now: float) -> None:
+        """Let the tracepoint go if it has not been needed for a while."""
+        if now >= self.cool_at and self._tracer is not None:
+            self._last_look = None
+            await self._run(self._tracer.release_warm)
+
+    async def close(self) -> None:
+        """End all looks, and give the tracer back."""
+        self._closing = True
+        for timer in self._timers.values():
+            timer.cancel()
+        tasks = [*self._tasks.values(), *([self._retry] if self._retry else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._tracer is not None:
+            await self._run(self._tracer.close)
+
+    async def _look(self, vcpu: Followed, tid: int, tracer: Tracer, seconds: float) -> None:
+        subject = Subject(
+            tid=tid,
+            progress=vcpu.progress,
+            is_there=partial(self._is_thread, vcpu.key.vm.pid, tid),
+            read=partial(self._read, vcpu.key),
+            on_change=partial(self._on_change, vcpu),
+        )
+        self.armed += 1
+        self.armings += 1
+        try:
+            await take_look(subject, tracer, self._run, seconds)
+            vcpu.problem = ""
+        except VmGone as err:
+            log.debug("a vCPU's thread has ended", extra={"fields": {"vm": vcpu.vm.id, "why": str(err)}})
+        except (SourceUnavailable, OSError) as err:
+            if str(err) != vcpu.problem:
+                vcpu.problem = str(err)
+                fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "why": str(err)}
+                log.warning("the exits of a vCPU cannot be traced", extra={"fields": fields})
+            # Is it this thread alone? Opening tries it on ourselves, and tells if not.
+            await self._try_tracer()
+            if self.problem and self._retry is None:
+                self._retry = asyncio.create_task(self._open_later())
+        finally:
+            self.armed -= 1
+            self.records += subject.records
+            self.lost += subject.lost
+            self._note_interval(vcpu)
+
+    def _end(self, vcpu: Followed, task: asyncio.Task[None]) -> None:
+        """Plan what comes after a look; every look ends here, whatever has become of it."""
+        now = asyncio.get_running_loop().time()
+        del self._tasks[vcpu.key]
+        vcpu.looking = False
+        self._budget.end(vcpu.key, now)
+        if not task.cancelled() and (err := task.exception()) is not None:
+            log.error("looking at a vCPU failed", extra={"fields": {"vm": vcpu.vm.id, "why": repr(err)}})
+            log.debug("looking at a vCPU failed", exc_info=err)
+        self._last_look = now
+        if self._closing:
+            return
+        if self._vcpus.get(vcpu.key) is vcpu:
+            vcpu.plan_look(now, self._budget.find_turn(now) if vcpu.has_its_turn else now)
+            self._consider_later(vcpu)
+        self.start()
+
+    def _consider_later(self, vcpu: Followed) -> None:
+        """Consider a vCPU when its next look may be; what was planned before is not."""
+        if vcpu.key in self._timers:
+            self._timers[vcpu.key].cancel()
+        self._timers[vcpu.key] = asyncio.get_running_loop().call_at(vcpu.look_at, self.consider, vcpu)
+
+    async def _open_later(self) -> None:
+        await asyncio.sleep(RETRY_SECONDS)
+        self._retry = None
+        await self.open()
+
+    def _note_interval(self, vcpu: Followed) -> None:
+        shortest, window = vcpu.progress.shortest_seconds, vcpu.window_cycles
+        if shortest is not None and window is not None:
+            self.intervals[window] = min(shortest, self.intervals.get(window, shortest))

@@ -1,0 +1,231 @@
+"""One look at one vCPU thread: arms it, feeds what comes to the detector, and disarms it, whatever happens.
+
+A look that finds nothing ends soon; one that finds the vCPU at one RIP goes on until a stall is certain or refuted,
+because what happens between two looks proves nothing. Records come in bursts of at most an allowance each
+``PACE_SECONDS``: a guest that floods makes some hundred records a second and not some hundred thousand.
+
+What waits for the kernel (arming, refreshing and disarming, event B, reading registers) runs in worker threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+from exporter.stalls.detector import VcpuProgress
+from exporter.stalls.verdicts import State, Verdict
+from kvm.model import NotifyExit, VmGone
+
+T = TypeVar("T")
+
+PACE_SECONDS: Final = 0.1
+# A wake-up that got lost costs this much and no more.
+WAIT_SECONDS: Final = 0.25
+SILENT_INTERVALS: Final = 3
+SILENT_SECONDS: Final = 0.5
+
+
+class Records(Protocol):
+    """What a trace has given since the last read; ``ended`` when no more comes without a refresh."""
+
+    @property
+    def exits(self) -> tuple[NotifyExit, ...]: ...  # noqa: D102
+    @property
+    def lost(self) -> int: ...  # noqa: D102
+    @property
+    def odd(self) -> int: ...  # noqa: D102
+    @property
+    def other_rip(self) -> bool: ...  # noqa: D102
+    @property
+    def ended(self) -> bool: ...  # noqa: D102
+    @property
+    def gone(self) -> bool: ...  # noqa: D102
+
+
+class Armed(Protocol):
+    """A thread whose notify exits are traced; ``fd`` is readable when there is something to read."""
+
+    fd: int
+
+    def read(self) -> Records: ...  # noqa: D102
+    def watch_other_rips(self, rip: int) -> None: ...  # noqa: D102
+    def refresh(self) -> None: ...  # noqa: D102
+    def disarm(self) -> None: ...  # noqa: D102
+
+
+class Tracer(Protocol):
+    """Arms threads; all of it waits for the kernel."""
+
+    def open(self) -> None: ...  # noqa: D102
+    def arm(self, tid: int) -> Armed: ...  # noqa: D102
+    def hold_warm(self) -> None: ...  # noqa: D102
+    def release_warm(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Run(Protocol):
+    """Runs what waits for the kernel, in a worker thread."""
+
+    def __call__(self, call: Callable[[], T]) -> Awaitable[T]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One vCPU as it was read in one go: its current registers, and KVM's counters."""
+
+    registers: Mapping[str, int]
+    nested: bool | None
+    notify_exits: int
+    exits: int
+
+
+@dataclass(slots=True)
+class Subject:
+    """Whom a look is at.
+
+    ``is_there`` tells whether ``tid`` still is a thread of the VM's process. ``read`` reads registers and counters;
+    None where they cannot be had. ``on_change`` takes verdicts as they come.
+    """
+
+    tid: int
+    progress: VcpuProgress
+    is_there: Callable[[], bool]
+    read: Callable[[], Reading | None] | None
+    on_change: Callable[[Sequence[Verdict]], None]
+    records: int = 0
+    lost: int = 0
+
+
+async def take_look(subject: Subject, tracer: Tracer, run: Run, seconds: float) -> None:
+    """Look for at most so many seconds; raises VmGone and SourceUnavailable where it cannot be done."""
+    armed: list[Armed] = []
+
+    def arm() -> None:
+        tracer.hold_warm()
+        armed.append(tracer.arm(subject.tid))
+        if not subject.is_there():
+            raise VmGone(f"thread {subject.tid} is no thread of the VM any more")
+
+    try:
+        await _outlast(run(arm))
+        await _Look(subject, armed[0], run, seconds).watch()
+    finally:
+        subject.progress.end_span()
+        for thread in armed:
+            await _outlast(run(thread.disarm))
+
+
+async def _outlast(work: Awaitable[None]) -> None:
+    """Wait for what a worker does, which cannot be stopped; who is cancelled meanwhile is so afterwards."""
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as err:
+            cancelled = err
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+class _Look:
+    def __init__(self, subject: Subject, armed: Armed, run: Run, seconds: float) -> None:
+        self._subject, self._progress = subject, subject.progress
+        self._armed = armed
+        self._run = run
+        self._clock = asyncio.get_running_loop().time
+        self._began = self._clock()
+        self._deadline = self._began + seconds
+        self._heard = self._began
+        self._proofs = self._progress.proofs
+        self._seen = 0
+        self._watched_rip: int | None = None
+
+    async def watch(self) -> None:
+        """Take what comes until there is nothing more to learn."""
+        self._progress.begin_look()
+        if self._progress.suspected:
+            await self._watch_other_rips()
+        while True:
+            found = self._armed.read()
+            now = self._clock()
+            self._take(found, now)
+            if found.gone or self._is_over(now):
+                return
+            if found.exits:
+                await self._watch_other_rips()
+                await self._read()
+            if found.lost or len(found.exits) > 1 or self._progress.suspected:
+                await self._pace()
+            if found.ended:
+                await self._run(self._armed.refresh)
+            await self._wait(min(self._deadline, self._clock() + WAIT_SECONDS))
+
+    def _take(self, found: Records, now: float) -> None:
+        lost = found.lost + found.odd
+        if not found.exits and not lost and not found.other_rip:
+            return
+        self._heard = now
+        self._seen += len(found.exits)
+        self._subject.records += len(found.exits)
+        self._subject.lost += lost
+        other_rip = found.other_rip and self._progress.watching
+        self._tell(self._progress.observe_records(now, found.exits, lost=lost, other_rip=other_rip))
+
+    async def _watch_other_rips(self) -> None:
+        rip = self._progress.rip
+        if rip is None or (rip == self._watched_rip and self._progress.watching):
+            return
+        await self._run(lambda: self._armed.watch_other_rips(rip))
+        self._watched_rip = rip
+        if self._progress.rip == rip:
+            self._progress.start_span(self._clock())
+
+    async def _read(self) -> None:
+        read = self._subject.read
+        if read is None:
+            return
+        began = self._clock()
+        reading = await self._run(read)
+        ended = self._clock()
+        if reading is not None:
+            self._tell(self._progress.observe_registers(began, ended, reading.registers, reading.nested))
+            self._tell(self._progress.observe_counter(began, ended, reading.notify_exits))
+
+    async def _pace(self) -> None:
+        """Let a guest that floods make its records for a while; not longer than until there is something to decide."""
+        now, ripe = self._clock(), self._progress.ripe_seconds
+        until = min(self._deadline, now + PACE_SECONDS)
+        if ripe is not None and ripe > now:
+            until = min(until, ripe)
+        await asyncio.sleep(max(0.0, until - now))
+
+    def _is_over(self, now: float) -> bool:
+        progress = self._progress
+        if now >= self._deadline or progress.proofs != self._proofs or (progress.rip_hidden and self._seen):
+            return True
+        if progress.state is State.STALLED and self._seen and now - self._began >= PACE_SECONDS:
+            return True
+        if progress.state is State.SUSPECT:
+            return False  # its exits may be irregular, and what another look would see does not connect with this one
+        interval = progress.interval_seconds
+        silence = now - max(self._heard, self._began)
+        return interval is not None and silence >= max(SILENT_SECONDS, SILENT_INTERVALS * interval)
+
+    def _tell(self, changes: Sequence[Verdict]) -> None:
+        if changes:
+            self._subject.on_change(changes)
+
+    async def _wait(self, until: float) -> None:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_reader(self._armed.fd, ready.set)
+        try:
+            async with asyncio.timeout_at(until):
+                await ready.wait()
+        except TimeoutError:
+            return  # the caller looks at the clock itself
+        finally:
+            loop.remove_reader(self._armed.fd)

@@ -1,0 +1,1 @@
+"""Names and text of the metrics; the only user of prometheus_client."""

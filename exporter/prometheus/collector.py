@@ -1,0 +1,269 @@
+"""One look at the host as metric families; never raises.
+
+Four collectors make the families, and each can be chosen: ``host``, ``vm``, ``vcpu``, ``exporter``. They share one
+look, taken first and timed as ``look``. A collector that fails loses its own families and nothing else, and says so in
+``kvm_exporter_scrape_collector_success``; a VM that makes no sense loses its own series and counts in
+``kvm_exporter_read_errors_total``.
+
+``--vm.include`` and ``--vm.exclude`` decide which VMs have series of their own; the host's sums hold them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from exporter.history.increases import Movements
+from exporter.prometheus import metrics
+from exporter.prometheus.exposition import Family
+from exporter.prometheus.metrics import METRICS, Metric, order_labels
+from exporter.prometheus.stall_series import VerdictLines
+from exporter.prometheus.vm_series import VcpuSeries, VmLines
+from exporter.stalls.verdicts import WatchReport
+from kvm.model import Host, MalformedData, Protection, Snapshot, SnapshotReader, SourceReport, Vm, VmKey, VmReading
+from kvm.read_errors import ReadErrors
+
+log = logging.getLogger(__name__)
+
+COLLECTORS: Final = ("host", "vm", "vcpu", "exporter")
+LOOK: Final = "look"
+
+
+class BadSelection(ValueError):
+    """A scrape asks for collectors in a way that cannot be answered; the message is for its sender."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildInfo:
+    """What runs: the agent's version and revision, and Python's version; "" where it is not known."""
+
+    version: str
+    revision: str
+    python_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectorSettings:
+    """What is to be exported.
+
+    ``enabled`` are the collectors that run when a scrape asks for none by name. ``vm_include`` and ``vm_exclude`` are
+    searched for in a VM's name and in its id, so they match anywhere in it unless they are anchored, as node_exporter's
+    do; a VM is shown if the first one (where given) matches and the second one does not.
+    """
+
+    enabled: frozenset[str] = frozenset(COLLECTORS)
+    vcpu_series: VcpuSeries = VcpuSeries.ALL
+    vm_include: re.Pattern[str] | None = None
+    vm_exclude: re.Pattern[str] | None = None
+
+    def shows(self, vm: Vm) -> bool:
+        """Tell whether a VM has series of its own."""
+        names = (vm.owner.name, vm.id)
+        if self.vm_include and not any(self.vm_include.search(name) for name in names):
+            return False
+        return not (self.vm_exclude and any(self.vm_exclude.search(name) for name in names))
+
+
+def select_collectors(enabled: Collection[str], collect: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
+    """Choose the collectors for a scrape from its parameters ``collect[]`` and ``exclude[]``, as node_exporter does.
+
+    Raises BadSelection for both at once, and for a name that is unknown or of a collector that is switched off.
+    """
+    if collect and exclude:
+        raise BadSelection("collect[] and exclude[] cannot be combined")
+    for name in [*collect, *exclude]:
+        if name not in COLLECTORS:
+            raise BadSelection(f"no such collector: {name!r}; there are {', '.join(COLLECTORS)}")
+    for name in collect:
+        if name not in enabled:
+            raise BadSelection(f"collector {name!r} is switched off on this agent")
+    return frozenset(collect or enabled) - frozenset(exclude)
+
+
+class HostCollector:
+    """Takes looks through a SnapshotReader and makes families of them; one thread at a time."""
+
+    def __init__(
+        self,
+        reader: SnapshotReader,
+        settings: CollectorSettings,
+        build: BuildInfo,
+        clock: Callable[[], float],
+        read_watch: Callable[[], WatchReport] | None = None,
+    ) -> None:
+        """``clock`` gives seconds for durations, as time.perf_counter does; ``read_watch`` what the watch has found."""
+        self.settings = settings
+        self.build = build
+        self.snapshot: Snapshot | None = None
+        """The last look that went well: for pages that show how the host is doing without looking anew."""
+        self._reader = reader
+        self._clock = clock
+        self._read_watch = read_watch
+        self._verdicts: VerdictLines | None = None
+        self._movements = Movements()
+        self._errors = ReadErrors()
+        self._lines: dict[VmKey, tuple[VmLines, bool]] = {}
+        self._shown: list[tuple[VmReading, VmLines]] = []
+
+    @property
+    def sources(self) -> tuple[SourceReport, ...]:
+        """Return how each source went at the last look; empty before the first."""
+        return self.snapshot.sources if self.snapshot else ()
+
+    def collect(self, selected: Collection[str] | None = None) -> list[Family]:
+        """Take one look and return its families, in the order of the table, none of them empty."""
+        names = self.settings.enabled if selected is None else selected
+        duration, success = Family(metrics.SCRAPE_DURATION), Family(metrics.SCRAPE_SUCCESS)
+        build = Family(metrics.BUILD_INFO)
+        build.add(order_labels(metrics.BUILD_INFO, **_label_build(self.build)), 1)
+        families = {family.metric: family for family in (duration, success, build)}
+
+        def run(name: str, collector: Callable[[], list[Family]]) -> bool:
+            started = self._clock()
+            made = self._run(name, collector)
+            duration.add((name,), self._clock() - started)
+            success.add((name,), int(made is not None))
+            families.update((family.metric, family) for family in made or () if family.chunks)
+            return made is not None
+
+        looked = run(LOOK, self._look)
+        collectors = {
+            "host": self._collect_host,
+            "vm": self._collect_vms,
+            "vcpu": self._collect_vcpus,
+            "exporter": self._collect_sources,
+        }
+        for name in (name for name in COLLECTORS if name in names):
+            if looked:
+                run(name, collectors[name])
+            else:
+                success.add((name,), 0)
+        return [families[metric] for metric in METRICS if metric in families]
+
+    def close(self) -> None:
+        """Close the reader."""
+        self._reader.close()
+
+    def _run(self, name: str, collector: Callable[[], list[Family]]) -> list[Family] | None:
+        try:
+            return collector()
+        except Exception as err:
+            log.error("collector failed", extra={"fields": {"collector": name, "why": repr(err)}})
+            log.debug("collector failed", extra={"fields": {"collector": name}}, exc_info=True)
+            return None
+
+    def _look(self) -> list[Family]:
+        snapshot = self._reader.read()
+        self._verdicts = VerdictLines(self._read_watch(), snapshot.readings) if self._read_watch else None
+        self._movements.observe(snapshot)
+        self._shown = list(self._arrange(snapshot))
+        self._errors.log_new({reading.vm.key.pid: reading.vm for reading in snapshot.readings})
+        self.snapshot = snapshot
+        return []
+
+    def _arrange(self, snapshot: Snapshot) -> Iterator[tuple[VmReading, VmLines]]:
+        """Yield the VMs that are to be shown with their kept lines, each label ``vm`` once."""
+        kept, self._lines = self._lines, {}
+        labels = set()
+        for reading in snapshot.readings:
+            vm = reading.vm
+            lines, shown = kept.get(vm.key, (None, False))
+            if lines is None or not lines.fits(reading):
+                lines, shown = VmLines(reading), self.settings.shows(vm)
+            if lines.vm_label in labels:
+                message = f"another VM has the id {vm.id!r} too"
+                self._errors.record(reading.source, vm.key.pid, "duplicate_vm", message)
+                continue
+            labels.add(lines.vm_label)
+            self._lines[vm.key] = (lines, shown)
+            if shown:
+                yield reading, lines
+
+    def _render_vms(self, render: Callable[[VmReading, VmLines], Iterable[tuple[Metric, str]]]) -> list[Family]:
+        """Make families of what ``render`` says of each VM; a VM that it cannot render is left out."""
+        families: dict[Metric, Family] = {}
+        for reading, lines in self._shown:
+            try:
+                rendered = list(render(reading, lines))
+            except Exception as err:  # noqa: BLE001 - one VM's nonsense costs that VM's series only
+                why = str(err) if isinstance(err, MalformedData) else repr(err)
+                self._errors.record(reading.source, reading.vm.key.pid, "malformed", why)
+                continue
+            for metric, text in rendered:
+                if metric not in families:
+                    families[metric] = Family(metric)
+                families[metric].chunks.append(text)
+        return list(families.values())
+
+    def _collect_vms(self) -> list[Family]:
+        def render(reading: VmReading, lines: VmLines) -> Iterator[tuple[Metric, str]]:
+            yield from lines.render_state(reading)
+            if total := lines.render_sum(reading):
+                yield metrics.VM_NOTIFY_WINDOW_EXITS, total
+
+        return self._render_vms(render)
+
+    def _collect_vcpus(self) -> list[Family]:
+        with_series = self.settings.vcpu_series is not VcpuSeries.NONE
+
+        def render(reading: VmReading, lines: VmLines) -> Iterator[tuple[Metric, str]]:
+            if with_series:
+                yield from lines.render_vcpus(reading, self.settings.vcpu_series)
+                if moves := lines.render_last_moves(self._movements.last_moves(reading.vm.key)):
+                    yield metrics.VCPU_LAST_NOTIFY_EXIT, moves
+            if self._verdicts is not None:
+                yield from self._verdicts.render_vcpus(reading, with_series)
+
+        return self._render_vms(render) if with_series or self._verdicts else []
+
+    def _collect_host(self) -> list[Family]:
+        snapshot = self._snapshot()
+        info, total = Family(metrics.HOST_INFO), Family(metrics.HOST_NOTIFY_WINDOW_EXITS)
+        supported = Family(metrics.HOST_NOTIFY_SUPPORTED)
+        info.add(order_labels(metrics.HOST_INFO, **_label_host(snapshot.host)), 1)
+        if snapshot.host.notify_supported is not None:
+            supported.add((), int(snapshot.host.notify_supported))
+        if self._movements.readable:
+            total.add((), self._movements.increases_total)
+        found = self._verdicts.build_host_families() if self._verdicts else []
+        return [info, supported, total, *_count_vms(snapshot), *found]
+
+    def _collect_sources(self) -> list[Family]:
+        snapshot = self._snapshot()
+        up, errors = Family(metrics.SOURCE_UP), Family(metrics.READ_ERRORS)
+        for name, works in {report.source: report.up for report in snapshot.sources}.items():
+            up.add((name,), int(works))
+        for (source, kind), count in sorted((Counter(snapshot.errors) + Counter(self._errors.counts)).items()):
+            errors.add(order_labels(metrics.READ_ERRORS, source=source, kind=kind), count)
+        return [up, errors, *(self._verdicts.build_watch_families() if self._verdicts else ())]
+
+    def _snapshot(self) -> Snapshot:
+        if self.snapshot is None:
+            raise LookupError("no look has been taken")
+        return self.snapshot
+
+
+def _count_vms(snapshot: Snapshot) -> list[Family]:
+    """Count VMs and vCPUs by protection, as far as the counts are known."""
+    vms, vcpus = Family(metrics.HOST_VMS), Family(metrics.HOST_VCPUS)
+    if not snapshot.complete:
+        return []
+    for state in Protection:
+        counts = [reading.vcpu_count for reading in snapshot.readings if reading.protection is state]
+        vms.add((state,), len(counts))
+        known = [count for count in counts if count is not None]
+        if len(known) == len(counts):
+            vcpus.add((state,), sum(known))
+    return [vms, vcpus]
+
+
+def _label_host(host: Host) -> dict[str, str]:
+    return {name: str(getattr(host, name)) for name in metrics.HOST_INFO.labels}
+
+
+def _label_build(build: BuildInfo) -> dict[str, str]:
+    return {name: str(getattr(build, name)) for name in metrics.BUILD_INFO.labels}

@@ -1,0 +1,111 @@
+"""What the watch has found, as sample lines: of one VM's vCPUs, of the host, of the watch itself.
+
+Few vCPUs ever take a notify exit, so nothing is kept here from look to look.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from exporter.prometheus import metrics
+from exporter.prometheus.exposition import Family, render_sample
+from exporter.prometheus.metrics import Metric
+from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+from kvm.model import NOTIFY_WINDOW_EXITS, Vcpu, VmKey, VmReading
+
+_FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
+    (metrics.POLL_PERIOD, "poll_period_seconds"),
+    (metrics.TRACED_VCPUS, "traced_vcpus"),
+    (metrics.TRACE_ARMINGS, "armings"),
+    (metrics.TRACE_RECORDS, "records"),
+    (metrics.TRACE_LOST_RECORDS, "lost_records"),
+    (metrics.TRACE_BUDGET_EXHAUSTED, "budget_exhausted"),
+    (metrics.WARNINGS, "warnings"),
+    (metrics.WARNINGS_SUPPRESSED, "warnings_suppressed"),
+)
+
+
+class VerdictLines:
+    """Renders one report of the watch, for one look at the host."""
+
+    def __init__(self, report: WatchReport, readings: Iterable[VmReading]) -> None:
+        self._report = report
+        self._vms: Counter[tuple[int, int]] = Counter()
+        if report.context_invalid:
+            self._vms.update(reading.vm.key[:2] for reading in readings)
+        self._found: dict[VmKey, dict[int, VcpuReport]] = {}
+        self._drills: dict[VmKey, dict[int, VcpuReport]] = {}
+        for vcpu in report.vcpus:
+            place = self._drills if vcpu.drill else self._found
+            place.setdefault(vcpu.vm.key, {})[vcpu.vcpu.vcpu_id] = vcpu
+        self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
+        for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
+            self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
+
+    def render_vcpus(self, reading: VmReading, with_counters: bool) -> Iterator[tuple[Metric, str]]:
+        """Yield what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""
+        found, drills = self._found.get(reading.vm.key, {}), self._drills.get(reading.vm.key, {})
+        column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
+        notified = [vcpu for vcpu, count in zip(reading.vcpus, column, strict=False) if count]
+        if not (found or drills or notified):
+            return
+        if with_counters and not self._report.problem:
+            yield from _render_traces(reading, found)
+        if self._report.context_invalid is not None:
+            for vcpu in notified:
+                yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, self._count_invalid(reading.vm.key, vcpu))
+        for vcpu in reading.vcpus:
+            stuck = self._judge(vcpu, found.get(vcpu.vcpu_id), drills.get(vcpu.vcpu_id), vcpu in notified)
+            if stuck is not None:
+                yield _render(metrics.VCPU_NO_PROGRESS, reading, vcpu, int(stuck))
+
+    def build_host_families(self) -> list[Family]:
+        """Return what is known of the whole host."""
+        stuck, interval = Family(metrics.HOST_NO_PROGRESS), Family(metrics.HOST_INTERVAL_MIN)
+        stalled = {(r.vm.key, r.vcpu.vcpu_id) for r in self._report.vcpus if r.verdict.state is State.STALLED}
+        if stalled or not self._report.problem:
+            stuck.add((), len(stalled))
+        for window, seconds in sorted(self._report.interval_min_seconds.items()):
+            interval.add((str(window),), seconds)
+        return [stuck, interval]
+
+    def build_watch_families(self) -> list[Family]:
+        """Return how the watch is doing."""
+        families = []
+        for metric, name in _FIGURES:
+            family = Family(metric)
+            family.add((), getattr(self._report, name))
+            families.append(family)
+        return families
+
+    def _judge(self, vcpu: Vcpu, found: VcpuReport | None, drill: VcpuReport | None, has_notified: bool) -> bool | None:
+        """Tell whether a vCPU is stuck, None where that is not known or not asked."""
+        if drill is not None and drill.verdict.state is State.STALLED:
+            return True
+        if self._report.problem:
+            return None
+        if found is None:
+            return False if has_notified and vcpu.tid is not None else None
+        if found.verdict.state is State.STALLED:
+            return True
+        return False if found.can_judge and found.verdict.state is not State.UNKNOWN else None
+
+    def _count_invalid(self, key: VmKey, vcpu: Vcpu) -> int:
+        """Count by process and vcpu_id; where a process has several VMs, only the thread tells them apart."""
+        is_alone = self._vms[key[:2]] <= 1
+        counts = self._invalid.get(key[:2], {}).items()
+        return sum(n for (tid, vcpu_id), n in counts if vcpu_id == vcpu.vcpu_id and (is_alone or tid == vcpu.tid))
+
+
+def _render_traces(reading: VmReading, found: Mapping[int, VcpuReport]) -> Iterator[tuple[Metric, str]]:
+    for vcpu in reading.vcpus:
+        report = found.get(vcpu.vcpu_id)
+        if report is not None:
+            yield _render(metrics.VCPU_TRACED_EXITS, reading, vcpu, report.traced_exits)
+            yield _render(metrics.VCPU_SAME_RIP_EXITS, reading, vcpu, report.same_rip_exits)
+
+
+def _render(metric: Metric, reading: VmReading, vcpu: Vcpu, value: int) -> tuple[Metric, str]:
+    return metric, render_sample(metric, (str(vcpu.index), reading.vm.id), value)

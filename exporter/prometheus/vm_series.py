@@ -1,0 +1,160 @@
+"""The sample lines of one VM, kept from look to look: most of them never change.
+
+A ``VmLines`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
+given anew at each look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+from exporter.prometheus import metrics
+from exporter.prometheus.exposition import SampleLines, escape_label_value, render_sample
+from exporter.prometheus.metrics import Metric, order_labels
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, MalformedData, Protection, VmReading
+
+VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
+    (NOTIFY_WINDOW_EXITS, metrics.VCPU_NOTIFY_WINDOW_EXITS),
+    (EXITS, metrics.VCPU_EXITS),
+)
+
+
+class VcpuSeries(StrEnum):
+    """Which vCPUs have series of their own (``--vcpu-series``)."""
+
+    ALL = "all"
+    ACTIVE = "active"
+    NONE = "none"
+
+
+class VmLines:
+    """Renders the lines of one VM; made from its first reading and asked with each.
+
+    ``vm_label`` is the label ``vm`` as it is printed: what tells series apart.
+    """
+
+    def __init__(self, reading: VmReading) -> None:
+        self.vm_label = escape_label_value(reading.vm.id)
+        self._vm = reading.vm
+        self._vcpus = reading.vcpus
+        self._state: tuple[object, ...] = ()
+        self._state_lines: list[tuple[Metric, str]] = []
+        self._sum_lines = SampleLines(metrics.VM_NOTIFY_WINDOW_EXITS, [(reading.vm.id,)])
+        self._positions: Sequence[int] = ()
+        self._vcpu_lines: dict[str, SampleLines] = {}
+
+    def fits(self, reading: VmReading) -> bool:
+        """Tell whether these lines are about this reading's VM and vCPUs."""
+        if self._vm is reading.vm and self._vcpus is reading.vcpus:
+            return True
+        if self._vm != reading.vm or self._vcpus != reading.vcpus:
+            return False
+        self._vm, self._vcpus = reading.vm, reading.vcpus
+        return True
+
+    def render_state(self, reading: VmReading) -> list[tuple[Metric, str]]:
+        """Render what is no counter: who the VM is, since when, how many vCPUs it has, how it is protected."""
+        state = (reading.source, reading.vcpu_count, reading.protection, reading.counters.notify_window_cycles)
+        if state != self._state:
+            self._state_lines = _render_state(reading)
+            self._state = state
+        return self._state_lines
+
+    def render_sum(self, reading: VmReading) -> str:
+        """Render the VM's sum of notify exits; "" where it is not known for every vCPU."""
+        total = sum_notify_exits(reading)
+        return "" if total is None else self._sum_lines.render((total,))
+
+    def render_vcpus(self, reading: VmReading, series: VcpuSeries) -> list[tuple[Metric, str]]:
+        """Render the counters of the VM's vCPUs, one text for each metric that was read.
+
+        Raises MalformedData where the numbers cannot be told to belong to the vCPUs: one vCPU's number on another's
+        series would be a wrong number, and two equal series would cost the whole scrape.
+        """
+        columns = reading.counters.per_vcpu
+        positions = _find_positions(reading, series)
+        if positions != self._positions:
+            self._positions = positions
+            self._vcpu_lines = {}
+        lines = []
+        for statistic, metric in VCPU_COUNTERS:
+            column = columns.get(statistic)
+            if column is None or not positions:
+                continue
+            if len(column) != len(self._vcpus):
+                raise MalformedData(
+                    f"{reading.source} of VM {self._vm.id!r}",
+                    f"{len(column)} values of {statistic} for {len(self._vcpus)} vCPUs",
+                )
+            lines.append((metric, self._render_column(statistic, metric, column)))
+        return lines
+
+    def render_last_moves(self, last_moves: Mapping[int, float]) -> str:
+        """Render when each vCPU was last seen to take a notify exit; "" where none was."""
+        if not last_moves:
+            return ""
+        return "".join(
+            render_sample(metrics.VCPU_LAST_NOTIFY_EXIT, (str(vcpu.index), self._vm.id), last_moves[vcpu.vcpu_id])
+            for vcpu in self._vcpus
+            if vcpu.vcpu_id in last_moves
+        )
+
+    def _render_column(self, statistic: str, metric: Metric, column: tuple[int, ...]) -> str:
+        lines = self._vcpu_lines.get(statistic)
+        if lines is None:
+            if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
+                raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
+            label_sets = [(str(self._vcpus[position].index), self._vm.id) for position in self._positions]
+            lines = self._vcpu_lines[statistic] = SampleLines(metric, label_sets)
+        if len(self._positions) < len(column):
+            column = tuple([column[position] for position in self._positions])
+        return lines.render(column)
+
+
+def sum_notify_exits(reading: VmReading) -> int | None:
+    """Return the VM's sum of notify exits; None unless every vCPU is in it."""
+    column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
+    if column is not None and len(column) == len(reading.vcpus) == reading.vcpu_count:
+        return sum(column)
+    return reading.counters.totals.get(NOTIFY_WINDOW_EXITS)
+
+
+def _find_positions(reading: VmReading, series: VcpuSeries) -> Sequence[int]:
+    """Find which vCPUs, by their place in ``reading.vcpus``, are to have series."""
+    if series is VcpuSeries.ALL:
+        return range(len(reading.vcpus))
+    if series is VcpuSeries.NONE:
+        return ()
+    notify_exits = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
+    return tuple([position for position, value in enumerate(notify_exits) if value > 0])
+
+
+def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
+    vm, owner = reading.vm, reading.vm.owner
+    info = order_labels(
+        metrics.VM_INFO,
+        vm=vm.id,
+        name=owner.name,
+        display_name=owner.display_name,
+        uuid=owner.uuid,
+        vmm=owner.vmm,
+        vmm_version=owner.vmm_version,
+        pid=str(vm.key.pid),
+        project=owner.project,
+        namespace=owner.namespace,
+    )
+    samples: list[tuple[Metric, Sequence[str], float | None]] = [
+        (metrics.VM_INFO, info, 1),
+        (metrics.VM_SOURCE_INFO, (reading.source, vm.id), 1 if reading.source else None),
+        (metrics.VM_START_TIME, (vm.id,), vm.start_time_seconds),
+        (metrics.VM_VCPUS, (vm.id,), reading.vcpu_count),
+    ]
+    if reading.protection is Protection.ARMED:
+        samples.append((metrics.VM_NOTIFY_WINDOW, (vm.id,), reading.counters.notify_window_cycles))
+    lines = [(metric, render_sample(metric, labels, value)) for metric, labels, value in samples if value is not None]
+    states = [
+        render_sample(metrics.VM_NOTIFY_PROTECTION, (state, vm.id), int(state is reading.protection))
+        for state in Protection
+    ]
+    return [*lines, (metrics.VM_NOTIFY_PROTECTION, "".join(states))]

@@ -1,0 +1,1 @@
+"""Decides which vCPU makes no forward progress, and writes the warning; pure, the clock is an argument."""

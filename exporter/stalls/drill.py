@@ -1,0 +1,127 @@
+"""A drill: a stall that is not real, through everything that a real one goes through, to test who is called.
+
+The agent's detector is fed made-up records of one vCPU, so that the log line, the metric, the API and the alert come
+about as they would for a real one; all of them are marked. After a minute the made-up vCPU goes on. The guest itself
+is not touched, and a real stall of the same vCPU is found and told of meanwhile.
+
+Only clients of this machine can ask for a drill, and no web page can: it takes a header that a browser sends to another
+site only after asking that site.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import urllib.parse
+from collections.abc import Sequence
+from typing import Final
+
+from exporter.stalls.detector import VcpuProgress
+from exporter.stalls.verdicts import StallRule, VcpuReport, Verdict
+from kvm.model import NotifyExit, Snapshot, VmReading
+
+DRILL_SECONDS: Final = 60.0
+PATH: Final = "/-/drill"
+HEADER: Final = "X-Kvm-Notify-Drill"
+# No guest runs here: bits 62 to 48 of an address have to be like bit 47.
+DRILL_RIP: Final = 0xD5111_0000_0000_000
+CLIENT_SECONDS: Final = 30.0
+
+
+class NoDrill(ValueError):
+    """A drill cannot be had; the message is for who asked."""
+
+
+def find_vm(snapshot: Snapshot, name: str) -> VmReading:
+    """Find a VM by its id or by its name; raises NoDrill where there is none, or more than one."""
+    found = [
+        reading
+        for reading in snapshot.readings
+        if name and name in (reading.vm.id, reading.vm.owner.name, reading.vm.owner.display_name)
+    ]
+    exact = [reading for reading in found if reading.vm.id == name] or found
+    if not exact:
+        raise NoDrill(f"no VM is called {name!r}; /metrics has kvm_vm_info with all names and ids")
+    if len(exact) > 1:
+        raise NoDrill(f"{len(exact)} VMs are called {name!r}: give an id ({', '.join(r.vm.id for r in exact)})")
+    if not exact[0].vcpus:
+        raise NoDrill(f"the vCPUs of VM {name!r} cannot be read: {exact[0].counters.problem}")
+    return exact[0]
+
+
+class Drill:
+    """One drill, of the first vCPU of a VM; ``ends_at`` is CLOCK_MONOTONIC seconds."""
+
+    def __init__(self, reading: VmReading, rule: StallRule, now: float) -> None:
+        self.ends_at = now + DRILL_SECONDS
+        self._reading = reading
+        self._rule = rule
+        self._progress = VcpuProgress(rule, now)
+
+    def begin(self, now: float) -> Sequence[VcpuReport]:
+        """Let the made-up vCPU be stuck, and return what is found out about it."""
+        progress, exits = self._progress, self._rule.exits
+        began = now - self._rule.seconds - 0.1
+        changes = [*progress.observe_records(began, [self._make_record(began), self._make_record(began + 0.01)])]
+        progress.start_span(began + 0.01)
+        changes += progress.observe_records(began, [self._make_record(began + 0.02)])
+        changes += progress.observe_counter(began + 0.03, began + 0.03, 0)
+        changes += progress.observe_counter(began + 0.04, began + 0.04, exits)
+        changes += progress.observe_records(now, [self._make_record(now)])
+        return [self.report(verdict) for verdict in changes]
+
+    def end(self, now: float) -> Sequence[VcpuReport]:
+        """Let the made-up vCPU go on."""
+        return [self.report(verdict) for verdict in self._progress.observe_records(now, [], other_rip=True)]
+
+    def report(self, verdict: Verdict | None = None) -> VcpuReport:
+        """Return what is known of the made-up vCPU, in the place of the real one."""
+        return VcpuReport(
+            vm=self._reading.vm,
+            vcpu=self._reading.vcpus[0],
+            verdict=verdict or self._progress.verdict,
+            source=self._reading.source,
+            traced_exits=self._progress.traced_exits,
+            same_rip_exits=self._progress.same_rip_exits,
+            drill=True,
+        )
+
+    def _make_record(self, seconds: float) -> NotifyExit:
+        return NotifyExit(round(seconds * 1e9), self._reading.vcpus[0].tid or 0, DRILL_RIP, 0, 0)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=CLIENT_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CLIENT_SECONDS)
+        self.sock.connect(self._path)
+
+
+def ask_for_drill(url: str, vm: str) -> str:
+    """Ask the agent at ``http://HOST:PORT`` or ``unix:PATH`` for a drill and return what it answers.
+
+    Raises NoDrill where it refuses, OSError where it cannot be asked, ValueError for another kind of URL.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "unix":
+        connection: http.client.HTTPConnection = _UnixConnection(parts.path)
+    elif parts.scheme == "http" and parts.hostname:
+        connection = http.client.HTTPConnection(parts.hostname, parts.port or 9750, timeout=CLIENT_SECONDS)
+    else:
+        raise ValueError(f"{url!r}: want http://HOST:PORT or unix:PATH")
+    try:
+        connection.request("POST", f"{PATH}?{urllib.parse.urlencode({'vm': vm})}", headers={HEADER: "yes"})
+        answer = connection.getresponse()
+        text = answer.read().decode(errors="replace").strip()
+    except http.client.HTTPException as err:
+        raise NoDrill(f"what answers at {url} is no agent: {err!r}") from err
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise NoDrill(f"the agent refuses ({answer.status}): {text}")
+    return str(json.loads(text)["message"])

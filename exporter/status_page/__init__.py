@@ -1,0 +1,1 @@
+"""The status page, from plain values to HTML; does no I/O."""

@@ -1,0 +1,1 @@
+"""HTTP: handlers, connections, and who may see what; the only user of aiohttp."""

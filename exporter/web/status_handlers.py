@@ -1,0 +1,224 @@
+"""Answers for the status page, at a cost that does not grow with the number of those who look.
+
+- The host is looked at anew at most every ``LOOK_SECONDS``, by whoever comes first, in a thread of its own. A look that
+  takes long is waited for once, by all who ask meanwhile together: the page then shows the last one, and says how old
+  it is.
+- What is known is put together at most every ``PICTURE_SECONDS``, and rendered once for all who ask the same.
+- Searches have a share of a core, one for this machine and one for everybody else: whoever asks for ever new words
+  gets 503 in the end, and the page without a search is not touched by that.
+
+While a vCPU takes notify exits, the host is looked at every ``SAMPLE_SECONDS`` also when nobody asks, so that whoever
+opens the page after a warning sees what has happened. It is a look like a scrape's: no guest notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple
+
+from aiohttp import web
+
+from exporter.history.rates import WINDOW_SECONDS
+from exporter.history.recorder import Lately
+from exporter.stalls.verdicts import State, VcpuReport
+from exporter.status_page import page
+from exporter.status_page.view import Picture, clean_query, take_picture
+from exporter.web.stall_handlers import Watcher, is_local
+from kvm.model import Snapshot
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS: Final = 2.0
+LOOK_WAIT_SECONDS: Final = 0.5
+PICTURE_SECONDS: Final = 0.5
+SHARE: Final = 20
+MAX_PICTURE_SECONDS: Final = 2.0
+SAMPLE_SECONDS: Final = 5.0
+SEARCH_SHARE: Final = 0.05
+SEARCH_BURST_SECONDS: Final = 0.5
+MAX_SEARCHES_UNDER_WAY: Final = 8
+MAX_ANSWERS: Final = 64
+
+
+class _Question(NamedTuple):
+    """What makes one answer another than the next."""
+
+    is_page: bool
+    query: str
+    with_details: bool
+    refresh: bool
+
+
+class _Answer(NamedTuple):
+    body: bytes
+    etag: str
+    cost_seconds: float
+
+
+class Budget:
+    """A share of a core, and some more after a pause; what was spent beyond it has to come back first."""
+
+    def __init__(self, share: float, burst_seconds: float, clock: Callable[[], float]) -> None:
+        self._share, self._burst_seconds, self._clock = share, burst_seconds, clock
+        self._left_seconds, self._at = burst_seconds, clock()
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is anything left to spend."""
+        now = self._clock()
+        self._left_seconds = min(self._burst_seconds, self._left_seconds + (now - self._at) * self._share)
+        self._at = now
+        return self._left_seconds > 0
+
+    def spend(self, seconds: float) -> None:
+        """Take in that so much of a CPU's time was spent."""
+        self._left_seconds -= seconds
+
+
+class StatusPages:
+    """The handlers of the page and of its changing parts; ``run`` is to go on for as long as they are asked.
+
+    ``clock`` is CLOCK_MONOTONIC, ``unix_clock`` the time of day.
+    """
+
+    def __init__(
+        self,
+        lately: Lately,
+        watcher: Watcher | None,
+        frame: page.Frame,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._lately, self._watcher, self._frame = lately, watcher, frame
+        self._clock, self._unix_clock = clock, unix_clock
+        self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-look")
+        self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status")
+        self._looking: asyncio.Future[Snapshot] | None = None
+        self._wait_until = 0.0
+        self._picture: Picture | None = None
+        self._picture_until = 0.0
+        self._answers: dict[_Question, asyncio.Task[_Answer]] = {}
+        self._budgets = {here: Budget(SEARCH_SHARE, SEARCH_BURST_SECONDS, clock) for here in (True, False)}
+
+    async def run(self, app: web.Application) -> AsyncIterator[None]:
+        """Keep the history while the application runs, and give the threads back when it ends."""
+        sampling = asyncio.create_task(self._sample())
+        yield
+        tasks = {sampling, *self._answers.values()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for workers in (self._looker, self._renderer):
+            workers.shutdown(wait=False, cancel_futures=True)
+
+    async def answer_page(self, request: web.Request) -> web.Response:
+        """Answer with the whole page."""
+        return await self._answer(request, is_page=True)
+
+    async def answer_parts(self, request: web.Request) -> web.Response:
+        """Answer with what changes of it; with 304 where nothing has."""
+        return await self._answer(request, is_page=False)
+
+    async def _answer(self, request: web.Request, *, is_page: bool) -> web.Response:
+        query, refresh = clean_query(request.query.get("q", "")), is_page and "refresh" in request.query
+        question = _Question(is_page, query, is_local(request), refresh)
+        if question not in self._answers:
+            if query and self._is_too_much(question):
+                text = "too many searches, try again later\n"
+                return web.Response(status=503, text=text, headers={"Retry-After": "1"})
+            self._answers[question] = asyncio.create_task(self._render(question))
+        # It is made to its end, so that clients that hang up cause no more work than others.
+        answer = await asyncio.shield(self._answers[question])
+        headers = {**page.make_headers(), "ETag": answer.etag}
+        if request.headers.get("If-None-Match") == answer.etag:
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=answer.body, content_type="text/html", charset="utf-8", headers=headers)
+
+    def _is_too_much(self, question: _Question) -> bool:
+        """Tell whether there is no place for one more search."""
+        under_way = sum(bool(other.query) and not task.done() for other, task in self._answers.items())
+        is_full = under_way >= MAX_SEARCHES_UNDER_WAY or len(self._answers) >= MAX_ANSWERS
+        return is_full or not self._budgets[question.with_details].is_left
+
+    async def _render(self, question: _Question) -> _Answer:
+        """Make an answer, which is good for PICTURE_SECONDS."""
+        loop = asyncio.get_running_loop()
+        try:
+            await self._look(LOOK_SECONDS, LOOK_WAIT_SECONDS)
+            answer = await loop.run_in_executor(self._renderer, self._render_now, question)
+            if question.query:
+                self._budgets[question.with_details].spend(answer.cost_seconds)
+            return answer
+        finally:
+            loop.call_later(PICTURE_SECONDS, self._forget, question)
+
+    def _forget(self, question: _Question) -> None:
+        task = self._answers.pop(question)
+        if not task.cancelled() and (err := task.exception()):
+            log.debug("the status page was not rendered", extra={"fields": {"why": repr(err)}})
+
+    def _render_now(self, question: _Question) -> _Answer:
+        """Render one answer; in a worker thread, one at a time."""
+        picture = self._draw()
+        began = time.thread_time()
+        found = picture.find(question.query, question.with_details)
+        if question.is_page:
+            text = page.render_page(self._frame, picture, found, question.with_details, question.refresh)
+        else:
+            text = page.render_parts(self._frame, picture, found, question.with_details)
+        body = text.encode(errors="replace")
+        etag = f'"{hashlib.blake2s(body, digest_size=12).hexdigest()}"'
+        return _Answer(body, etag, time.thread_time() - began)
+
+    def _draw(self) -> Picture:
+        """Put together what is known, unless that was done just now."""
+        now, began = self._clock(), time.thread_time()
+        if self._picture is None or now >= self._picture_until:
+            report = self._watcher.report() if self._watcher else None
+            self._picture = take_picture(self._lately.snapshot, report, self._lately.history, now, self._unix_clock())
+            # However many vCPUs there are to tell of, most of the CPU's time is for others.
+            cost = SHARE * (time.thread_time() - began)
+            self._picture_until = now + min(MAX_PICTURE_SECONDS, max(PICTURE_SECONDS, cost))
+        return self._picture
+
+    async def _look(self, max_age_seconds: float, wait_seconds: float) -> None:
+        """Have the host looked at, unless somebody has done so just now; wait a while for it and no longer."""
+        snapshot = self._lately.snapshot
+        if snapshot is not None and self._clock() - snapshot.monotonic_seconds < max_age_seconds:
+            return
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().run_in_executor(self._looker, self._lately.read)
+            self._looking.add_done_callback(_tell_failure)
+            self._wait_until = self._clock() + wait_seconds
+        # All who wait for one look wait that long together: one that hangs must not hold each of them up in turn.
+        await asyncio.wait({self._looking}, timeout=max(0.0, self._wait_until - self._clock()))
+
+    async def _sample(self) -> None:
+        """Look at the host now and then while something happens on it."""
+        loop, watcher = asyncio.get_running_loop(), self._watcher
+        while watcher is not None:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            try:
+                report = await loop.run_in_executor(self._renderer, watcher.report)
+                if any(_is_lively(vcpu, self._clock()) for vcpu in report.vcpus):
+                    await self._look(SAMPLE_SECONDS, LOOK_WAIT_SECONDS)
+            except Exception as err:  # noqa: BLE001 - a plot with a gap is better than none from now on
+                log.debug("the history was not kept", extra={"fields": {"why": repr(err)}})
+
+
+def _is_lively(found: VcpuReport, now: float) -> bool:
+    """Tell whether a vCPU takes notify exits, or has done so in what a plot shows: a paused one stays unknown."""
+    if found.drill or found.verdict.state is State.QUIET:
+        return False
+    moved = found.moved_seconds
+    return found.verdict.state is not State.UNKNOWN or moved is None or now - moved <= WINDOW_SECONDS
+
+
+def _tell_failure(look: asyncio.Future[Snapshot]) -> None:
+    if not look.cancelled() and (err := look.exception()):
+        log.error("a look at the host failed", extra={"fields": {"why": repr(err)}})

@@ -1,0 +1,131 @@
+"""What ``/api/v1/vcpus`` answers: each vCPU that has taken notify exits, what is known of it, since when.
+
+A RIP tells a stranger where a guest's kernel lies, and owners are nobody's business. So both are for clients of this
+machine only: a peer with a loopback address, or of the Unix socket, that has asked for this machine by a loopback
+name (a web page cannot make a browser do that under its own name) and is no proxy that speaks for somebody else. What
+a browser here is asked to fetch by another site's page (Sec-Fetch-Site) could not be read there, and is not answered
+in full all the same; a link from there may be followed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from typing import Final
+
+from exporter.stalls.stall_log import name_vector, render_rip
+from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+
+PATH: Final = "/api/v1/vcpus"
+PRIVATE_HEADERS: Final[Mapping[str, str]] = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}
+"""For what is not to be kept, nor to be seen from other sites."""
+
+_PROXIES: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+
+
+def is_local(peer: str | None, headers: Mapping[str, str], http_version: tuple[int, int] = (1, 1)) -> bool:
+    """Tell whether a client is one of this machine; ``peer`` is its address, None for a Unix socket.
+
+    HTTP/1.0 is what nginx speaks for others, without a word about them, unless it is told better.
+    """
+    if http_version < (1, 1) or any(name in headers for name in _PROXIES):
+        return False
+    is_ours = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+    if not is_ours and not _follows_a_link(headers):
+        return False
+    return peer is None or (_is_loopback(peer) and _is_loopback(_find_host(headers.get("Host", ""))))
+
+
+def _follows_a_link(headers: Mapping[str, str]) -> bool:
+    """Tell whether a browser asks for a page of its own, not for a frame in another one."""
+    return headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest", "document") == "document"
+
+
+def _find_host(text: str) -> str:
+    """Return the host of a header ``Host``, without brackets and port."""
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0]
+
+
+def _is_loopback(text: str) -> bool:
+    if text.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def build_document(report: WatchReport, now: float, unix: float, with_details: bool) -> dict[str, object]:
+    """Return what is known as plain data; ``with_details`` for RIPs and owners.
+
+    ``now`` is CLOCK_MONOTONIC, ``unix`` the same moment in Unix time.
+    """
+    offset = unix - now
+    return {
+        "unix_seconds": round(unix, 3),
+        "trigger": report.trigger or None,
+        "trigger_problem": report.trigger_problem or None,
+        "poll_period_seconds": report.poll_period_seconds,
+        "problem": report.problem or None,
+        "details": with_details,
+        "vcpus": [_build_vcpu(vcpu, offset, with_details) for vcpu in _sort(report.vcpus)],
+    }
+
+
+def _sort(reports: tuple[VcpuReport, ...]) -> list[VcpuReport]:
+    """Put what matters first."""
+    order = [State.STALLED, State.SUSPECT, State.UNKNOWN, State.RECOVERED]
+    ranks = {state: rank for rank, state in enumerate(order)}
+    return sorted(reports, key=lambda r: (ranks.get(r.verdict.state, len(ranks)), r.vm.id, r.vcpu.index))
+
+
+def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[str, object]:
+    verdict = report.verdict
+
+    def date(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds + offset, 3)
+
+    document: dict[str, object] = {
+        "vm": report.vm.id,
+        "vcpu": report.vcpu.index,
+        "state": verdict.state,
+        "why": verdict.why or None,
+        "put_off": report.put_off or None,
+        "since_unix_seconds": date(verdict.since_seconds),
+        "stuck_since_unix_seconds": date(verdict.stuck_since_seconds),
+        "last_notify_exit_unix_seconds": date(report.moved_seconds),
+        "notify_window_exits": report.notify_exits,
+        "traced_exits": report.traced_exits,
+        "same_rip_exits": report.same_rip_exits,
+        "streak": verdict.streak,
+        "exits_at_rip": verdict.exits,
+        "registers_alike": verdict.registers_alike,
+        "nested": verdict.nested,
+        "context_invalid": verdict.context_invalid,
+        "delivering": name_vector(verdict.idt_vectoring) or None,
+        "source": report.source or None,
+        "drill": report.drill,
+    }
+    if with_details:
+        owner = report.vm.owner
+        document |= {
+            "rip": None if verdict.rip is None else render_rip(verdict.rip),
+            "name": owner.name,
+            "display_name": owner.display_name,
+            "project": owner.project,
+            "namespace": owner.namespace,
+            "vmm": owner.vmm,
+            "pid": report.vm.key.pid,
+            "tid": report.vcpu.tid,
+        }
+    return document

@@ -1,0 +1,206 @@
+"""Tells of notify exits as they happen: BPF programs on entry to and return from ``handle_notify`` of kvm_intel.
+
+KVM calls that function for notify exits only, so a host on which nothing happens pays nothing, and nobody needs to
+poll counters. Its records come through a ring buffer whose ``fd`` an event loop can wait for. They are limited in the
+kernel, per thread: a guest can take a notify exit every few microseconds, and must not keep us busy by that.
+
+Where the function does not exist (AMD, kvm_intel not loaded, or before Linux kernel commit 2f4073e08f4c "KVM: VMX:
+Enable Notify VM exit" (in v6.0)) no notify exit can happen either: that is a fact, told by ``TriggerStatus``, and no
+error. Some hardened kernels refuse every program at the entry of a function while they allow iterators: then there is
+no trigger, and the source ``bpf`` works all the same, which is why these programs are an object of their own.
+
+While it is attached the kernel keeps the module that has the function: ``rmmod kvm_intel`` fails until ``close``.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import struct
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kvm import abi
+from kvm.bpf.libbpf import LIBRARY, BpfObject, Library, RingBuffer, open_library
+from kvm.bpf.refusals import check_own_pid, explain
+
+OBJECT = Path(__file__).parent / "programs" / "notify.bpf.o"
+FUNCTION = "handle_notify"
+RECORDS_PER_SECOND = 4
+
+# struct control of notify.bpf.c: records_per_second, exit_reason, flags, own_tgid, lost, uncounted
+_CONTROL = struct.Struct("=4I2Q")
+# struct record: time_ns, tgid, tid, vcpu_id
+_RECORD = struct.Struct("=Q3I4x")
+# struct vcpu_thread: start_boottime, tgid, tid, vcpu_id; its value is a count
+_THREAD = struct.Struct("=Q3I4x")
+_COUNT = struct.Struct("=Q")
+_NS_PER_TICK = 1_000_000_000 // abi.USER_HZ
+
+
+class NotifyCall(NamedTuple):
+    """One call of the function: CLOCK_MONOTONIC, process, vCPU thread, KVM's vcpu_id."""
+
+    time_ns: int
+    pid: int
+    tid: int
+    vcpu_id: int
+
+
+class VcpuThread(NamedTuple):
+    """A thread that has run a vCPU; ``pid`` and ``start_ticks`` name its process as a VmKey does."""
+
+    pid: int
+    start_ticks: int
+    tid: int
+    vcpu_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerStatus:
+    """Whether the trigger watches ``function``, and if not, why."""
+
+    function: str
+    attached: bool
+    reason: str = ""
+
+
+class NotifyTrigger:
+    """The trigger; ``on_call`` takes each record that ``deliver`` finds.
+
+    ``function`` may be any kernel function of the shape ``int f(struct kvm_vcpu *)``. Returns of 0 with this
+    ``exit_reason`` in the vCPU's struct kvm_run, and one of ``flags`` where it has notify.flags, are counted.
+    What reads the counts and what detaches may be called from several threads: they wait for each other. ``deliver``
+    waits for nobody, and must not be called while another thread opens or closes.
+    """
+
+    def __init__(
+        self,
+        on_call: Callable[[NotifyCall], None],
+        *,
+        function: str = FUNCTION,
+        records_per_second: int = RECORDS_PER_SECOND,
+        exit_reason: int = abi.KVM_EXIT_NOTIFY,
+        flags: int = abi.KVM_NOTIFY_CONTEXT_INVALID,
+        library: str = LIBRARY,
+        kallsyms: Path = Path("/proc/kallsyms"),
+    ) -> None:
+        self._on_call = on_call
+        self._function = function
+        self._settings = (records_per_second, exit_reason, flags)
+        self._library_name = library
+        self._kallsyms = kallsyms
+        self._lock = threading.RLock()
+        self._object: BpfObject | None = None
+        self._control: mmap.mmap | None = None
+        self._ring: RingBuffer | None = None
+
+    def open(self) -> TriggerStatus:
+        """Attach, where the function exists; raises SourceUnavailable where BPF does not work."""
+        with self._lock:
+            self.close()
+            library = open_library(self._library_name)
+            try:
+                return self._open(library)
+            except OSError as err:
+                self.close()
+                raise explain(err, library.messages.kept()) from err
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def fd(self) -> int:
+        """An fd that becomes readable when there is something to deliver; only while attached."""
+        if self._ring is None:
+            raise ValueError("the trigger is not attached")
+        return self._ring.fd
+
+    def deliver(self) -> int:
+        """Hand what has come to ``on_call``, without waiting, and return how many records that were."""
+        return 0 if self._ring is None else self._ring.consume()
+
+    def read_context_invalid(self) -> dict[VcpuThread, int]:
+        """Read how many exits with an invalid VM context each thread has taken since the trigger was attached.
+
+        Exact; a vCPU that has changed threads has several entries. Raises OSError.
+        """
+        with self._lock:
+            if self._object is None:
+                return {}
+            found = self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size)
+        return {_decode_thread(key): _COUNT.unpack(value)[0] for key, value in found.items()}
+
+    def forget(self, ended: Collection[tuple[int, ...]]) -> None:
+        """Forget the counts of what has ended: processes, by pid and start_ticks, or a VcpuThread; raises OSError."""
+        with self._lock:
+            if self._object is None:
+                return
+            for key in self._object.read_map("invalid_exits", _THREAD.size, _COUNT.size):
+                thread = _decode_thread(key)
+                if thread in ended or thread[:2] in ended:
+                    self._object.delete_key("invalid_exits", key)
+
+    @property
+    def lost(self) -> tuple[int, int]:
+        """How many calls could not be told of, and how many invalid exits found the table of counts full."""
+        with self._lock:
+            if self._control is None:
+                return (0, 0)
+            *_, lost, uncounted = _CONTROL.unpack_from(self._control)
+            return (lost, uncounted)
+
+    def close(self) -> None:
+        """Detach, and take everything out of the kernel; may be called twice."""
+        with self._lock:
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+            if self._control is not None:
+                self._control.close()
+                self._control = None
+            if self._object is not None:
+                self._object.close()
+                self._object = None
+
+    def _open(self, library: Library) -> TriggerStatus:
+        self._object = BpfObject(library, OBJECT)
+        try:
+            for program in ("on_entry", "on_return"):
+                self._object.set_target(program, self._function)
+        except OSError as err:
+            if err.errno not in (errno.ESRCH, errno.ENOENT):
+                raise
+            self.close()
+            if self._is_in_kernel():  # libbpf passes over modules whose types it may not read
+                raise
+            return TriggerStatus(self._function, False, f"no module of this kernel has {self._function}")
+        self._object.load()
+        self._control = mmap.mmap(self._object.map_fd(".bss"), _CONTROL.size)
+        self._object.run("learn")
+        check_own_pid(_CONTROL.unpack_from(self._control)[3])
+        struct.pack_into("=3I", self._control, 0, *self._settings)
+        self._ring = RingBuffer(library, self._object.map_fd("records"), self._take)
+        # Counting first: what is told of has been counted then.
+        self._object.attach("on_return")
+        self._object.attach("on_entry")
+        return TriggerStatus(self._function, True)
+
+    def _is_in_kernel(self) -> bool:
+        name = f" {self._function}\t".encode()
+        try:
+            with self._kallsyms.open("rb") as lines:
+                return any(name in line or line.endswith(name.strip(b"\t") + b"\n") for line in lines)
+        except OSError:
+            return False
+
+    def _take(self, record: bytes) -> None:
+        self._on_call(NotifyCall(*_RECORD.unpack_from(record)))
+
+
+def _decode_thread(key: bytes) -> VcpuThread:
+    start_boottime, tgid, tid, vcpu_id = _THREAD.unpack(key)
+    return VcpuThread(tgid, start_boottime // _NS_PER_TICK, tid, vcpu_id)

@@ -1,0 +1,246 @@
+"""Understands what the BPF programs read: blocks of bytes in, ``VmCounters`` out; no I/O.
+
+A host with 10,000 vCPUs is read each second, so nothing is made anew that did not change: each VM's key, vcpu_ids and
+tids are kept, as the same objects, until the bytes they came from differ. That leaves slicing columns of numbers: 3 ms
+for 10,000 vCPUs in 625 VMs, where the read in the kernel takes 2.5 ms.
+
+The address of its struct kvm tells one VM of the host from another while it lives. It stays inside: addresses of the
+kernel are nobody's business, and outside a VM is called by its ``VmKey``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from types import MappingProxyType
+from typing import NamedTuple
+
+from kvm import abi
+from kvm.binary_stats import VALUE_BYTES
+from kvm.model import MalformedData, Statistic, VmCounters, VmKey
+
+# struct vm of vcpus.bpf.c: kvm, mm, start_boottime, tgid, vm_fd, first, count, notify_window, notify_vmexit_flags,
+# next, has_notify, missing
+VM_RECORD = struct.Struct("=3QIi7I4x")
+# struct vcpu_identity: vcpu_id, tid (0: never run)
+IDENTITY = struct.Struct("=Ii")
+# struct file_record, without its values: kvm, start_boottime, tgid, fd, is_vcpu, is_owner, notify_window,
+# notify_vmexit_flags, has_notify, vcpu_id, tid, online_vcpus
+FILE_RECORD = struct.Struct("=2Q8IiI")
+# struct vcpu_state without its statistics: regs, rip, regs_avail, vcpu_id, tid
+STATE_RECORD = struct.Struct("=18QIi")
+
+NS_PER_TICK = 1_000_000_000 // abi.USER_HZ
+# enum kvm_reg (arch/x86/include/asm/kvm_host.h); bit N of regs_avail says that register N is not stale
+REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)), "rip")
+
+
+class HostBlocks(NamedTuple):
+    """One read of the host: VM_RECORDs, IDENTITY records, and a column of values for each statistic."""
+
+    vms: bytes
+    identities: bytes
+    columns: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuState:
+    """One vCPU in full.
+
+    ``registers`` are the guest's general registers and ``rip`` as KVM has them in memory; those in ``stale`` KVM has
+    not fetched since the guest last ran (on VMX rip and rsp, unless something asked for them): they prove nothing.
+    ``statistics`` has every statistic that the kernel describes, histograms too. ``guest_mode`` says whether the vCPU
+    ran a nested guest, None where the kernel does not tell.
+    """
+
+    vcpu_id: int
+    tid: int | None
+    registers: Mapping[str, int]
+    stale: frozenset[str]
+    statistics: Mapping[str, tuple[int, ...]]
+
+    @property
+    def guest_mode(self) -> bool | None:
+        """Whether the vCPU ran a nested guest when it was read."""
+        value = self.statistics.get("guest_mode")
+        return None if value is None else bool(value[0])
+
+
+class _KeptVm:
+    """What stays the same of a VM from look to look."""
+
+    __slots__ = ("identities", "key", "order", "owner", "tids", "vcpu_ids")
+
+    def __init__(self, owner: tuple[int, int], key: VmKey, identities: bytes) -> None:
+        self.owner = owner
+        self.key = key
+        self.identities = identities
+        pairs = list(IDENTITY.iter_unpack(identities))
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        self.vcpu_ids = tuple(pairs[i][0] for i in order)
+        self.tids = tuple(pairs[i][1] or None for i in order)
+        # vCPUs stand in the order in which they were made; their ids nearly always ascend too
+        self.order = None if order == list(range(len(pairs))) else itemgetter(*order)
+
+    def column(self, values: tuple[int, ...]) -> tuple[int, ...]:
+        return values if self.order is None else self.order(values)
+
+
+class VmAssembler:
+    """Makes counters of blocks, and keeps what has not changed. ``names`` are those of the columns."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = tuple(names)
+        self._kept: dict[int, _KeptVm] = {}
+
+    def find_kvm(self, key: VmKey) -> int | None:
+        """Return the address of a VM of the last look, None if there was no such."""
+        return next((kvm for kvm, kept in self._kept.items() if kept.key == key), None)
+
+    def assemble(self, blocks: HostBlocks) -> dict[VmKey, VmCounters]:
+        """Make counters of one look's blocks; VMs without an owner are left out."""
+        kept_before, self._kept = self._kept, {}
+        used = {kept.key for kept in kept_before.values()}
+        counters = {}
+        for record in VM_RECORD.iter_unpack(blocks.vms):
+            kvm, _, start, tgid, vm_fd, first, count, window, flags, _, has_notify, missing = record
+            if not tgid:
+                continue
+            end = first + count
+            identities = blocks.identities[first * IDENTITY.size : end * IDENTITY.size]
+            kept = kept_before.get(kvm)
+            if kept is None or kept.identities != identities or kept.owner != (tgid, start):
+                if kept is not None and kept.owner == (tgid, start):
+                    key = kept.key  # for life: a VM whose file moves to another fd is no new one
+                else:
+                    key = _choose_key(tgid, start, vm_fd, used)
+                kept = _KeptVm((tgid, start), key, identities)
+                used.add(key)
+            self._kept[kvm] = kept
+            columns = {
+                name: kept.column(column[first:end]) for name, column in zip(self._names, blocks.columns, strict=True)
+            }
+            counters[kept.key] = VmCounters(
+                kept.vcpu_ids,
+                kept.tids,
+                columns,
+                {} if missing else {name: sum(column) for name, column in columns.items()},
+                window if has_notify else None,
+                flags if has_notify else None,
+                f"{missing} of its vCPUs have no open file" if missing else "",
+            )
+        return counters
+
+
+def _choose_key(tgid: int, start_boottime: int, vm_fd: int, used: Collection[VmKey]) -> VmKey:
+    """A process may hold the vCPUs of several VMs but none of their files: then they are -1, -2 and so on."""
+    key = VmKey(tgid, start_boottime // NS_PER_TICK, vm_fd)
+    while vm_fd < 0 and key in used:
+        key = key._replace(vm_fd=key.vm_fd - 1)
+    return key
+
+
+def find_unowned(vms: bytes) -> set[int]:
+    """Return the addresses of VMs whose memory belongs to no living process."""
+    return {record[0] for record in VM_RECORD.iter_unpack(vms) if not record[3]}
+
+
+class _FoundVm:
+    """A VM as the files of all processes show it."""
+
+    def __init__(self) -> None:
+        self.holders: dict[tuple[bool, int, int], int] = {}
+        self.notify: tuple[int, ...] = (0, 0, 0)
+        self.online_vcpus = 0
+        self.vcpus: dict[int, tuple[int, Sequence[int]]] = {}
+
+
+def decode_files(block: bytes, statistics: int, max_statistics: int, origin: str) -> HostBlocks:
+    """Decode what read_files wrote into the blocks that read_vms gives.
+
+    A VM belongs to the process whose memory it has, else to the one among its holders that started first; each vCPU
+    counts once, however many fds there are of it. Raises MalformedData if a record is cut off.
+    """
+    values = struct.Struct(f"={max_statistics}Q")
+    stride = FILE_RECORD.size + values.size
+    if len(block) % stride:
+        raise MalformedData(origin, f"{len(block)} bytes are no whole number of records of {stride}")
+    vms: dict[int, _FoundVm] = {}
+    for at in range(0, len(block), stride):
+        kvm, start, tgid, fd, is_vcpu, is_owner, *notify, vcpu_id, tid, online = FILE_RECORD.unpack_from(block, at)
+        vm = vms.setdefault(kvm, _FoundVm())
+        vm.notify, vm.online_vcpus = tuple(notify), online
+        holder = (not is_owner, start, tgid)
+        known = vm.holders.setdefault(holder, -1)
+        if is_vcpu:
+            vm.vcpus[vcpu_id] = (tid, values.unpack_from(block, at + FILE_RECORD.size)[:statistics])
+        elif known < 0 or fd < known:
+            vm.holders[holder] = fd
+    return _as_blocks(vms, statistics)
+
+
+def _as_blocks(vms: Mapping[int, _FoundVm], statistics: int) -> HostBlocks:
+    records: list[bytes] = []
+    identities: list[bytes] = []
+    columns: tuple[list[int], ...] = tuple([] for _ in range(statistics))
+    for kvm, vm in vms.items():
+        (_, start, tgid), vm_fd = min(vm.holders.items())
+        first = len(identities)
+        for vcpu_id, (tid, values) in sorted(vm.vcpus.items()):
+            identities.append(IDENTITY.pack(vcpu_id, tid))
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        window, flags, has_notify = vm.notify
+        missing = max(0, vm.online_vcpus - len(vm.vcpus))
+        place = (vm_fd, first, len(vm.vcpus))
+        records.append(VM_RECORD.pack(kvm, 0, start, tgid, *place, window, flags, 0, has_notify, missing))
+    return HostBlocks(b"".join(records), b"".join(identities), tuple(map(tuple, columns)))
+
+
+def find_owner(vms: bytes, kvm: int) -> int | None:
+    """Return the pid of the process that owns the VM at this address, 0 for none, None if there is no such VM."""
+    return next((record[3] for record in VM_RECORD.iter_unpack(vms) if record[0] == kvm), None)
+
+
+def has_gaps(vms: bytes) -> bool:
+    """Tell whether a VM has vCPUs that were not read."""
+    return any(record[11] for record in VM_RECORD.iter_unpack(vms))
+
+
+def find_all(vms: bytes) -> set[int]:
+    """Return the addresses of all VMs."""
+    return {record[0] for record in VM_RECORD.iter_unpack(vms)}
+
+
+def keep_vms(blocks: HostBlocks, wanted: Collection[int]) -> HostBlocks:
+    """Keep only the VMs at these addresses."""
+    records = [VM_RECORD.pack(*record) for record in VM_RECORD.iter_unpack(blocks.vms) if record[0] in wanted]
+    return blocks._replace(vms=b"".join(records))
+
+
+def join_blocks(blocks: HostBlocks, more: HostBlocks) -> HostBlocks:
+    """Put two sets of blocks together, the same statistics in both."""
+    shift = len(blocks.identities) // IDENTITY.size
+    records = [VM_RECORD.pack(*r[:5], r[5] + shift, *r[6:]) for r in VM_RECORD.iter_unpack(more.vms)]
+    columns = tuple(a + b for a, b in zip(blocks.columns, more.columns, strict=True))
+    return HostBlocks(blocks.vms + b"".join(records), blocks.identities + more.identities, columns)
+
+
+def decode_state(block: bytes, length: int, statistics: Mapping[str, Statistic]) -> VcpuState:
+    """Decode a struct vcpu_state with ``length`` bytes of statistics; one that lies beyond them is left out."""
+    *registers, available, vcpu_id, tid = STATE_RECORD.unpack_from(block)
+    raw = block[STATE_RECORD.size : STATE_RECORD.size + length]
+    values = {
+        name: struct.unpack_from(f"={statistic.size}Q", raw, statistic.offset)
+        for name, statistic in statistics.items()
+        if statistic.offset + statistic.size * VALUE_BYTES <= len(raw)
+    }
+    return VcpuState(
+        vcpu_id,
+        tid or None,
+        MappingProxyType(dict(zip(REGISTERS, registers, strict=True))),
+        frozenset(name for bit, name in enumerate(REGISTERS) if not available >> bit & 1),
+        MappingProxyType(values),
+    )

@@ -1,0 +1,166 @@
+"""Reads KVM's debugfs: the sum over a VM's vCPUs, the last resort; and which thread runs which vCPU.
+
+A VM's directory is ``TID-FD``: the thread (in the first pid namespace) that made the VM, and the VM's fd number
+(kvm_create_vm_debugfs in virt/kvm/kvm_main.c). There is no per-vCPU file of a counter. Under lockdown (Secure Boot) the
+counters answer EPERM even to root, because their mode is 0644 (debugfs_locked_down in fs/debugfs/file.c); ``vcpuN/pid``
+and the directories themselves stay readable. A refused open also writes a line to the kernel log: so whether the source
+works is tried once, and not again on every look.
+
+An open file keeps its VM alive: each is opened, read and closed at once. Nothing is ever written: a 0 would clear the
+counters for everybody. ``mmu_rmaps_stat`` is never read: it takes KVM's locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from kvm.discovery.vm_discovery import HeldVm
+from kvm.host.facts import read_first_pid_namespace
+from kvm.model import MalformedData, SourceUnavailable, VmCounters, VmKey
+
+_VM_DIRECTORY = re.compile(r"(\d{1,10})-(\d{1,10})")
+_VCPU_DIRECTORY = re.compile(r"vcpu(\d{1,10})")
+
+
+def parse_counter(text: str, origin: str) -> int:
+    """Return the number in a statistics file; raises MalformedData."""
+    number = text.strip()
+    if not number.isascii() or not number.isdigit() or len(number) > len(str(2**64)):
+        raise MalformedData(origin, f"no number: {text[:40]!r}")
+    return int(number)
+
+
+def find_vm_directory(kvm_directory: Path, proc: Path, key: VmKey) -> Path | None:
+    """Find a VM's directory: the one made by a thread of its process, with its fd number; None where it is not told.
+
+    A VMM that has moved its VM fd, or whose creating thread has ended, has no directory that can be told to be its own.
+    """
+    usual = kvm_directory / f"{key.pid}-{key.vm_fd}"
+    if usual.is_dir():
+        return usual
+    try:
+        names = os.listdir(kvm_directory)
+    except OSError:
+        return None
+    for match in filter(None, map(_VM_DIRECTORY.fullmatch, names)):
+        if int(match[2]) == key.vm_fd and (proc / str(key.pid) / "task" / match[1]).is_dir():
+            return kvm_directory / match[0]
+    return None
+
+
+def read_vcpu_tids(directory: Path) -> dict[int, int]:
+    """Read which host thread last ran each vCPU, by vcpu_id; a vCPU that never ran is left out.
+
+    ``vcpuN/pid`` exists since Linux 6.0; where it does not, the answer is empty. Thread ids are those of the first pid
+    namespace.
+    """
+    tids = {}
+    for vcpu_id in find_vcpu_ids(directory):
+        with contextlib.suppress(OSError, MalformedData):  # older kernel or ended VM: not known
+            path = directory / f"vcpu{vcpu_id}" / "pid"
+            tids[vcpu_id] = parse_counter(path.read_text(), str(path))
+    return {vcpu_id: tid for vcpu_id, tid in tids.items() if tid > 0}
+
+
+def find_vcpu_ids(directory: Path) -> tuple[int, ...]:
+    """List the vCPUs that a VM's directory shows, ascending; empty where the VM has ended."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return ()
+    return tuple(sorted(int(match[1]) for match in filter(None, map(_VCPU_DIRECTORY.fullmatch, names))))
+
+
+def may_hold_vms(kvm_directory: Path, proc: Path, pids: Collection[int]) -> bool:
+    """Tell whether one of these processes may hold a VM: one was made by a thread of theirs, or by nobody knows whom.
+
+    For processes whose fds may not be looked at. Numbers are those of the first pid namespace.
+    """
+    if not pids:
+        return False
+    try:
+        names = os.listdir(kvm_directory)
+    except OSError:
+        return True
+    makers = {match[1] for match in filter(None, map(_VM_DIRECTORY.fullmatch, names))}
+    return any(
+        not (proc / tid).exists() or any((proc / str(pid) / "task" / tid).exists() for pid in pids) for tid in makers
+    )
+
+
+class DebugfsSource:
+    """The CounterSource ``debugfs``; ``kvm_directory`` is debugfs's ``kvm``; ``on_error`` is told of troubles."""
+
+    name = "debugfs"
+    finds_vms = False
+    limits = ""
+
+    def __init__(
+        self, wanted: Sequence[str], kvm_directory: Path, proc: Path, on_error: Callable[[int, str, str], None]
+    ) -> None:
+        self._wanted = tuple(wanted)
+        self._kvm_directory = kvm_directory
+        self._proc = proc
+        self._on_error = on_error
+        self._directories: dict[VmKey, Path | None] = {}
+
+    def open(self) -> None:
+        """Try the host's sum of one counter, without reading it: that would take KVM's global lock.
+
+        Raises SourceUnavailable; also in a pid namespace of our own, where its directories name strangers' threads.
+        """
+        if not read_first_pid_namespace(self._proc):
+            raise SourceUnavailable("its directories are named in the host's pid namespace", "run with hostPID: true")
+        path = self._kvm_directory / self._wanted[0]
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError as err:
+            if self._kvm_directory.is_dir():
+                raise SourceUnavailable(f"this kernel has no {path}", "Linux 6.0 or later has it") from err
+            raise SourceUnavailable(
+                f"{self._kvm_directory} is not there", "mount -t debugfs none /sys/kernel/debug; load kvm"
+            ) from err
+        except PermissionError as err:
+            raise SourceUnavailable(*self._explain_refusal()) from err
+        except OSError as err:
+            raise SourceUnavailable(f"{path}: {err.strerror}") from err
+
+    def read(self, vms: Sequence[HeldVm]) -> dict[VmKey, VmCounters]:
+        """Read the sums of these VMs; one whose directory is not found says so, one that has ended has no entry."""
+        readings = {}
+        for vm in vms:
+            if self._directories.get(vm.key) is None:
+                self._directories[vm.key] = find_vm_directory(self._kvm_directory, self._proc, vm.key)
+            directory = self._directories[vm.key]
+            if directory is None:
+                readings[vm.key] = VmCounters(problem="no debugfs directory can be told to be its own")
+                continue
+            try:
+                readings[vm.key] = self._read_totals(directory)
+            except FileNotFoundError:
+                self._directories[vm.key] = None
+            except (OSError, MalformedData) as err:
+                self._on_error(vm.key.pid, "malformed" if isinstance(err, MalformedData) else "unreadable", str(err))
+                readings[vm.key] = VmCounters(problem=str(err))
+        self._directories = {key: path for key, path in self._directories.items() if key in readings}
+        return readings
+
+    def close(self) -> None:
+        """Hold nothing: there is nothing to give back."""
+
+    def _read_totals(self, directory: Path) -> VmCounters:
+        totals = {name: parse_counter((directory / name).read_text(), str(directory / name)) for name in self._wanted}
+        vcpu_ids = find_vcpu_ids(directory)
+        return VmCounters(vcpu_ids, (None,) * len(vcpu_ids), {}, totals)
+
+    def _explain_refusal(self) -> tuple[str, str]:
+        if os.geteuid() != 0:
+            return "only root may read debugfs", "run as root"
+        return (
+            "the kernel's lockdown forbids reading counters in debugfs",
+            "nothing to do under Secure Boot: bpf and stats_fd still work",
+        )

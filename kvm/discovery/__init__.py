@@ -1,0 +1,1 @@
+"""Which processes hold VMs, and at which fds."""

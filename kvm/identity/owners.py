@@ -1,0 +1,319 @@
+"""Finds out whose VM a process is, and remembers it for as long as the process lives.
+
+What is known comes from the VMM's command line, from libvirt's status XML of that very process, and from its cgroup.
+
+* ``name`` is what the VMM or libvirt calls the VM, except that a KubeVirt domain ``<namespace>_<name>`` is told apart
+  into ``namespace`` and ``name``; that takes evidence (KubeVirt's metadata in the status XML, or a pod's cgroup where
+  there is no status XML to read), because underscores occur in other names.
+* ``project`` is OpenStack's project id, and its name only where there is no id: names change and repeat.
+* ``vmm_version`` stays "": no file says it cheaply, and a foreign program is never run to ask it.
+
+A status XML counts only if its pid is that of the process and its name is that of the command line, since files stay
+behind and names repeat. libvirt counts pids in its own namespace: in a container (KubeVirt's virt-launcher) that is
+another number, and every number that the process has (NSpid) will do; in the host's own directories only ours will.
+Whoever fills a container can claim what they like there, but of the container's own VMs only, as by a command line.
+The status may also be that of a session daemon, one directory deeper (``.../libvirt/qemu/run``), as in virt-launcher.
+
+A process that holds a VM has long replaced libvirtd's command line by its own: KVM files are opened after exec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from kvm.discovery.processes import read_stat
+from kvm.identity.libvirt_status import DomainStatus, read_domain_status, read_limited
+from kvm.identity.vmm_cmdline import clean_text, parse_arguments, parse_cmdline, parse_uuid
+from kvm.model import MalformedData, Owner, VmGone
+
+LIBVIRT_DIRECTORIES = (Path("/run/libvirt/qemu"),)
+# Below a process's own root, where /var/run need not be a link to /run
+_LIBVIRT_IN_ROOT = ("run/libvirt/qemu", "run/libvirt/qemu/run", "var/run/libvirt/qemu", "var/run/libvirt/qemu/run")
+
+CMDLINE_BYTES = 1 << 20
+_SMALL_FILE_BYTES = 1 << 16
+
+# A pod's cgroup, with either cgroup driver: /kubepods/..., /kubepods.slice/kubepods-burstable.slice/..., and the same
+# below kubelet.slice
+_POD_CGROUP = re.compile(r"[/-]kubepods[./-]")
+# Namespaces are DNS labels and names DNS subdomains: neither can hold an underscore
+_KUBEVIRT_DOMAIN = re.compile(r"([a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?)_([a-z0-9](?:[-.a-z0-9]{0,251}[a-z0-9])?)")
+
+
+class Problem(NamedTuple):
+    """Something about a VM's owner that could not be read: a word for counting, and a sentence."""
+
+    kind: str
+    message: str
+
+
+class OwnerReading(NamedTuple):
+    """Whose VM it is, and what could not be read of that."""
+
+    owner: Owner
+    problems: tuple[Problem, ...] = ()
+
+
+def parse_namespace_pids(status: str) -> frozenset[int]:
+    """Return the process's numbers in each pid namespace, from a /proc/PID/status."""
+    match = re.search(r"^NSpid:((?:\s+\d{1,10})+)$", status, re.MULTILINE | re.ASCII)
+    return frozenset(int(number) for number in match[1].split()) if match else frozenset()
+
+
+def parse_pod_cgroup(cgroup: str) -> bool:
+    """Tell from a /proc/PID/cgroup whether the process runs in a pod of Kubernetes."""
+    return _POD_CGROUP.search(cgroup) is not None
+
+
+def read_program(proc: Path, pid: int, tid: int) -> tuple[str, str]:
+    """Read process name and path of the executable, "" for a path that cannot be had; neither takes the mmap_lock.
+
+    The leader gives the name (it keeps it after it has exited), ``tid`` the path. Raises VmGone.
+    """
+    directory = proc / str(pid)
+    try:
+        comm = _read_text(directory / "comm").removesuffix("\n")
+    except OSError as err:
+        raise VmGone(f"process {pid} has ended") from err
+    # A process that is just ending has no link, and without CAP_SYS_PTRACE it may not be read: the name serves.
+    with contextlib.suppress(OSError):
+        link = os.readlink(directory / "task" / str(tid) / "exe")
+        return comm, os.fsencode(link).decode("utf-8", "replace")
+    return comm, ""
+
+
+def read_owner(
+    proc: Path, pid: int, tid: int, libvirt_directories: Sequence[Path] = LIBVIRT_DIRECTORIES
+) -> OwnerReading:
+    """Read whose VM process ``pid`` is, through its living thread ``tid``.
+
+    It may hang for as long as the process holds its mmap_lock, or a file system in its mount namespace does not
+    answer. Raises VmGone; everything else costs what could not be read, and is told in the problems.
+    """
+    comm, executable = read_program(proc, pid, tid)
+    try:
+        arguments = parse_arguments(read_limited(proc / str(pid) / "task" / str(tid) / "cmdline", CMDLINE_BYTES))
+    except (FileNotFoundError, ProcessLookupError) as err:
+        raise VmGone(f"process {pid} has ended") from err
+    except OSError as err:
+        return OwnerReading(parse_cmdline((), comm, executable), (Problem("unreadable", f"its command line: {err}"),))
+    if not arguments and not executable:  # it has given up its memory, and so is ending
+        raise VmGone(f"process {pid} is ending")
+    owner = parse_cmdline(arguments, comm, executable)
+    if owner.vmm != "qemu" or not owner.name:
+        return OwnerReading(owner)
+    status, problems = _find_domain_status(proc, pid, tid, libvirt_directories, owner.name)
+    return OwnerReading(_add_libvirt(owner, status, proc / str(pid) / "cgroup"), problems)
+
+
+def _add_libvirt(owner: Owner, status: DomainStatus | None, cgroup: Path) -> Owner:
+    if status is not None:
+        project = clean_text(status.project_id or status.project_name)
+        display_name = clean_text(status.display_name)
+        uuid = owner.uuid or parse_uuid(status.uuid)
+        owner = replace(owner, uuid=uuid, project=project, display_name=display_name)
+    domain = _KUBEVIRT_DOMAIN.fullmatch(owner.name)
+    if domain is None or not (_is_in_pod(cgroup) if status is None else status.is_kubevirt):
+        return owner
+    return replace(owner, namespace=domain[1], name=domain[2])
+
+
+def _is_in_pod(cgroup: Path) -> bool:
+    with contextlib.suppress(OSError):  # the process has ended, or the host has no cgroups: no evidence
+        return parse_pod_cgroup(_read_text(cgroup))
+    return False
+
+
+def _find_domain_status(
+    proc: Path, pid: int, tid: int, libvirt_directories: Sequence[Path], name: str
+) -> tuple[DomainStatus | None, tuple[Problem, ...]]:
+    """Find the status of this very process: in the host's directories first, which no container can write to."""
+    pids = frozenset({pid})
+    with contextlib.suppress(OSError):  # then our own number is all that is known
+        pids |= parse_namespace_pids(_read_text(proc / str(pid) / "status"))
+    root = proc / str(pid) / "task" / str(tid) / "root"
+    places = [(directory, ".", frozenset({pid})) for directory in libvirt_directories]
+    places += [(root, directory, pids) for directory in _LIBVIRT_IN_ROOT]
+    problems: dict[str, Problem] = {}
+    for base, directory, accepted_pids in places:
+        try:
+            status = read_domain_status(base, directory, name)
+        except OSError as err:
+            problems.setdefault("unreadable", Problem("unreadable", f"libvirt's status in {base}/{directory}: {err}"))
+        except MalformedData as err:
+            problems.setdefault("malformed", Problem("malformed", f"libvirt's status {err}"))
+        else:
+            if status is not None and status.name == name and status.pid in accepted_pids:
+                return status, tuple(problems.values())
+    return None, tuple(problems.values())
+
+
+def _read_text(path: Path) -> str:
+    return read_limited(path, _SMALL_FILE_BYTES).decode("utf-8", "replace")
+
+
+@dataclass(slots=True, eq=False)
+class _Lookup:
+    """One process whose owner is looked for; ``reading`` is None until it is known."""
+
+    pid: int
+    start_ticks: int
+    tid: int
+    wanted_at: float
+    started_at: float | None = None
+    is_under_way: bool = False
+    is_wanted: bool = True
+    fallback: Owner = field(default_factory=lambda: Owner(vmm="unknown"))
+    reading: OwnerReading | None = None
+
+
+class OwnerCache:
+    """Remembers whose VM each process is, and looks new ones up in threads of its own.
+
+    Reading a command line can hang (the process's mmap_lock, a file system of its own), so no caller ever does it. A
+    thread ends when there is nothing to look up. One that has been at one process for ``STUCK_SECONDS`` no longer
+    counts, and another takes its place, up to ``THREADS`` in all. After ``give_up_seconds`` a process that has not
+    answered is known by its program's name only, and stays so: an identity that changes is worse than a poor one.
+
+    ``on_error`` is told what could not be read, (pid, kind, message), once a process and kind, always in the thread
+    that calls ``find``. ``proc`` is where proc is mounted, ``clock`` gives seconds that only grow.
+    """
+
+    STUCK_SECONDS = 0.25
+    BUSY_THREADS = 4
+    THREADS = 32
+
+    def __init__(
+        self,
+        on_error: Callable[[int, str, str], None],
+        *,
+        proc: Path = Path("/proc"),
+        libvirt_directories: Sequence[Path] = LIBVIRT_DIRECTORIES,
+        clock: Callable[[], float] = time.monotonic,
+        give_up_seconds: float = 10.0,
+    ) -> None:
+        self._on_error = on_error
+        self._proc = proc
+        self._libvirt_directories = tuple(libvirt_directories)
+        self._clock = clock
+        self._give_up_seconds = give_up_seconds
+        self._changed = threading.Condition()
+        self._lookups: dict[tuple[int, int], _Lookup] = {}
+        self._queue: deque[_Lookup] = deque()
+        self._problems: list[tuple[int, str, str]] = []
+        self._threads: dict[threading.Thread, float | None] = {}  # since when each is at its present process
+
+    def find(self, wanted: Mapping[tuple[int, int], int], wait_seconds: float) -> dict[tuple[int, int], Owner]:
+        """Return the owners that are known, of processes given as {(pid, start_ticks): a living thread}.
+
+        Waits at most ``wait_seconds``, and only for processes that were not asked for before: one that hangs delays
+        its first look and no other. Processes that are not wanted any more are forgotten.
+        """
+        with self._changed:
+            new = self._note_wanted(wanted)
+            deadline = self._clock() + wait_seconds
+            self._start_threads()
+            while any(lookup.reading is None and lookup.is_under_way for lookup in new):
+                left = deadline - self._clock()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, self.STUCK_SECONDS))
+                self._start_threads()
+            self._give_up_on_hung()
+            found = {}
+            for key, lookup in self._lookups.items():
+                if lookup.reading is not None:
+                    found[key] = lookup.reading.owner
+                    self._problems += [(lookup.pid, *problem) for problem in lookup.reading.problems]
+                    lookup.reading = lookup.reading._replace(problems=())
+            problems, self._problems = self._problems, []
+        for problem in problems:
+            self._on_error(*problem)
+        return found
+
+    def _note_wanted(self, wanted: Mapping[tuple[int, int], int]) -> list[_Lookup]:
+        for key in self._lookups.keys() - wanted.keys():
+            self._lookups.pop(key).is_wanted = False
+        new = []
+        for key, tid in wanted.items():
+            lookup = self._lookups.get(key)
+            if lookup is None:
+                lookup = self._lookups[key] = _Lookup(*key, tid, self._clock())
+                new.append(lookup)
+            if lookup.reading is None and not lookup.is_under_way:  # new, or seemed to be ending when it was looked up
+                lookup.tid, lookup.is_under_way, lookup.started_at = tid, True, None
+                self._queue.append(lookup)
+        return new
+
+    def _start_threads(self) -> None:
+        now = self._clock()
+        busy = sum(since is None or now - since < self.STUCK_SECONDS for since in self._threads.values())
+        room = min(self.BUSY_THREADS - busy, self.THREADS - len(self._threads), len(self._queue))
+        for _ in range(room):
+            thread = threading.Thread(target=self._work, name="owners", daemon=True)
+            self._threads[thread] = None
+            try:
+                thread.start()
+            except RuntimeError as err:  # the process may have no more threads
+                del self._threads[thread]
+                self._problems.append((self._queue[0].pid, "threads", f"no thread to look for its owner: {err}"))
+                return
+
+    def _work(self) -> None:
+        thread = threading.current_thread()
+        try:
+            while lookup := self._next_lookup(thread):
+                reading = self._look_up(lookup)
+                with self._changed:
+                    if lookup.reading is None:  # else it was given up on, and that stays
+                        lookup.reading = reading
+                    lookup.is_under_way = False
+                    if not self._queue:
+                        self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._threads.pop(thread, None)
+
+    def _next_lookup(self, thread: threading.Thread) -> _Lookup | None:
+        with self._changed:
+            while self._queue:
+                lookup = self._queue.popleft()
+                if lookup.is_wanted and lookup.reading is None:
+                    self._threads[thread] = lookup.started_at = self._clock()
+                    return lookup
+            # In the same breath as finding nothing: what is queued from now on needs another thread.
+            del self._threads[thread]
+        return None
+
+    def _look_up(self, lookup: _Lookup) -> OwnerReading | None:
+        """Return what is read of a process, None where it has ended or is ending."""
+        try:
+            comm, executable = read_program(self._proc, lookup.pid, lookup.tid)
+            lookup.fallback = parse_cmdline((), comm, executable)
+            reading = read_owner(self._proc, lookup.pid, lookup.tid, self._libvirt_directories)
+            # The number may have passed on to another process before anything was read.
+            is_same = read_stat(self._proc, lookup.pid).start_ticks == lookup.start_ticks
+        except (VmGone, MalformedData, OSError):
+            return None
+        except Exception as err:  # noqa: BLE001 - a thread that dies takes with it whoever waits for its answer
+            return OwnerReading(lookup.fallback, (Problem("unreadable", repr(err)),))
+        return reading if is_same else None
+
+    def _give_up_on_hung(self) -> None:
+        now = self._clock()
+        are_all_stuck = len(self._threads) >= self.THREADS
+        for lookup in self._lookups.values():
+            since = lookup.started_at if lookup.started_at is not None or not are_all_stuck else lookup.wanted_at
+            if lookup.reading is None and since is not None and now - since >= self._give_up_seconds:
+                lookup.reading = OwnerReading(lookup.fallback)
+                reason = f"its command line could not be read within {self._give_up_seconds:g} s; it stays without name"
+                self._problems.append((lookup.pid, "hung", reason))

@@ -1,0 +1,57 @@
+"""Says why the kernel refused a perf event, and what a person can do about it. Pure."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from kvm.host.privileges import Confinement
+from kvm.model import KvmReadError, SourceUnavailable, VmGone
+
+
+def explain(err: OSError, tid: int, confinement: Confinement) -> KvmReadError:
+    """Make VmGone of an error that says the thread has ended, and SourceUnavailable of any other."""
+    if err.errno == errno.ESRCH:
+        return VmGone(f"thread {tid} has ended")
+    if err.errno in (errno.EPERM, errno.EACCES):
+        return explain_denial(err, confinement)
+    reasons: dict[int | None, tuple[str, str]] = {
+        errno.ENOSYS: ("this kernel has no perf events", "use a kernel with CONFIG_PERF_EVENTS"),
+        errno.EINVAL: (f"{err}: the kernel does not know the tracepoint any more; was kvm loaded anew just now?", ""),
+        errno.EMFILE: (f"{err}", "raise the service's limit of open files (LimitNOFILE=)"),
+    }
+    return SourceUnavailable(*reasons.get(err.errno, (str(err), "")))
+
+
+def explain_denial(err: OSError, confinement: Confinement) -> SourceUnavailable:
+    """Say who forbade it: perf_event_open(2) has one number for many causes, so what it looks at is looked at again."""
+    missing = confinement.missing_capabilities or ()
+    causes: tuple[tuple[Callable[[], bool], str, str], ...] = (
+        # CAP_SYS_ADMIN implies it: perfmon_capable() in include/linux/capability.h.
+        (
+            lambda: {"CAP_PERFMON", "CAP_SYS_ADMIN"} <= set(missing or ()),
+            "missing capability: CAP_PERFMON",
+            "give it to the service or the container",
+        ),
+        (
+            lambda: confinement.first_user_namespace is False,
+            "capabilities of a user namespace do not reach perf events",
+            "run in the host's user namespace",
+        ),
+        (
+            lambda: err.filename == "mmap",
+            f"{err}: kernel.perf_event_mlock_kb is used up",
+            "raise kernel.perf_event_mlock_kb or give CAP_IPC_LOCK",
+        ),
+        (
+            lambda: confinement.selinux_enforcing,
+            f"{err}: SELinux may forbid perf_event to {confinement.label}",
+            "allow it in the policy",
+        ),
+    )
+    for holds, reason, remedy in causes:
+        if holds():
+            return SourceUnavailable(reason, remedy)
+    return SourceUnavailable(
+        f"{err}, although no capability is missing", "ask who set this host up: perhaps a seccomp filter forbids it"
+    )
