@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvm.host.privileges import NEEDED_CAPABILITIES, Confinement
+from kvm.host.privileges import NEEDED_CAPABILITIES, Privileges
 from kvm.model import Host, Protection, Snapshot, SourceReport
 
 SOURCE_USES = {
@@ -29,7 +29,7 @@ def can_read(snapshot: Snapshot) -> bool:
     return snapshot.complete and has_counters(snapshot)
 
 
-def render_check(snapshot: Snapshot, confinement: Confinement, vmx_flags: frozenset[str] | None) -> str:
+def render_check(snapshot: Snapshot, confinement: Privileges, vmx_flags: frozenset[str] | None) -> str:
     """Render a report: a line a fact, sources in order of preference."""
     host = snapshot.host
     rows = [
@@ -96,7 +96,7 @@ def describe_lockdown(host: Host) -> str:
     return texts.get(host.lockdown, host.lockdown)
 
 
-def _describe_privileges(confinement: Confinement) -> str:
+def _describe_privileges(confinement: Privileges) -> str:
     who = "root" if confinement.uid == 0 else f"uid {confinement.uid}"
     missing = confinement.missing_capabilities
     if missing is None:
@@ -106,17 +106,17 @@ def _describe_privileges(confinement: Confinement) -> str:
     return f"{who}, without " + "; ".join(f"{name} ({NEEDED_CAPABILITIES[name]})" for name in missing)
 
 
-def _describe_namespaces(host: Host, confinement: Confinement) -> str:
+def _describe_namespaces(host: Host, confinement: Privileges) -> str:
     pid = {
         True: "pid: the host's",
         False: "pid: a container's, the host's processes are not visible: run with hostPID: true",
         None: "pid: unknown",
-    }[host.first_pid_namespace]
+    }[host.initial_pid_namespace]
     user = {True: "user: the host's", False: "user: a container's, its root is not the host's", None: "user: unknown"}
-    return f"{pid}; {user[confinement.first_user_namespace]}"
+    return f"{pid}; {user[confinement.initial_user_namespace]}"
 
 
-def _describe_security(confinement: Confinement) -> str:
+def _describe_security(confinement: Privileges) -> str:
     modules = ",".join(confinement.security_modules) or "no module is shown"
     parts = [modules]
     if confinement.label and confinement.label != "unconfined":

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvm import abi
-from kvm.model import MalformedData, Statistic
+from kvm.errors import MalformedData
+from kvm.model import Statistic
 
 # Far above what any kernel has (47 descriptors of 64 bytes, 1,120 bytes of data in Linux 6.18): bounds what a forged
 # or broken header can make us read.

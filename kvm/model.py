@@ -19,35 +19,6 @@ NOTIFY_WINDOW_EXITS = "notify_window_exits"
 EXITS = "exits"
 
 
-class KvmReadError(Exception):
-    """The parent of what the readers raise; an OSError never leaves them."""
-
-
-class SourceUnavailable(KvmReadError):
-    """A way to read counters does not work on this host.
-
-    ``reason`` says what is missing, ``remedy`` what a person can do about it ("" where nothing can be done).
-    """
-
-    def __init__(self, reason: str, remedy: str = "") -> None:
-        super().__init__(f"{reason}; {remedy}" if remedy else reason)
-        self.reason = reason
-        self.remedy = remedy
-
-
-class MalformedData(KvmReadError):
-    """Bytes or text of foreign origin make no sense; ``origin`` says where they came from."""
-
-    def __init__(self, origin: str, reason: str) -> None:
-        super().__init__(f"{origin}: {reason}")
-        self.origin = origin
-        self.reason = reason
-
-
-class VmGone(KvmReadError):
-    """The VM ended while it was being read: normal life, not a fault."""
-
-
 class VmKey(NamedTuple):
     """One VM of one process, for as long as the host is up.
 
@@ -74,7 +45,7 @@ class Protection(StrEnum):
 class Host:
     """What this host is and offers; "" and None stand for what could not be read.
 
-    ``first_pid_namespace`` is False where we run in a pid namespace of our own: a container without hostPID, whose
+    ``initial_pid_namespace`` is False where we run in a pid namespace of our own: a container without hostPID, whose
     /proc lacks the host's processes.
     """
 
@@ -89,7 +60,7 @@ class Host:
     kvm_module: str
     notify_supported: bool | None
     notify_unknown_reason: str = ""
-    first_pid_namespace: bool | None = None
+    initial_pid_namespace: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,3 +208,33 @@ class SnapshotReader(Protocol):
     def close(self) -> None:
         """Give back what the reader holds."""
         ...
+
+
+class VcpuKey(NamedTuple):
+    """One vCPU of one VM, by KVM's id."""
+
+    vm: VmKey
+    vcpu_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuState:
+    """One vCPU in full.
+
+    ``registers`` are the guest's general registers and ``rip`` as KVM has them in memory; those in ``stale`` KVM has
+    not fetched since the guest last ran (on VMX rip and rsp, unless something asked for them): they prove nothing.
+    ``statistics`` has every statistic that the kernel describes, histograms too. ``guest_mode`` says whether the vCPU
+    ran a nested guest, None where the kernel does not tell.
+    """
+
+    vcpu_id: int
+    tid: int | None
+    registers: Mapping[str, int]
+    stale: frozenset[str]
+    statistics: Mapping[str, tuple[int, ...]]
+
+    @property
+    def guest_mode(self) -> bool | None:
+        """Whether the vCPU ran a nested guest when it was read."""
+        value = self.statistics.get("guest_mode")
+        return None if value is None else bool(value[0])

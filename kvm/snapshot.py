@@ -17,21 +17,11 @@ from kvm import abi
 from kvm.counters.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
 from kvm.counters.source import CounterSource
 from kvm.discovery.vm_discovery import Discovery
+from kvm.errors import SourceUnavailable
 from kvm.host import facts
 from kvm.identity.vcpu_index import number_vcpus, read_index
-from kvm.identity.vm_ids import OWNER_WAIT_SECONDS, FindOwners, Identities
-from kvm.model import (
-    Host,
-    Protection,
-    Snapshot,
-    SourceReport,
-    SourceUnavailable,
-    Vcpu,
-    Vm,
-    VmCounters,
-    VmKey,
-    VmReading,
-)
+from kvm.identity.vm_ids import OWNER_WAIT_SECONDS, FindOwners, VmIds
+from kvm.model import Host, Protection, Snapshot, SourceReport, Vcpu, Vm, VmCounters, VmKey, VmReading
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
@@ -141,7 +131,7 @@ class HostReader:
     ) -> None:
         self._sources = [_KeptSource(source) for source in sources]
         self._discovery = discovery
-        self._identities = Identities(find_owners, errors, proc, unix, owner_wait_seconds)
+        self._identities = VmIds(find_owners, errors, proc, unix, owner_wait_seconds)
         self._errors = errors
         self._proc = proc
         self._kvm_debugfs = kvm_debugfs
@@ -185,7 +175,7 @@ class HostReader:
 
     def _sees_all(self) -> bool:
         """Tell whether no VM of the host can have been overlooked."""
-        if not self._host.first_pid_namespace or self._identities.pending:
+        if not self._host.initial_pid_namespace or self._identities.pending:
             return False
         if any(kept.open and kept.source.finds_vms for kept in self._sources):
             return True
@@ -290,7 +280,7 @@ class HostReader:
         tids: dict[int, int | None] = dict.fromkeys(answer.all_vcpu_ids or ())
         tids |= dict(zip(answer.counters.vcpu_ids, answer.counters.tids, strict=True))
         # debugfs speaks the numbers of the first pid namespace: elsewhere they would name strangers' threads.
-        if answer.knows_threads or None not in tids.values() or not self._host.first_pid_namespace:
+        if answer.knows_threads or None not in tids.values() or not self._host.initial_pid_namespace:
             return tids
         directory = find_vm_directory(self._kvm_debugfs, self._proc, key)
         seen = read_vcpu_tids(directory) if directory is not None else {}

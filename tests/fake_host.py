@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from exporter.monitor.trace_session import Reading
+from exporter.monitor.backends import Reading
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
+from kvm.errors import SourceUnavailable, VmGone
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
@@ -19,11 +20,9 @@ from kvm.model import (
     Protection,
     Snapshot,
     SourceReport,
-    SourceUnavailable,
     Vcpu,
     Vm,
     VmCounters,
-    VmGone,
     VmKey,
     VmReading,
 )

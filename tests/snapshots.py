@@ -28,7 +28,7 @@ INTEL = Host(
     lockdown="integrity",
     kvm_module="kvm_intel",
     notify_supported=True,
-    first_pid_namespace=True,
+    initial_pid_namespace=True,
 )
 UP = SourceReport("stats_fd", up=True)
 CLOSED = SourceReport("debugfs", up=False, reason="the kernel's lockdown forbids it", remedy="nothing to do")

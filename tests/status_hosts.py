@@ -11,12 +11,14 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from exporter.history.recorder import Lately
-from exporter.prometheus.collector import BuildInfo, CollectorSettings, HostCollector
+from exporter.build_info import BuildInfo
+from exporter.history.recorder import SnapshotRecorder
+from exporter.prometheus.collector import CollectorSettings, HostCollector
 from exporter.stalls.drill import NoDrill
-from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
 from exporter.web.listeners import TcpAddress
-from exporter.web.server import ServerSettings, open_server
+from exporter.web.server import open_server
+from exporter.web.settings import ServerSettings
 from kvm.model import Owner, Protection, Snapshot, VmReading
 from tests.reports import make_report
 from tests.snapshots import make_reading, make_snapshot
@@ -80,10 +82,10 @@ class FixedWatcher:
     """A watcher that reports what it is told to."""
 
     def __init__(self, *vcpus: VcpuReport, problem: str = "", trigger: str = "bpf") -> None:
-        self.watch_report = WatchReport(vcpus=vcpus, problem=problem, trigger=trigger)
+        self.watch_report = MonitorReport(vcpus=vcpus, problem=problem, trigger=trigger)
         self.asked = 0
 
-    def report(self) -> WatchReport:
+    def report(self) -> MonitorReport:
         self.asked += 1
         return self.watch_report
 
@@ -91,9 +93,9 @@ class FixedWatcher:
         raise NoDrill(name)
 
 
-def open_collector(lately: Lately) -> HostCollector:
+def open_collector(recorder: SnapshotRecorder) -> HostCollector:
     build = BuildInfo("0.1.0", "abc123", "3.11")
-    return HostCollector(lately, CollectorSettings(), build, time.perf_counter)
+    return HostCollector(recorder, CollectorSettings(), build, time.perf_counter)
 
 
 class ScriptedAgent:
@@ -151,9 +153,9 @@ def serve_host(
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     async def serve() -> None:
-        lately = Lately(host)
+        recorder = SnapshotRecorder(host)
         settings = ServerSettings(addresses=(TcpAddress("127.0.0.1", port),), host_name=host_name)
-        async with open_server(open_collector(lately), lately, settings, watcher=watcher) as (address,):
+        async with open_server(open_collector(recorder), recorder, settings, watcher=watcher) as (address,):
             assert isinstance(address, TcpAddress)
             ports.append(address.port)
             listening.set()

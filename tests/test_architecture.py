@@ -13,18 +13,19 @@ ROOT = Path(__file__).parent.parent
 # From the kernel outwards. A room is a package, or a file that stands alone. It imports from lower ranks and from
 # itself; rooms on one line do not import each other.
 RANKS = [
-    {"kvm", "kvm.abi", "kvm.model"},
+    {"kvm", "kvm.abi", "kvm.errors"},
+    {"kvm.model"},
     {"kvm.syscalls", "kvm.binary_stats", "kvm.read_errors"},
-    {"kvm.discovery"},
-    {"kvm.host"},
+    {"kvm.host", "kvm.discovery"},
     {"kvm.bpf", "kvm.perf", "kvm.identity"},
     {"kvm.counters"},
     {"kvm.snapshot"},
     {"kvm.simulated"},
-    {"exporter", "exporter.logs", "exporter.host_summary"},
+    {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary"},
     {"exporter.stalls", "exporter.history"},
     {"exporter.monitor", "exporter.prometheus", "exporter.status_page"},
     {"exporter.web"},
+    {"exporter.flags"},
     {"exporter.wiring"},
     {"exporter.commands"},
     {"exporter.cli"},
@@ -88,7 +89,7 @@ def test_rooms_import_towards_the_kernel_only() -> None:
         for imported in names & set(MODULES)
         if find_room(imported) != find_room(module) and RANK_OF[find_room(imported)] >= RANK_OF[find_room(module)]
     ]
-    assert wrong == ["exporter.status_page.page imports exporter.web.vcpus_json"], "until settings stand alone"
+    assert wrong == []
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

@@ -1,7 +1,7 @@
 """What moved between two looks: the agent's own memory of the notify counters.
 
-A VM's counter dies with the VM, and an idle one says nothing about when it last moved. ``Movements`` keeps both: the
-sum of all increases seen, which only grows, and the time of the last one of each vCPU.
+A VM's counter dies with the VM, and an idle one says nothing about when it last moved. ``IncreaseTracker`` keeps both:
+the sum of all increases seen, which only grows, and the time of the last one of each vCPU.
 
 What counts as an increase is chosen so that the sum is never too high:
 
@@ -52,7 +52,7 @@ class _Memory:
     last_moves: dict[int, float] = field(default_factory=dict)
 
 
-class Movements:
+class IncreaseTracker:
     """Follows the notify counters from look to look; one owner, not to be shared between threads."""
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """What the notify counters did in the last minutes: for rates and small plots, from looks that are taken anyway.
 
 Whole columns are kept, a VM at a time: an unchanged one costs nothing, and a host on which 10,000 vCPUs move costs as
-many steps a look as it has VMs. Looks come when they come: what happened between two of them is known as an average.
+many steps a look as it has VMs. Snapshots come when they
+come: what happened between two of them is known as an average.
 Where a counter has moved and nobody looked for ``GAP_SECONDS``, or where it fell, the plot has a gap; where it has
 not moved, its rate was 0 however long nobody looked.
 """
@@ -84,7 +85,7 @@ class _Samples:
             del self.kept[:outdated]
 
 
-class History:
+class RateHistory:
     """The last ``WINDOW_SECONDS`` of every notify counter; may be asked and fed from any thread."""
 
     def __init__(self) -> None:

@@ -1,34 +1,33 @@
-"""Keeps the last look at a host, whoever took it, and what its counters did: looks pass through here."""
+"""Takes every snapshot of a host, whoever asks for one, and keeps the last one and what its counters did."""
 
 from __future__ import annotations
 
 import threading
 
-from exporter.history.rates import History
+from exporter.history.rates import RateHistory
 from kvm.model import Snapshot, SnapshotReader
 
 
-class Lately:
-    """A SnapshotReader that remembers; as safe to share between threads as the reader it asks."""
+class SnapshotRecorder:
+    """A SnapshotReader that any thread may use: it lets its reader take one snapshot at a time, and remembers."""
 
     def __init__(self, reader: SnapshotReader) -> None:
-        self.history = History()
+        self.history = RateHistory()
         self._reader = reader
         self._snapshot: Snapshot | None = None
         self._lock = threading.Lock()
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The last look, None before the first."""
+        """The last snapshot, None before the first."""
         return self._snapshot
 
     def read(self) -> Snapshot:
-        """Take one look."""
-        snapshot = self._reader.read()
-        self.history.observe(snapshot)
+        """Take a snapshot; waits while another thread does."""
         with self._lock:
-            if self._snapshot is None or self._snapshot.monotonic_seconds <= snapshot.monotonic_seconds:
-                self._snapshot = snapshot
+            snapshot = self._reader.read()
+            self.history.observe(snapshot)
+            self._snapshot = snapshot
         return snapshot
 
     def close(self) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from exporter.monitor.trace_session import Reading, Tracer
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
-from kvm.model import SnapshotReader, VmKey
+from kvm.model import NotifyExit, SnapshotReader, VmKey
 
 
 class PollMode(StrEnum):
@@ -39,7 +38,7 @@ def is_any_thread(pid: int, tid: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Means:
+class Backends:
     """What the watch reads with; what is None is not there.
 
     ``reader`` is read from worker threads, one read at a time. ``read_vcpu`` reads one vCPU of the last look, None if
@@ -53,3 +52,60 @@ class Means:
     hold: Callable[[VmKey], int] | None = None
     is_thread: Callable[[int, int], bool] = is_any_thread
     make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None
+
+
+T = TypeVar("T")
+
+
+class Records(Protocol):
+    """What a trace has given since the last read; ``ended`` when no more comes without a refresh."""
+
+    @property
+    def exits(self) -> tuple[NotifyExit, ...]: ...  # noqa: D102
+    @property
+    def lost(self) -> int: ...  # noqa: D102
+    @property
+    def odd(self) -> int: ...  # noqa: D102
+    @property
+    def other_rip(self) -> bool: ...  # noqa: D102
+    @property
+    def ended(self) -> bool: ...  # noqa: D102
+    @property
+    def gone(self) -> bool: ...  # noqa: D102
+
+
+class Armed(Protocol):
+    """A thread whose notify exits are traced; ``fd`` is readable when there is something to read."""
+
+    fd: int
+
+    def read(self) -> Records: ...  # noqa: D102
+    def watch_other_rips(self, rip: int) -> None: ...  # noqa: D102
+    def refresh(self) -> None: ...  # noqa: D102
+    def disarm(self) -> None: ...  # noqa: D102
+
+
+class Tracer(Protocol):
+    """Arms threads; all of it waits for the kernel."""
+
+    def open(self) -> None: ...  # noqa: D102
+    def arm(self, tid: int) -> Armed: ...  # noqa: D102
+    def hold_warm(self) -> None: ...  # noqa: D102
+    def release_warm(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Run(Protocol):
+    """Runs what waits for the kernel, in a worker thread."""
+
+    def __call__(self, call: Callable[[], T]) -> Awaitable[T]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One vCPU as it was read in one go: its current registers, and KVM's counters."""
+
+    registers: Mapping[str, int]
+    nested: bool | None
+    notify_exits: int
+    exits: int

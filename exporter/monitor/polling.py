@@ -6,11 +6,9 @@ switched off. Where that is not known they can.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, Vcpu, VmKey, VmReading
+from kvm.model import Protection, Snapshot
 
 POLL_SECONDS: Final = 1.0
 POLLED_VCPUS: Final = 1000
@@ -74,46 +72,3 @@ class PollTimes:
         if self.wanted:
             return self._at + POLL_GAP_SECONDS
         return self._at + min(self.polling.delay_seconds, at_most)
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """A vCPU whose counter has moved: what it was when, and what it is."""
-
-    reading: VmReading
-    vcpu: Vcpu
-    before: int
-    before_seconds: float
-    now: int
-
-
-class Counters:
-    """The notify counters of the last look."""
-
-    def __init__(self) -> None:
-        self._columns: dict[VmKey, tuple[float, tuple[Vcpu, ...], tuple[int, ...]]] = {}
-
-    def observe(self, snapshot: Snapshot) -> Iterator[Moved]:
-        """Yield what has moved since the last look; a VM that is seen for the first time has not."""
-        before, self._columns = self._columns, {}
-        for reading in snapshot.readings:
-            column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
-            if column is None or len(column) != len(reading.vcpus):
-                continue
-            key = reading.vm.key
-            self._columns[key] = (snapshot.monotonic_seconds, reading.vcpus, column)
-            last = before.get(key)
-            if last is None or last[2] == column:
-                continue
-            yield from _compare(reading, last, column)
-
-
-def _compare(
-    reading: VmReading, last: tuple[float, tuple[Vcpu, ...], tuple[int, ...]], column: tuple[int, ...]
-) -> Iterator[Moved]:
-    seconds, vcpus, values = last
-    known = {vcpu.vcpu_id: value for vcpu, value in zip(vcpus, values, strict=True)}
-    for vcpu, value in zip(reading.vcpus, column, strict=True):
-        # A vCPU that was not there before has been plugged in: it counts from 0.
-        if value != known.get(vcpu.vcpu_id, 0):
-            yield Moved(reading, vcpu, known.get(vcpu.vcpu_id, 0), seconds, value)

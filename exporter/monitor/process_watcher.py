@@ -6,43 +6,18 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Final
 
-from exporter.monitor.trace_session import Run
-from kvm.discovery.processes import read_stat
-from kvm.model import MalformedData, VmGone, VmKey
+from exporter.monitor.backends import Run
+from kvm.errors import MalformedData, VmGone
+from kvm.model import VmKey
 
 log = logging.getLogger(__name__)
 
 _OPENING: Final = -1
 
 
-def open_vm_process(key: VmKey, proc: Path = Path("/proc")) -> int:
-    """Return a pidfd of a VM's process, to be closed.
-
-    Raises VmGone where it has ended, also if its pid lives on; OSError or MalformedData where that cannot be told,
-    as without an fd left.
-    """
-    try:
-        with ExitStack() as stack:
-            pidfd = os.pidfd_open(key.pid)
-            stack.callback(os.close, pidfd)
-            if read_stat(proc, key.pid).start_ticks != key.start_ticks:
-                raise VmGone(f"process {key.pid} is another one by now")
-            stack.pop_all()
-            return pidfd
-    except (FileNotFoundError, ProcessLookupError) as err:
-        raise VmGone(f"process {key.pid}: {err.strerror}") from err
-
-
-def is_thread_of(pid: int, tid: int, proc: Path = Path("/proc")) -> bool:
-    """Tell whether a thread belongs to a process."""
-    return (proc / str(pid) / "task" / str(tid)).is_dir()
-
-
-class Holds:
+class ProcessWatcher:
     """The pidfds; ``on_end`` is called, in the event loop, for each VM that ends."""
 
     def __init__(self, open_pidfd: Callable[[VmKey], int] | None, run: Run, on_end: Callable[[VmKey], None]) -> None:

@@ -23,24 +23,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from exporter.history.changes import CounterChanges
 from exporter.monitor.attempts import Attempts
-from exporter.monitor.backends import Means, PollMode
-from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Counters, Polling, PollTimes, choose_polling
-from exporter.monitor.process_watcher import Holds
-from exporter.monitor.thread_index import Found, Threads
-from exporter.monitor.trace_budget import Limits, VcpuKey
-from exporter.monitor.trace_scheduler import Looks
-from exporter.monitor.trace_session import Reading, Run
-from exporter.monitor.tracked_vcpu import Followed
-from exporter.monitor.trigger import HeldTrigger
-from exporter.monitor.vcpu_reader import SingleReads
-from exporter.monitor.vcpu_reports import build_report
-from exporter.stalls.detector import VcpuProgress
+from exporter.monitor.backends import Backends, PollMode, Reading, Run
+from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Polling, PollTimes, choose_polling
+from exporter.monitor.process_watcher import ProcessWatcher
+from exporter.monitor.thread_index import Found, ThreadIndex
+from exporter.monitor.trace_budget import Limits
+from exporter.monitor.trace_scheduler import TraceScheduler
+from exporter.monitor.tracked_vcpu import TrackedVcpu, build_report
+from exporter.monitor.trigger import ManagedTrigger
+from exporter.monitor.vcpu_reader import VcpuReader
+from exporter.stalls.detector import StallDetector
 from exporter.stalls.drill import DRILL_SECONDS, Drill, NoDrill, find_vm
 from exporter.stalls.stall_log import StallLog
-from exporter.stalls.verdicts import StallRule, State, VcpuReport, Verdict, WatchReport
+from exporter.stalls.verdicts import MonitorReport, StallRule, State, VcpuReport, Verdict
 from kvm.bpf.notify_trigger import NotifyCall
-from kvm.model import Vcpu, VmKey, VmReading
+from kvm.model import Vcpu, VcpuKey, VmKey, VmReading
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +56,12 @@ WORKERS: Final = 4
 _NEVER: Final = float("inf")
 
 
-class Watch:
+class StallMonitor:
     """Watches a host's vCPUs for stalls: ``run`` does it, ``report`` tells of it."""
 
     def __init__(
         self,
-        means: Means,
+        means: Backends,
         *,
         rule: StallRule,
         poll: PollMode = PollMode.AUTO,
@@ -74,8 +73,8 @@ class Watch:
         self._means, self._rule, self._poll_mode, self._unix, self._run_given = means, rule, poll, unix, run
         self._clock: Callable[[], float] = time.monotonic
         self._workers: ThreadPoolExecutor | None = None
-        self._single = SingleReads(means.read_vcpu)
-        self._looks = Looks(
+        self._single = VcpuReader(means.read_vcpu)
+        self._looks = TraceScheduler(
             means.tracer,
             limits or Limits(),
             self._call,
@@ -83,17 +82,17 @@ class Watch:
             read=self._single.read,
             on_change=self._take,
         )
-        self._holds = Holds(means.hold, self._call, self._end_process)
+        self._holds = ProcessWatcher(means.hold, self._call, self._end_process)
         self._stall_log = StallLog()
-        self._counters = Counters()
-        self._threads = Threads()
+        self._counters = CounterChanges()
+        self._threads = ThreadIndex()
         self._readings: dict[VmKey, VmReading] = {}
         self._vcpu_count = 0
-        self._followed: dict[VcpuKey, Followed] = {}
-        self._active: dict[VcpuKey, Followed] = {}
+        self._followed: dict[VcpuKey, TrackedVcpu] = {}
+        self._active: dict[VcpuKey, TrackedVcpu] = {}
         self._missing: dict[VcpuKey, float] = {}
         self._ended: set[tuple[int, ...]] = set()
-        self._trigger = HeldTrigger(means.make_trigger, self._call, self.take_call)
+        self._trigger = ManagedTrigger(means.make_trigger, self._call, self.take_call)
         self._polls = PollTimes()
         self._unread = False
         self._read_at = self._retry_at = -_NEVER
@@ -117,11 +116,11 @@ class Watch:
             stopping.cancel()
             await self._close()
 
-    def report(self) -> WatchReport:
+    def report(self) -> MonitorReport:
         """Return what is known now; from any thread."""
         looks, drill = self._looks, self._drill
         followed = [self._report(vcpu) for vcpu in list(self._followed.values())]
-        return WatchReport(
+        return MonitorReport(
             vcpus=(*followed, *([drill.report()] if drill else [])),
             problem=looks.problem,
             trigger_problem=self._trigger.problem,
@@ -155,7 +154,7 @@ class Watch:
         found = self._threads.find(call)
         if found is not None:
             self._take_exit(found)
-        elif self._threads.put_off(call, self._clock()):
+        elif self._threads.deferred_reason(call, self._clock()):
             self._polls.wanted = True
             self._wake.set()
 
@@ -226,7 +225,7 @@ class Watch:
             self._take_exit(found)
         self._polls.end(ended)
 
-    def _renew(self, vcpu: Followed, began: float, ended: float) -> None:
+    def _renew(self, vcpu: TrackedVcpu, began: float, ended: float) -> None:
         """Take in what a look at the host says of a vCPU, or that it says nothing."""
         reading = self._readings.get(vcpu.key.vm)
         counts = None if reading is None else vcpu.renew(reading)
@@ -245,7 +244,7 @@ class Watch:
         active, clock = list(self._active.values()), self._clock
         self._read_at = clock()
 
-        def read() -> list[tuple[Followed, float, Reading | None, float]]:
+        def read() -> list[tuple[TrackedVcpu, float, Reading | None, float]]:
             return [(vcpu, clock(), self._single.read(vcpu.key), clock()) for vcpu in active]
 
         for vcpu, began, reading, ended in await self._call(read):
@@ -283,16 +282,16 @@ class Watch:
         vcpu.moved = True
         self._looks.consider(vcpu)
 
-    def _take_counts(self, vcpu: Followed, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
+    def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
         self._take(vcpu, vcpu.progress.observe_counter(began, ended, notify_exits))
         vcpu.see_counts(began, ended, notify_exits, exits)
         self._looks.consider(vcpu)
 
-    def _follow(self, reading: VmReading, vcpu: Vcpu) -> Followed:
+    def _follow(self, reading: VmReading, vcpu: Vcpu) -> TrackedVcpu:
         key = VcpuKey(reading.vm.key, vcpu.vcpu_id)
         found = self._followed.get(key)
         if found is None:
-            found = Followed(key, reading.vm, vcpu, reading.source, VcpuProgress(self._rule, self._clock()))
+            found = TrackedVcpu(key, reading.vm, vcpu, reading.source, StallDetector(self._rule, self._clock()))
             found.renew(reading)
             self._followed[key] = found
             self._holds.hold(key.vm)
@@ -320,7 +319,7 @@ class Watch:
         if vcpu.vcpu.tid is not None:
             self._ended.add((*key.vm[:2], vcpu.vcpu.tid, key.vcpu_id))
 
-    def _take(self, vcpu: Followed, changes: Sequence[Verdict]) -> None:
+    def _take(self, vcpu: TrackedVcpu, changes: Sequence[Verdict]) -> None:
         """Take in what has been found out about a vCPU."""
         now = self._clock()
         for verdict in changes:
@@ -337,7 +336,7 @@ class Watch:
         if changes:
             self._wake.set()
 
-    def _report(self, vcpu: Followed, verdict: Verdict | None = None) -> VcpuReport:
+    def _report(self, vcpu: TrackedVcpu, verdict: Verdict | None = None) -> VcpuReport:
         return build_report(vcpu, verdict, self._looks.problem, self._clock())
 
     def _end_drill(self, now: float) -> None:

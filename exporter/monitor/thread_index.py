@@ -23,7 +23,7 @@ class Found(NamedTuple):
     vcpu: Vcpu
 
 
-class Threads:
+class ThreadIndex:
     """The vCPU threads of the last look, and those that have been asked for and are not among them."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Threads:
                     return Found(reading, vcpu)
         return None
 
-    def put_off(self, call: NotifyCall, now: float) -> bool:
+    def deferred_reason(self, call: NotifyCall, now: float) -> bool:
         """Keep a call for the next look; tells whether it is worth one."""
         thread = call[1:]
         if thread not in self._waiting:

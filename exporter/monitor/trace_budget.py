@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from exporter.stalls.interval import LOOK_SECONDS
-from kvm.model import VmKey
+from kvm.model import VcpuKey, VmKey
 
 # A look that is shorter than this shows nothing.
 SHORTEST_SECONDS: Final = 0.2
@@ -23,13 +23,6 @@ SHORTEST_TURN_SECONDS: Final = 3.0
 LONGEST_TURN_SECONDS: Final = 40.0
 # Sums of times are not exact, and who has waited until its share was free must find it free.
 _EPSILON: Final = 1e-6
-
-
-class VcpuKey(NamedTuple):
-    """One vCPU of one VM, by KVM's id."""
-
-    vm: VmKey
-    vcpu_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +43,7 @@ class _Past:
     looked: bool = False
 
 
-class LookBudget:
+class TraceBudget:
     """Decides which of the wanted looks may start; ``exhausted`` counts those that were put off, each once."""
 
     def __init__(self, limits: Limits) -> None:

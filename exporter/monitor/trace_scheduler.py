@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from exporter.monitor.trace_budget import Limits, LookBudget, VcpuKey
-from exporter.monitor.trace_session import Reading, Run, Subject, Tracer, take_look
-from exporter.monitor.tracked_vcpu import Followed
+from exporter.monitor.backends import Reading, Run, Tracer
+from exporter.monitor.trace_budget import Limits, TraceBudget
+from exporter.monitor.trace_session import Subject, run_trace_session
+from exporter.monitor.tracked_vcpu import TrackedVcpu
 from exporter.stalls.verdicts import Verdict
-from kvm.model import SourceUnavailable, VmGone, VmKey
+from kvm.errors import SourceUnavailable, VmGone
+from kvm.model import VcpuKey, VmKey
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ RETRY_SECONDS: Final = 10.0
 _NEVER: Final = float("inf")
 
 
-class Looks:
+class TraceScheduler:
     """Starts looks as the budget allows, and keeps count.
 
     ``is_thread`` tells whether a thread belongs to a process, ``read`` reads a vCPU (None where it cannot be had), both
@@ -38,17 +40,17 @@ class Looks:
         *,
         is_thread: Callable[[int, int], bool],
         read: Callable[[VcpuKey], Reading | None],
-        on_change: Callable[[Followed, Sequence[Verdict]], None],
+        on_change: Callable[[TrackedVcpu, Sequence[Verdict]], None],
     ) -> None:
         self.problem = "nothing can trace exits here" if tracer is None else "not tried yet"
         self.armed = self.armings = self.records = self.lost = 0
         self.intervals: dict[int, float] = {}
         """The shortest time between two notify exits at one RIP, by the VM's window in cycles."""
         self._tracer, self._run = tracer, run
-        self._budget = LookBudget(limits)
+        self._budget = TraceBudget(limits)
         self._is_thread, self._read, self._on_change = is_thread, read, on_change
         # Those that wait for a look, have one or had one; a VM that has ended has none here.
-        self._vcpus: dict[VcpuKey, Followed] = {}
+        self._vcpus: dict[VcpuKey, TrackedVcpu] = {}
         self._timers: dict[VcpuKey, asyncio.TimerHandle] = {}
         self._tasks: dict[VcpuKey, asyncio.Task[None]] = {}
         self._retry: asyncio.Task[None] | None = None
@@ -85,7 +87,7 @@ class Looks:
                 text = "exits cannot be traced: stalls cannot be told from other notify exits"
                 log.warning(text, extra={"fields": {"why": err.reason, "remedy": err.remedy}})
 
-    def consider(self, vcpu: Followed) -> None:
+    def consider(self, vcpu: TrackedVcpu) -> None:
         """Start a look at a vCPU if it is due and the budget allows; else it waits for its turn."""
         now = asyncio.get_running_loop().time()
         if self.problem or self._closing or not vcpu.wants_look(now):
@@ -106,7 +108,7 @@ class Looks:
             if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
                 self._budget.end(key, loop.time())
                 continue
-            vcpu.begin_look()
+            vcpu.begin_session()
             task = self._tasks[key] = loop.create_task(self._look(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
             task.add_done_callback(partial(self._end, vcpu))
 
@@ -138,7 +140,7 @@ class Looks:
         if self._tracer is not None:
             await self._run(self._tracer.close)
 
-    async def _look(self, vcpu: Followed, tid: int, tracer: Tracer, seconds: float) -> None:
+    async def _look(self, vcpu: TrackedVcpu, tid: int, tracer: Tracer, seconds: float) -> None:
         subject = Subject(
             tid=tid,
             progress=vcpu.progress,
@@ -149,7 +151,7 @@ class Looks:
         self.armed += 1
         self.armings += 1
         try:
-            await take_look(subject, tracer, self._run, seconds)
+            await run_trace_session(subject, tracer, self._run, seconds)
             vcpu.problem = ""
         except VmGone as err:
             log.debug("a vCPU's thread has ended", extra={"fields": {"vm": vcpu.vm.id, "why": str(err)}})
@@ -168,7 +170,7 @@ class Looks:
             self.lost += subject.lost
             self._note_interval(vcpu)
 
-    def _end(self, vcpu: Followed, task: asyncio.Task[None]) -> None:
+    def _end(self, vcpu: TrackedVcpu, task: asyncio.Task[None]) -> None:
         """Plan what comes after a look; every look ends here, whatever has become of it."""
         now = asyncio.get_running_loop().time()
         del self._tasks[vcpu.key]
@@ -185,7 +187,7 @@ class Looks:
             self._consider_later(vcpu)
         self.start()
 
-    def _consider_later(self, vcpu: Followed) -> None:
+    def _consider_later(self, vcpu: TrackedVcpu) -> None:
         """Consider a vCPU when its next look may be; what was planned before is not."""
         if vcpu.key in self._timers:
             self._timers[vcpu.key].cancel()
@@ -196,7 +198,7 @@ class Looks:
         self._retry = None
         await self.open()
 
-    def _note_interval(self, vcpu: Followed) -> None:
+    def _note_interval(self, vcpu: TrackedVcpu) -> None:
         shortest, window = vcpu.progress.shortest_seconds, vcpu.window_cycles
         if shortest is not None and window is not None:
             self.intervals[window] = min(shortest, self.intervals.get(window, shortest))

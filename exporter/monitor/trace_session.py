@@ -10,75 +10,20 @@ What waits for the kernel (arming, refreshing and disarming, event B, reading re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
-from exporter.stalls.detector import VcpuProgress
+from exporter.monitor.backends import Armed, Reading, Records, Run, Tracer
+from exporter.stalls.detector import StallDetector
 from exporter.stalls.verdicts import State, Verdict
-from kvm.model import NotifyExit, VmGone
-
-T = TypeVar("T")
+from kvm.errors import VmGone
 
 PACE_SECONDS: Final = 0.1
 # A wake-up that got lost costs this much and no more.
 WAIT_SECONDS: Final = 0.25
 SILENT_INTERVALS: Final = 3
 SILENT_SECONDS: Final = 0.5
-
-
-class Records(Protocol):
-    """What a trace has given since the last read; ``ended`` when no more comes without a refresh."""
-
-    @property
-    def exits(self) -> tuple[NotifyExit, ...]: ...  # noqa: D102
-    @property
-    def lost(self) -> int: ...  # noqa: D102
-    @property
-    def odd(self) -> int: ...  # noqa: D102
-    @property
-    def other_rip(self) -> bool: ...  # noqa: D102
-    @property
-    def ended(self) -> bool: ...  # noqa: D102
-    @property
-    def gone(self) -> bool: ...  # noqa: D102
-
-
-class Armed(Protocol):
-    """A thread whose notify exits are traced; ``fd`` is readable when there is something to read."""
-
-    fd: int
-
-    def read(self) -> Records: ...  # noqa: D102
-    def watch_other_rips(self, rip: int) -> None: ...  # noqa: D102
-    def refresh(self) -> None: ...  # noqa: D102
-    def disarm(self) -> None: ...  # noqa: D102
-
-
-class Tracer(Protocol):
-    """Arms threads; all of it waits for the kernel."""
-
-    def open(self) -> None: ...  # noqa: D102
-    def arm(self, tid: int) -> Armed: ...  # noqa: D102
-    def hold_warm(self) -> None: ...  # noqa: D102
-    def release_warm(self) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-class Run(Protocol):
-    """Runs what waits for the kernel, in a worker thread."""
-
-    def __call__(self, call: Callable[[], T]) -> Awaitable[T]: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One vCPU as it was read in one go: its current registers, and KVM's counters."""
-
-    registers: Mapping[str, int]
-    nested: bool | None
-    notify_exits: int
-    exits: int
 
 
 @dataclass(slots=True)
@@ -90,7 +35,7 @@ class Subject:
     """
 
     tid: int
-    progress: VcpuProgress
+    progress: StallDetector
     is_there: Callable[[], bool]
     read: Callable[[], Reading | None] | None
     on_change: Callable[[Sequence[Verdict]], None]
@@ -98,7 +43,7 @@ class Subject:
     lost: int = 0
 
 
-async def take_look(subject: Subject, tracer: Tracer, run: Run, seconds: float) -> None:
+async def run_trace_session(subject: Subject, tracer: Tracer, run: Run, seconds: float) -> None:
     """Look for at most so many seconds; raises VmGone and SourceUnavailable where it cannot be done."""
     armed: list[Armed] = []
 
@@ -110,9 +55,9 @@ async def take_look(subject: Subject, tracer: Tracer, run: Run, seconds: float) 
 
     try:
         await _outlast(run(arm))
-        await _Look(subject, armed[0], run, seconds).watch()
+        await _TraceSession(subject, armed[0], run, seconds).watch()
     finally:
-        subject.progress.end_span()
+        subject.progress.end_window()
         for thread in armed:
             await _outlast(run(thread.disarm))
 
@@ -130,7 +75,7 @@ async def _outlast(work: Awaitable[None]) -> None:
         raise cancelled
 
 
-class _Look:
+class _TraceSession:
     def __init__(self, subject: Subject, armed: Armed, run: Run, seconds: float) -> None:
         self._subject, self._progress = subject, subject.progress
         self._armed = armed
@@ -145,7 +90,7 @@ class _Look:
 
     async def watch(self) -> None:
         """Take what comes until there is nothing more to learn."""
-        self._progress.begin_look()
+        self._progress.begin_session()
         if self._progress.suspected:
             await self._watch_other_rips()
         while True:
@@ -181,7 +126,7 @@ class _Look:
         await self._run(lambda: self._armed.watch_other_rips(rip))
         self._watched_rip = rip
         if self._progress.rip == rip:
-            self._progress.start_span(self._clock())
+            self._progress.start_window(self._clock())
 
     async def _read(self) -> None:
         read = self._subject.read

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from exporter.monitor.trace_budget import VcpuKey
-from exporter.stalls.detector import VcpuProgress
+from exporter.stalls.detector import StallDetector
 from exporter.stalls.interval import LOOK_SECONDS
-from exporter.stalls.verdicts import State
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, Vcpu, Vm, VmReading
+from exporter.stalls.verdicts import State, VcpuReport, Verdict
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, Vcpu, VcpuKey, Vm, VmReading
 
 SUSPECT_SECONDS: Final = 1.0
 STALLED_SECONDS: Final = 10.0
@@ -27,7 +26,7 @@ NEWS_PART: Final = 1.0
 
 
 @dataclass(slots=True)
-class Followed:
+class TrackedVcpu:
     """A vCPU with what is known of it.
 
     ``moved`` says that something has happened since the last look began, ``goes_on`` that it was a sign of life of a
@@ -39,7 +38,7 @@ class Followed:
     vm: Vm
     vcpu: Vcpu
     source: str
-    progress: VcpuProgress
+    progress: StallDetector
     window_cycles: int | None = None
     moved: bool = True
     goes_on: bool = False
@@ -116,7 +115,7 @@ class Followed:
         """Whether it was seen to go on, and is looked at again in turn with all others that do."""
         return self.progress.state in (State.PROGRESSING, State.RECOVERED) and not self._is_out_of_sight
 
-    def begin_look(self) -> None:
+    def begin_session(self) -> None:
         """Say that a look has begun: what has happened so far is being looked at."""
         self.looking = True
         self.moved = self.goes_on = self.faster = False
@@ -140,3 +139,34 @@ class Followed:
     def _idle(self) -> bool:
         slow = (self.progress.interval_seconds or 0.0) > TOO_SLOW_SECONDS
         return slow and not (self.progress.suspected or self.goes_on or self.faster)
+
+
+def build_report(vcpu: TrackedVcpu, verdict: Verdict | None, problem: str, now: float) -> VcpuReport:
+    """Report a verdict, None for the newest; ``problem`` is why nothing can be traced. From any thread."""
+    progress = vcpu.progress
+    return VcpuReport(
+        vm=vcpu.vm,
+        vcpu=vcpu.vcpu,
+        verdict=verdict or progress.verdict,
+        source=vcpu.source,
+        notify_exits=progress.notify_exits,
+        moved_seconds=progress.moved_seconds,
+        traced_exits=progress.traced_exits,
+        same_rip_exits=progress.same_rip_exits,
+        can_judge=not problem and not progress.rip_hidden and vcpu.vcpu.tid is not None,
+        deferred_reason=_explain_put_off(vcpu, problem or vcpu.problem, now),
+    )
+
+
+def _explain_put_off(vcpu: TrackedVcpu, problem: str, now: float) -> str:
+    """Say why nobody looks at a vCPU that has moved, "" where somebody does or a look would show nothing."""
+    if vcpu.looking or not vcpu.moved:
+        return ""
+    if problem:
+        return f"its exits cannot be traced: {problem}"
+    if now < vcpu.look_at:
+        return f"the next look is in {vcpu.look_at - now:.1f} s: each vCPU has its share of looks"
+    return WAITS if vcpu.wants_look(now) else ""
+
+
+WAITS: Final = "others have their turn"

@@ -6,15 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection
 
-from exporter.monitor.backends import Trigger
-from exporter.monitor.trace_session import Run
+from exporter.monitor.backends import Run, Trigger
 from kvm.bpf.notify_trigger import NotifyCall
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
 
 log = logging.getLogger(__name__)
 
 
-class HeldTrigger:
+class ManagedTrigger:
     """The trigger, attached or not; ``make`` is None where there is to be none. ``on_call`` takes what it tells of."""
 
     def __init__(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from exporter.monitor.trace_budget import VcpuKey
-from exporter.monitor.trace_session import Reading
-from kvm.model import SourceUnavailable, VmKey
+from exporter.monitor.backends import Reading
+from kvm.errors import SourceUnavailable
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuKey, VcpuState, VmKey
 
 log = logging.getLogger(__name__)
 
 
-class SingleReads:
+class VcpuReader:
     """What reads a vCPU; ``left_out`` while that does not work. ``read_vcpu`` is None where nothing can."""
 
     def __init__(self, read_vcpu: Callable[[VmKey, int], Reading | None] | None) -> None:
@@ -37,3 +37,21 @@ class SingleReads:
                 fields = {"why": err.reason, "remedy": err.remedy}
                 log.warning("registers cannot be read: a long REP will look like a stall", extra={"fields": fields})
             return None
+
+
+def make_vcpu_reader(
+    read_vcpu: Callable[[VmKey, int], VcpuState | None],
+) -> Callable[[VmKey, int], Reading | None]:
+    """Return what reads a vCPU for the detector: its current registers, and counters."""
+
+    def read(key: VmKey, vcpu_id: int) -> Reading | None:
+        state = read_vcpu(key, vcpu_id)
+        if state is None:
+            return None
+        counts = [state.statistics.get(name) for name in (NOTIFY_WINDOW_EXITS, EXITS)]
+        if counts[0] is None or counts[1] is None:
+            raise SourceUnavailable("this kernel does not describe its statistics of a vCPU")
+        registers = {name: value for name, value in state.registers.items() if name not in state.stale}
+        return Reading(registers, state.guest_mode, counts[0][0], counts[1][0])
+
+    return read

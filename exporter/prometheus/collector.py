@@ -17,14 +17,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from exporter.history.increases import Movements
+from exporter.build_info import BuildInfo
+from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
-from exporter.prometheus.stall_series import VerdictLines
-from exporter.prometheus.vm_series import VcpuSeries, VmLines
-from exporter.stalls.verdicts import WatchReport
-from kvm.model import Host, MalformedData, Protection, Snapshot, SnapshotReader, SourceReport, Vm, VmKey, VmReading
+from exporter.prometheus.stall_series import StallSeries
+from exporter.prometheus.vm_series import VcpuSeries, VmSeries
+from exporter.stalls.verdicts import MonitorReport
+from kvm.errors import MalformedData
+from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, Vm, VmKey, VmReading
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
@@ -35,15 +37,6 @@ LOOK: Final = "look"
 
 class BadSelection(ValueError):
     """A scrape asks for collectors in a way that cannot be answered; the message is for its sender."""
-
-
-@dataclass(frozen=True, slots=True)
-class BuildInfo:
-    """What runs: the agent's version and revision, and Python's version; "" where it is not known."""
-
-    version: str
-    revision: str
-    python_version: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +86,7 @@ class HostCollector:
         settings: CollectorSettings,
         build: BuildInfo,
         clock: Callable[[], float],
-        read_watch: Callable[[], WatchReport] | None = None,
+        read_watch: Callable[[], MonitorReport] | None = None,
     ) -> None:
         """``clock`` gives seconds for durations, as time.perf_counter does; ``read_watch`` what the watch has found."""
         self.settings = settings
@@ -103,11 +96,11 @@ class HostCollector:
         self._reader = reader
         self._clock = clock
         self._read_watch = read_watch
-        self._verdicts: VerdictLines | None = None
-        self._movements = Movements()
+        self._verdicts: StallSeries | None = None
+        self._movements = IncreaseTracker()
         self._errors = ReadErrors()
-        self._lines: dict[VmKey, tuple[VmLines, bool]] = {}
-        self._shown: list[tuple[VmReading, VmLines]] = []
+        self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
+        self._shown: list[tuple[VmReading, VmSeries]] = []
 
     @property
     def sources(self) -> tuple[SourceReport, ...]:
@@ -158,14 +151,14 @@ class HostCollector:
 
     def _look(self) -> list[Family]:
         snapshot = self._reader.read()
-        self._verdicts = VerdictLines(self._read_watch(), snapshot.readings) if self._read_watch else None
+        self._verdicts = StallSeries(self._read_watch(), snapshot.readings) if self._read_watch else None
         self._movements.observe(snapshot)
         self._shown = list(self._arrange(snapshot))
         self._errors.log_new({reading.vm.key.pid: reading.vm for reading in snapshot.readings})
         self.snapshot = snapshot
         return []
 
-    def _arrange(self, snapshot: Snapshot) -> Iterator[tuple[VmReading, VmLines]]:
+    def _arrange(self, snapshot: Snapshot) -> Iterator[tuple[VmReading, VmSeries]]:
         """Yield the VMs that are to be shown with their kept lines, each label ``vm`` once."""
         kept, self._lines = self._lines, {}
         labels = set()
@@ -173,7 +166,7 @@ class HostCollector:
             vm = reading.vm
             lines, shown = kept.get(vm.key, (None, False))
             if lines is None or not lines.fits(reading):
-                lines, shown = VmLines(reading), self.settings.shows(vm)
+                lines, shown = VmSeries(reading), self.settings.shows(vm)
             if lines.vm_label in labels:
                 message = f"another VM has the id {vm.id!r} too"
                 self._errors.record(reading.source, vm.key.pid, "duplicate_vm", message)
@@ -183,7 +176,7 @@ class HostCollector:
             if shown:
                 yield reading, lines
 
-    def _render_vms(self, render: Callable[[VmReading, VmLines], Iterable[tuple[Metric, str]]]) -> list[Family]:
+    def _render_vms(self, render: Callable[[VmReading, VmSeries], Iterable[tuple[Metric, str]]]) -> list[Family]:
         """Make families of what ``render`` says of each VM; a VM that it cannot render is left out."""
         families: dict[Metric, Family] = {}
         for reading, lines in self._shown:
@@ -200,7 +193,7 @@ class HostCollector:
         return list(families.values())
 
     def _collect_vms(self) -> list[Family]:
-        def render(reading: VmReading, lines: VmLines) -> Iterator[tuple[Metric, str]]:
+        def render(reading: VmReading, lines: VmSeries) -> Iterator[tuple[Metric, str]]:
             yield from lines.render_state(reading)
             if total := lines.render_sum(reading):
                 yield metrics.VM_NOTIFY_WINDOW_EXITS, total
@@ -210,7 +203,7 @@ class HostCollector:
     def _collect_vcpus(self) -> list[Family]:
         with_series = self.settings.vcpu_series is not VcpuSeries.NONE
 
-        def render(reading: VmReading, lines: VmLines) -> Iterator[tuple[Metric, str]]:
+        def render(reading: VmReading, lines: VmSeries) -> Iterator[tuple[Metric, str]]:
             if with_series:
                 yield from lines.render_vcpus(reading, self.settings.vcpu_series)
                 if moves := lines.render_last_moves(self._movements.last_moves(reading.vm.key)):

@@ -12,7 +12,7 @@ from typing import Final
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family, render_sample
 from exporter.prometheus.metrics import Metric
-from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
 from kvm.model import NOTIFY_WINDOW_EXITS, Vcpu, VmKey, VmReading
 
 _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
@@ -27,10 +27,10 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
 )
 
 
-class VerdictLines:
+class StallSeries:
     """Renders one report of the watch, for one look at the host."""
 
-    def __init__(self, report: WatchReport, readings: Iterable[VmReading]) -> None:
+    def __init__(self, report: MonitorReport, readings: Iterable[VmReading]) -> None:
         self._report = report
         self._vms: Counter[tuple[int, int]] = Counter()
         if report.context_invalid:

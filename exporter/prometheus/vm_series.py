@@ -1,6 +1,6 @@
 """The sample lines of one VM, kept from look to look: most of them never change.
 
-A ``VmLines`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
+A ``VmSeries`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
 given anew at each look.
 """
 
@@ -12,7 +12,8 @@ from enum import StrEnum
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import SampleLines, escape_label_value, render_sample
 from exporter.prometheus.metrics import Metric, order_labels
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, MalformedData, Protection, VmReading
+from kvm.errors import MalformedData
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmReading
 
 VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
     (NOTIFY_WINDOW_EXITS, metrics.VCPU_NOTIFY_WINDOW_EXITS),
@@ -28,7 +29,7 @@ class VcpuSeries(StrEnum):
     NONE = "none"
 
 
-class VmLines:
+class VmSeries:
     """Renders the lines of one VM; made from its first reading and asked with each.
 
     ``vm_label`` is the label ``vm`` as it is printed: what tells series apart.

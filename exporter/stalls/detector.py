@@ -26,8 +26,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from exporter.stalls.evidence import Span, Suspicion
-from exporter.stalls.interval import LOOK_SECONDS, Cadence
+from exporter.stalls.evidence import ObservationWindow, Suspicion
+from exporter.stalls.interval import LOOK_SECONDS, IntervalEstimator
 from exporter.stalls.verdicts import StallRule, State, Verdict
 from kvm import abi
 from kvm.model import NotifyExit
@@ -45,7 +45,7 @@ NOT_COMPARED: Final = frozenset({"rip", "rsp"})
 _NS: Final = 1_000_000_000
 
 
-class VcpuProgress:
+class StallDetector:
     """Judges one vCPU; each ``observe`` returns the verdicts of the states that the vCPU has entered by it."""
 
     def __init__(self, rule: StallRule, now: float) -> None:
@@ -64,7 +64,7 @@ class VcpuProgress:
         self._why = ""
         self._episode = 0
         self._counter: tuple[float, int] | None = None
-        self._cadence = Cadence()
+        self._cadence = IntervalEstimator()
         self._last_record_seconds = float("-inf")
         self._rip: int | None = None
         self._rip_seconds = 0.0
@@ -73,7 +73,7 @@ class VcpuProgress:
         self._nested: bool | None = None
         self._suspicion: Suspicion | None = None
         self._ended: Suspicion | None = None
-        self._span: Span | None = None
+        self._span: ObservationWindow | None = None
         self._at_rip: float | None = None  # when it was last seen at the suspected RIP, by what is being taken in
         self._changes: list[Verdict] = []
 
@@ -212,17 +212,17 @@ class VcpuProgress:
             self._registers = (ended, compared)
         return self._take_changes()
 
-    def begin_look(self) -> None:
+    def begin_session(self) -> None:
         """Say that records will come that are not in a row with those before: what happened meanwhile was not seen."""
-        self._cadence.begin_look()
+        self._cadence.begin_session()
         self._rip, self._streak, self._registers = None, 0, None
 
-    def start_span(self, now: float) -> None:
+    def start_window(self, now: float) -> None:
         """Say that from now on event B is watched for, at the vCPU's RIP."""
-        self.end_span()
-        self._span = Span(now)
+        self.end_window()
+        self._span = ObservationWindow(now)
 
-    def end_span(self) -> None:
+    def end_window(self) -> None:
         """Say that event B is no longer watched for."""
         suspicion, span = self._suspicion, self._span
         if suspicion and span and (suspicion.stalled or span.is_long):

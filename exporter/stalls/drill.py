@@ -10,23 +10,16 @@ site only after asking that site.
 
 from __future__ import annotations
 
-import http.client
-import json
-import socket
-import urllib.parse
 from collections.abc import Sequence
 from typing import Final
 
-from exporter.stalls.detector import VcpuProgress
+from exporter.stalls.detector import StallDetector
 from exporter.stalls.verdicts import StallRule, VcpuReport, Verdict
 from kvm.model import NotifyExit, Snapshot, VmReading
 
 DRILL_SECONDS: Final = 60.0
-PATH: Final = "/-/drill"
-HEADER: Final = "X-Kvm-Notify-Drill"
 # No guest runs here: bits 62 to 48 of an address have to be like bit 47.
 DRILL_RIP: Final = 0xD5111_0000_0000_000
-CLIENT_SECONDS: Final = 30.0
 
 
 class NoDrill(ValueError):
@@ -57,14 +50,14 @@ class Drill:
         self.ends_at = now + DRILL_SECONDS
         self._reading = reading
         self._rule = rule
-        self._progress = VcpuProgress(rule, now)
+        self._progress = StallDetector(rule, now)
 
     def begin(self, now: float) -> Sequence[VcpuReport]:
         """Let the made-up vCPU be stuck, and return what is found out about it."""
         progress, exits = self._progress, self._rule.exits
         began = now - self._rule.seconds - 0.1
         changes = [*progress.observe_records(began, [self._make_record(began), self._make_record(began + 0.01)])]
-        progress.start_span(began + 0.01)
+        progress.start_window(began + 0.01)
         changes += progress.observe_records(began, [self._make_record(began + 0.02)])
         changes += progress.observe_counter(began + 0.03, began + 0.03, 0)
         changes += progress.observe_counter(began + 0.04, began + 0.04, exits)
@@ -89,39 +82,3 @@ class Drill:
 
     def _make_record(self, seconds: float) -> NotifyExit:
         return NotifyExit(round(seconds * 1e9), self._reading.vcpus[0].tid or 0, DRILL_RIP, 0, 0)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=CLIENT_SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(CLIENT_SECONDS)
-        self.sock.connect(self._path)
-
-
-def ask_for_drill(url: str, vm: str) -> str:
-    """Ask the agent at ``http://HOST:PORT`` or ``unix:PATH`` for a drill and return what it answers.
-
-    Raises NoDrill where it refuses, OSError where it cannot be asked, ValueError for another kind of URL.
-    """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "unix":
-        connection: http.client.HTTPConnection = _UnixConnection(parts.path)
-    elif parts.scheme == "http" and parts.hostname:
-        connection = http.client.HTTPConnection(parts.hostname, parts.port or 9750, timeout=CLIENT_SECONDS)
-    else:
-        raise ValueError(f"{url!r}: want http://HOST:PORT or unix:PATH")
-    try:
-        connection.request("POST", f"{PATH}?{urllib.parse.urlencode({'vm': vm})}", headers={HEADER: "yes"})
-        answer = connection.getresponse()
-        text = answer.read().decode(errors="replace").strip()
-    except http.client.HTTPException as err:
-        raise NoDrill(f"what answers at {url} is no agent: {err!r}") from err
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise NoDrill(f"the agent refuses ({answer.status}): {text}")
-    return str(json.loads(text)["message"])

@@ -1,9 +1,9 @@
 """What speaks for a stall of one vCPU: how long, and for how many exits, it was watched at one RIP; pure.
 
 Exits that are no notify exits may come between two records, at other RIPs: then the guest runs. So time and exits count
-only while event B, any exit at another RIP, was watched for and silent: within a ``Span``. Where exits are so slow that
-one span is not enough, spans add up, but only long ones: else a guest that leaves its RIP and comes back, again and
-again, would be stuck in the sum of many short looks.
+only while event B, any exit at another RIP, was watched for and silent: within an
+``ObservationWindow``. Where exits are so slow that one window is not enough, windows add up, but only long ones: else a
+guest that leaves its RIP and comes back, again and again, would be stuck in the sum of many short looks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LONG_SECONDS: Final = 2.0
 
 
 @dataclass(slots=True)
-class Span:
+class ObservationWindow:
     """A time in which event B was watched for one RIP, and silent; ``started`` is when that had begun."""
 
     started: float
@@ -99,11 +99,11 @@ class Suspicion:
         """Whether the registers were read twice and were alike; None where they were not read."""
         return None if self.registers is None else self.alike_until > self.alike_since
 
-    def sum(self, span: Span | None) -> tuple[int, float]:
+    def sum(self, span: ObservationWindow | None) -> tuple[int, float]:
         """Return for how many exits and seconds it was watched at the RIP, a span under way included."""
         return (self.exits, self.seconds) if span is None else (self.exits + span.exits, self.seconds + span.seconds)
 
-    def add(self, span: Span | None) -> None:
+    def add(self, span: ObservationWindow | None) -> None:
         """Keep what a span that has ended has shown."""
         self.exits, self.seconds = self.sum(span)
 
@@ -113,7 +113,7 @@ class Suspicion:
             self.registers, self.alike_since = registers, ended
         self.alike_until = max(self.alike_since, began)
 
-    def find_ripe(self, span: Span | None, rule_seconds: float) -> float | None:
+    def find_ripe(self, span: ObservationWindow | None, rule_seconds: float) -> float | None:
         """Return when it will have been watched for long enough if nothing speaks against it; None if not watched."""
         if span is None or span.first_seconds is None:
             return None

@@ -15,7 +15,7 @@ from typing import Final
 LOOK_SECONDS: Final = 5.0
 
 
-class Cadence:
+class IntervalEstimator:
     """An estimate for one vCPU; ``interval_seconds`` is None while there is nothing to tell it from."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Cadence:
         # The last two readings between which the counter moved.
         self._moved: tuple[float, float] | None = None
 
-    def begin_look(self) -> None:
+    def begin_session(self) -> None:
         """Say that the records to come are not in a row with those before."""
         self._paired = False
 

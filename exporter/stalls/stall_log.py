@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final
 
-from exporter.stalls.verdicts import State, VcpuReport
+from exporter.stalls.verdicts import State, VcpuReport, name_vector, render_rip
 from kvm.model import VmKey
 
 log = logging.getLogger(__name__)
@@ -48,12 +47,6 @@ ACTION: Final = (
 )
 ACTION_INVALID: Final = "Tell the owner and reset the VM: its VMM has stopped it, or will."
 
-# Intel SDM volume 3, table 6-1
-VECTORS: Final[Mapping[int, str]] = {
-    0: "#DE", 1: "#DB", 2: "NMI", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS", 11: "#NP",
-    12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM", 20: "#VE", 21: "#CP",
-}  # fmt: skip
-_VECTORING_VALID: Final = 1 << 31
 
 _Key = tuple[VmKey, int]
 
@@ -177,19 +170,6 @@ def build_stall_fields(report: VcpuReport, now: float, unix: float) -> dict[str,
     if delivering := name_vector(verdict.idt_vectoring):
         fields["delivering"] = delivering
     return fields | {"meaning": _explain(report), "action": _advise(report)}
-
-
-def name_vector(idt_vectoring: int) -> str:
-    """Name the event whose delivery the exit has interrupted, "" for none (SDM volume 3, IDT-vectoring information)."""
-    if not idt_vectoring & _VECTORING_VALID:
-        return ""
-    vector = idt_vectoring & 0xFF
-    return f"vector {vector} ({VECTORS[vector]})" if vector in VECTORS else f"vector {vector}"
-
-
-def render_rip(rip: int | None) -> str:
-    """Render a RIP as kernels do."""
-    return "unknown" if rip is None else f"{rip:#x}"
 
 
 def _name(report: VcpuReport) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from kvm.model import Vcpu, Vm
 
@@ -63,7 +64,7 @@ class VcpuReport:
     ``source`` is where the VM's counters come from, ``notify_exits`` the counter as it was last read, ``moved_seconds``
     when a notify exit was last known to happen (CLOCK_MONOTONIC). ``traced_exits`` and ``same_rip_exits`` count records
     since the agent runs. ``can_judge`` is False where nothing can be said: RIPs are hidden, or the thread is not known.
-    ``put_off`` says why nobody looks at a vCPU that has moved, "" where somebody does or a look would show nothing.
+    ``deferred_reason`` says why a vCPU that has moved is not traced now, "" where it is or need not be.
     ``drill`` marks a verdict that an operator has asked for to test the alarm.
     """
 
@@ -76,12 +77,12 @@ class VcpuReport:
     traced_exits: int = 0
     same_rip_exits: int = 0
     can_judge: bool = True
-    put_off: str = ""
+    deferred_reason: str = ""
     drill: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class WatchReport:
+class MonitorReport:
     """What the watch has found, and how it works.
 
     ``vcpus`` are those that have taken a notify exit in the agent's time; every other one is quiet. ``problem`` says
@@ -105,3 +106,26 @@ class WatchReport:
     warnings_suppressed: int = 0
     interval_min_seconds: Mapping[int, float] = field(default_factory=dict)
     context_invalid: Mapping[tuple[int, int, int, int], int] | None = None
+
+
+# Intel SDM volume 3, table 6-1
+VECTORS: Final[Mapping[int, str]] = {
+    0: "#DE", 1: "#DB", 2: "NMI", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS", 11: "#NP",
+    12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM", 20: "#VE", 21: "#CP",
+}  # fmt: skip
+
+
+_VECTORING_VALID: Final = 1 << 31
+
+
+def name_vector(idt_vectoring: int) -> str:
+    """Name the event whose delivery the exit has interrupted, "" for none (SDM volume 3, IDT-vectoring information)."""
+    if not idt_vectoring & _VECTORING_VALID:
+        return ""
+    vector = idt_vectoring & 0xFF
+    return f"vector {vector} ({VECTORS[vector]})" if vector in VECTORS else f"vector {vector}"
+
+
+def render_rip(rip: int | None) -> str:
+    """Render a RIP as kernels do."""
+    return "unknown" if rip is None else f"{rip:#x}"

@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 
 from exporter.host_summary import SOURCE_USES, describe_cpu, describe_kvm, describe_lockdown
 from exporter.stalls.verdicts import State
-from exporter.status_page.table import join_rows, render_foreign, render_moment, render_rows
+from exporter.status_page.table import join_rows, render_moment, render_rows, render_untrusted
 from exporter.status_page.text import (
     MAX_REASON,
     ZERO_MEANS,
@@ -30,11 +30,9 @@ from exporter.status_page.text import (
     describe_watch,
     make_headline,
 )
-from exporter.status_page.view import MAX_QUERY, Found, Picture
-from exporter.web.vcpus_json import PRIVATE_HEADERS
+from exporter.status_page.view import MAX_QUERY, Found, StatusView
 from kvm.model import Host
 
-PATH: Final = "/-/status"
 TITLE: Final = "KVM notify exits"
 REFRESH_SECONDS: Final = 10
 
@@ -55,25 +53,14 @@ def read_asset(name: str) -> str:
     return files("exporter.status_page").joinpath(name).read_text(encoding="utf-8")
 
 
-@cache
-def make_headers() -> Mapping[str, str]:
-    """Return what the page is to be sent with: nothing may load or run but its own style sheet and script."""
-    style, script = _hash(read_asset("status.css")), _hash(read_asset("status.js"))
-    policy = (
-        f"default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; form-action 'self'; "
-        "base-uri 'none'; frame-ancestors 'none'"
-    )
-    return {**PRIVATE_HEADERS, "Content-Security-Policy": policy}
-
-
-def render_page(frame: Frame, picture: Picture, found: Found, with_details: bool, refresh: bool = False) -> str:
+def render_page(frame: Frame, picture: StatusView, found: Found, with_details: bool, refresh: bool = False) -> str:
     """Render the page; ``refresh`` lets browsers without JavaScript load it again by themselves."""
     # Without the script only: with it, the page keeps itself up to date.
     again = f'<noscript><meta http-equiv="refresh" content="{REFRESH_SECONDS}"></noscript>' * refresh
     head, rows, rest = _render_parts(frame, picture, found, with_details)
     links = "".join(f'<li><a href="{escape(path)}">{escape(title)}</a></li>' for title, path in frame.links.items())
     release = f"Version {frame.version or 'unknown'}" + (f", revision {frame.revision}" if frame.revision else "")
-    host = render_foreign(frame.host_name) if frame.host_name else ""
+    host = render_untrusted(frame.host_name) if frame.host_name else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
@@ -92,12 +79,12 @@ def render_page(frame: Frame, picture: Picture, found: Found, with_details: bool
     )
 
 
-def render_parts(frame: Frame, picture: Picture, found: Found, with_details: bool) -> str:
+def render_parts(frame: Frame, picture: StatusView, found: Found, with_details: bool) -> str:
     """Render what changes: the parts of the page that its script replaces."""
     return "".join(_render_parts(frame, picture, found, with_details))
 
 
-def make_title(frame: Frame, picture: Picture) -> str:
+def make_title(frame: Frame, picture: StatusView) -> str:
     """Return the title: what is the matter comes first, for whoever sees a row of tabs."""
     stalled = len(picture.find_in(State.STALLED))
     drills = len(picture.find_in(State.STALLED, drill=True))
@@ -105,7 +92,7 @@ def make_title(frame: Frame, picture: Picture) -> str:
     return f"{matter}{TITLE}" + (f" · {clean_name(frame.host_name)}" if frame.host_name else "")
 
 
-def _render_parts(frame: Frame, picture: Picture, found: Found, with_details: bool) -> tuple[str, str, str]:
+def _render_parts(frame: Frame, picture: StatusView, found: Found, with_details: bool) -> tuple[str, str, str]:
     headline, drills = make_headline(picture, with_details), describe_drills(picture, with_details)
     notes = "".join(
         f'<p class="note">{escape(text)}</p>'
@@ -124,7 +111,7 @@ def _render_parts(frame: Frame, picture: Picture, found: Found, with_details: bo
     return head, rows, f'<div id="rest" data-live>{about}</div>'
 
 
-def _render_figures(picture: Picture) -> str:
+def _render_figures(picture: StatusView) -> str:
     vms = len(picture.snapshot.readings) if picture.snapshot else None
     can_tell = picture.report is not None and not picture.report.problem
     figures = {
@@ -138,7 +125,7 @@ def _render_figures(picture: Picture) -> str:
     return f'<dl class="figures">{items}</dl>'
 
 
-def _count_notified(picture: Picture) -> str:
+def _count_notified(picture: StatusView) -> str:
     if picture.snapshot is None:
         return _number(None)
     rows = picture.find_real()
@@ -171,7 +158,7 @@ def _render_hint(with_details: bool) -> str:
     )
 
 
-def _render_protections(picture: Picture) -> str:
+def _render_protections(picture: StatusView) -> str:
     counts = picture.count_protections()
     if not counts:
         return ""
@@ -184,7 +171,7 @@ def _render_protections(picture: Picture) -> str:
     )
 
 
-def _render_sources(picture: Picture) -> str:
+def _render_sources(picture: StatusView) -> str:
     sources = picture.snapshot.sources if picture.snapshot else ()
     if not sources:
         return ""
@@ -205,7 +192,7 @@ def _render_sources(picture: Picture) -> str:
     )
 
 
-def _render_host(picture: Picture) -> str:
+def _render_host(picture: StatusView) -> str:
     if picture.snapshot is None:
         return ""
     host = picture.snapshot.host

@@ -1,6 +1,6 @@
 """The rows of the status page as HTML: the vCPUs that have taken notify exits, and what a search found besides.
 
-Whatever comes from a guest's owner passes through ``render_foreign``: escaped, isolated, of bounded length.
+Whatever comes from a guest's owner passes through ``render_untrusted``: escaped, isolated, of bounded length.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Final
 
-from exporter.stalls.stall_log import render_rip
-from exporter.stalls.verdicts import State
+from exporter.stalls.verdicts import State, render_rip
 from exporter.status_page.sparkline import describe_rate, render_plot, render_rate
 from exporter.status_page.text import clean_name, count_things, list_evidence, render_duration, render_time
-from exporter.status_page.view import Found, Picture, Row
+from exporter.status_page.view import Found, Row, StatusView
 
 # Told apart by shape and word as well as by colour.
 _MARKS: Final = {
@@ -32,7 +31,7 @@ _NO_PLOT: Final = '<span class="soft">a drill has none</span>'
 _NUMBERS: Final = frozenset({"vCPU", "Rate", "Notify exits"})
 
 
-def render_foreign(text: str) -> str:
+def render_untrusted(text: str) -> str:
     """Render text of foreign origin: markup in it is text, and writing from right to left stays within."""
     return f"<bdi>{escape(clean_name(text))}</bdi>"
 
@@ -42,7 +41,7 @@ def render_moment(unix: float, now: float) -> str:
     return f'<time datetime="{datetime.fromtimestamp(unix, UTC):%Y-%m-%dT%H:%M:%SZ}">{render_time(unix, now)}</time>'
 
 
-def render_rows(picture: Picture, found: Found, with_details: bool) -> str:
+def render_rows(picture: StatusView, found: Found, with_details: bool) -> str:
     """Render the table, and a line that says how much of it there is."""
     pieces = [f'<p class="count" id="count" role="status">{escape(_count_rows(found))}</p>']
     if found.rows:
@@ -73,7 +72,7 @@ def _count_rows(found: Found) -> str:
     return f"{text}; the first {len(found.rows)} are shown." if len(found.rows) < found.matching else f"{text}."
 
 
-def _render_row(picture: Picture, row: Row, with_details: bool) -> str:
+def _render_row(picture: StatusView, row: Row, with_details: bool) -> str:
     vcpu = "all" if row.vcpu is None else str(row.vcpu.index)
     cells = {
         "vCPU": vcpu,
@@ -92,7 +91,7 @@ def _render_row(picture: Picture, row: Row, with_details: bool) -> str:
     )
 
 
-def _render_state(picture: Picture, row: Row) -> str:
+def _render_state(picture: StatusView, row: Row) -> str:
     if row.state is None:
         return '<span class="state">not watched</span>'
     text = f'<span class="state"><span aria-hidden="true">{_MARKS[row.state]}</span> {row.state}</span>'
@@ -106,18 +105,18 @@ def _render_state(picture: Picture, row: Row) -> str:
 
 def _render_vm(row: Row, with_details: bool) -> str:
     owner, name = row.vm.owner, row.vm.owner.name if with_details else ""
-    text = f'<span class="name">{render_foreign(name or row.vm.id)}</span>'
-    text += f'<span class="soft id">{render_foreign(row.vm.id)}</span>' * (name not in ("", row.vm.id))
+    text = f'<span class="name">{render_untrusted(name or row.vm.id)}</span>'
+    text += f'<span class="soft id">{render_untrusted(row.vm.id)}</span>' * (name not in ("", row.vm.id))
     about = []
     if with_details:
-        about += [render_foreign(word) for word in (owner.display_name, owner.project or owner.namespace) if word]
-        about.append(f"{render_foreign(owner.vmm)} {row.vm.key.pid}")
+        about += [render_untrusted(word) for word in (owner.display_name, owner.project or owner.namespace) if word]
+        about.append(f"{render_untrusted(owner.vmm)} {row.vm.key.pid}")
     if row.reading is not None:
         about.append(row.reading.protection.value)
     return f'{text}<span class="soft">{" · ".join(about)}</span>'
 
 
-def _render_last(picture: Picture, row: Row) -> str:
+def _render_last(picture: StatusView, row: Row) -> str:
     moved = row.report.moved_seconds if row.report else None
     if moved is not None:
         return render_moment(picture.unix - picture.now + moved, picture.unix)

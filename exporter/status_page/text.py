@@ -11,9 +11,8 @@ from heapq import nsmallest
 from typing import Final
 
 from exporter.host_summary import has_counters
-from exporter.stalls.stall_log import name_vector
-from exporter.stalls.verdicts import State
-from exporter.status_page.view import SHOWN_NAMES, Picture, Row
+from exporter.stalls.verdicts import State, name_vector
+from exporter.status_page.view import SHOWN_NAMES, Row, StatusView
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection
 
 MAX_NAME: Final = 120
@@ -98,7 +97,7 @@ def name_row(row: Row, with_details: bool) -> str:
     return f"VM {name}" if row.vcpu is None else f"vCPU {row.vcpu.index} of {name}"
 
 
-def make_headline(picture: Picture, with_details: bool) -> Headline:
+def make_headline(picture: StatusView, with_details: bool) -> Headline:
     """Say what is the matter on this host."""
     if picture.snapshot is None:
         return Headline(Level.WARN, "The host has not been looked at yet.", "The first look is under way.")
@@ -111,7 +110,7 @@ def make_headline(picture: Picture, with_details: bool) -> Headline:
     return replace(found, level=level, meaning=f"What is known is {render_duration(age)} old. {found.meaning}")
 
 
-def _tell_stuck(picture: Picture, with_details: bool) -> Headline | None:
+def _tell_stuck(picture: StatusView, with_details: bool) -> Headline | None:
     if stalled := picture.find_in(State.STALLED):
         text = f"{count_things(len(stalled), 'vCPU makes', 'vCPUs make')} no forward progress"
         return Headline(Level.BAD, f"{text}: {_list_rows(stalled, with_details)}.", _EXPLAIN_STALL)
@@ -124,7 +123,7 @@ def _tell_stuck(picture: Picture, with_details: bool) -> Headline | None:
     return None
 
 
-def _tell_problem(picture: Picture) -> Headline | None:
+def _tell_problem(picture: StatusView) -> Headline | None:
     if picture.snapshot is not None and not has_counters(picture.snapshot):
         return Headline(Level.WARN, "The counters of this host cannot be read.", "The sources below say why.")
     if picture.snapshot is not None and not picture.snapshot.complete:
@@ -137,7 +136,7 @@ def _tell_problem(picture: Picture) -> Headline | None:
     return None
 
 
-def _tell_unjudged(picture: Picture) -> Headline | None:
+def _tell_unjudged(picture: StatusView) -> Headline | None:
     """Say of how many it is not known whether they are stuck: nobody may call that calm."""
     rows = list(_find_unjudged(picture))
     if not rows:
@@ -147,7 +146,7 @@ def _tell_unjudged(picture: Picture) -> Headline | None:
     return Headline(Level.WARN, text, f"Why is said in {where}.")
 
 
-def _tell_calm(picture: Picture) -> Headline:
+def _tell_calm(picture: StatusView) -> Headline:
     if not picture.find_real():
         return Headline(Level.CALM, _count_notified(picture), _explain_none(picture))
     new = picture.find_in(State.NOTIFYING)
@@ -156,13 +155,13 @@ def _tell_calm(picture: Picture) -> Headline:
     return Headline(Level.CALM, f"{text} {_count_notified(picture)}", meaning)
 
 
-def describe_drills(picture: Picture, with_details: bool) -> str:
+def describe_drills(picture: StatusView, with_details: bool) -> str:
     """Say that an alarm is being tested, "" where none is."""
     drills = picture.find_in(*State, drill=True)
     return f"Drill, not real: {_list_rows(drills, with_details)} is said to be stuck and is well." if drills else ""
 
 
-def describe_watch(picture: Picture) -> tuple[str, str]:
+def describe_watch(picture: StatusView) -> tuple[str, str]:
     """Say how notify exits are noticed: in a word or two, and in a sentence."""
     report = picture.report
     if report is None:
@@ -176,7 +175,7 @@ def describe_watch(picture: Picture) -> tuple[str, str]:
     return "nothing", "No VM of this host can take notify exits."
 
 
-def describe_age(picture: Picture) -> str:
+def describe_age(picture: StatusView) -> str:
     """Say that the last look at the host is an old one, "" where it is not."""
     if picture.snapshot is None:
         return ""
@@ -195,7 +194,7 @@ def list_evidence(row: Row) -> list[str]:
     if row.state is not State.QUIET and row.report.vcpu.tid is None:
         said.append("its thread is not known, so its exits cannot be traced")
     elif row.state is State.NOTIFYING:
-        said.append(row.report.put_off)
+        said.append(row.report.deferred_reason)
     if row.state in (State.STALLED, State.SUSPECT):
         if verdict.registers_alike is not None:
             said.append("registers unchanged" if verdict.registers_alike else "registers read once")
@@ -217,7 +216,7 @@ _EXPLAIN_INCOMPLETE: Final = "There may be VMs that are not listed; kvm-notify-e
 _EXPLAIN_NOTIFIED: Final = "Their guests go on: a notify exit now and then costs a guest time and does no harm."
 
 
-def _explain_none(picture: Picture) -> str:
+def _explain_none(picture: StatusView) -> str:
     counts = picture.count_protections()
     if not counts:
         return "There is no VM."
@@ -233,7 +232,7 @@ def _explain_none(picture: Picture) -> str:
     return "No VM can take any: their counters stay 0; see below."
 
 
-def _count_notified(picture: Picture) -> str:
+def _count_notified(picture: StatusView) -> str:
     rows, of_those = picture.find_real(), _has_unread(picture)
     if not rows:
         return f"No vCPU {'that was read' if of_those else 'of this host'} has taken a notify exit."
@@ -241,7 +240,7 @@ def _count_notified(picture: Picture) -> str:
     return f"{text}, of those that were read." if of_those else f"{text}."
 
 
-def _has_unread(picture: Picture) -> bool:
+def _has_unread(picture: StatusView) -> bool:
     """Tell whether there are VMs of which no notify counter was read."""
     readings = picture.snapshot.readings if picture.snapshot else ()
     return any(
@@ -250,7 +249,7 @@ def _has_unread(picture: Picture) -> bool:
     )
 
 
-def _find_unjudged(picture: Picture) -> Iterator[Row]:
+def _find_unjudged(picture: StatusView) -> Iterator[Row]:
     """Yield the rows that may be stuck for all that is known; a counter that stands still is judged by that."""
     for row in picture.find_real():
         if row.state in (None, State.UNKNOWN) or (

@@ -1,6 +1,6 @@
 """What the status page shows: the vCPUs that have taken notify exits, worst first, and what of them a search finds.
 
-A ``Picture`` is made once for all who look; searching it and taking the first few rows is cheap, however many vCPUs
+A ``StatusView`` is made once for all who look; searching it and taking the first few rows is cheap, however many vCPUs
 there are. Names, owners and RIPs can be found by clients of this machine only, as ``exporter.api`` has it: a search
 that finds what it does not show gives it away all the same.
 """
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Final
 
-from exporter.history.rates import WHOLE_VM, History, Step
-from exporter.stalls.stall_log import render_rip
-from exporter.stalls.verdicts import State, VcpuReport, WatchReport
+from exporter.history.rates import WHOLE_VM, RateHistory, Step
+from exporter.stalls.verdicts import MonitorReport, State, VcpuReport, render_rip
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, Vcpu, Vm, VmKey, VmReading
 
 SHOWN_ROWS: Final = 50
@@ -79,7 +78,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class StatusView:
     """What there is to show at one moment; ``now`` is CLOCK_MONOTONIC, ``unix`` the same moment in Unix time.
 
     ``snapshot`` is the last look at the host, None before the first, ``report`` what the watch knows, None where
@@ -89,8 +88,8 @@ class Picture:
     now: float
     unix: float
     snapshot: Snapshot | None
-    report: WatchReport | None
-    history: History
+    report: MonitorReport | None
+    history: RateHistory
     rows: list[Row]
     groups: Mapping[tuple[State | None, bool], list[Row]]
 
@@ -142,9 +141,9 @@ class Picture:
                 yield Row(reading.vm, None, reading, state, notify_exits=_sum_counts(reading))
 
 
-def take_picture(
-    snapshot: Snapshot | None, report: WatchReport | None, history: History, now: float, unix: float
-) -> Picture:
+def make_status_view(
+    snapshot: Snapshot | None, report: MonitorReport | None, history: RateHistory, now: float, unix: float
+) -> StatusView:
     """Put together what is known at one moment."""
     rows = list(_iterate_rows(snapshot, report))
     rates: dict[VmKey, dict[int, float | None]] = {}
@@ -155,7 +154,7 @@ def take_picture(
             rates[key] = history.find_rates(key, now)
         row.rate = None if row.drill else rates[key].get(row.history_id)
         groups.setdefault((row.state, row.drill), []).append(row)
-    return Picture(now, unix, snapshot, report, history, rows, groups)
+    return StatusView(now, unix, snapshot, report, history, rows, groups)
 
 
 def clean_query(text: str) -> str:
@@ -179,7 +178,7 @@ def _sum_counts(reading: VmReading) -> int | None:
     return sum(counts.values()) if counts else None
 
 
-def _iterate_rows(snapshot: Snapshot | None, report: WatchReport | None) -> Iterator[Row]:
+def _iterate_rows(snapshot: Snapshot | None, report: MonitorReport | None) -> Iterator[Row]:
     """Yield what the watch tells of, and what has taken notify exits before the watch was there."""
     readings = {reading.vm.key: reading for reading in (snapshot.readings if snapshot else ())}
     told: set[tuple[VmKey, int]] = set()
@@ -194,7 +193,9 @@ def _iterate_rows(snapshot: Snapshot | None, report: WatchReport | None) -> Iter
         yield from _iterate_untold(reading, told, report)
 
 
-def _iterate_untold(reading: VmReading, told: Iterable[tuple[VmKey, int]], report: WatchReport | None) -> Iterator[Row]:
+def _iterate_untold(
+    reading: VmReading, told: Iterable[tuple[VmKey, int]], report: MonitorReport | None
+) -> Iterator[Row]:
     column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
     if column is None:
         total = reading.counters.totals.get(NOTIFY_WINDOW_EXITS)

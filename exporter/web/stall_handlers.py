@@ -9,14 +9,16 @@ from typing import Protocol
 from aiohttp import web
 
 from exporter.stalls import drill
-from exporter.stalls.verdicts import VcpuReport, WatchReport
+from exporter.stalls.verdicts import MonitorReport, VcpuReport
 from exporter.web import vcpus_json
+from exporter.web.access import PRIVATE_HEADERS, is_local
+from exporter.web.settings import DRILL_HEADER
 
 
 class Watcher(Protocol):
     """What the server asks about stalls."""
 
-    def report(self) -> WatchReport:
+    def report(self) -> MonitorReport:
         """Return what is known now; from any thread."""
         ...
 
@@ -25,7 +27,7 @@ class Watcher(Protocol):
         ...
 
 
-class StallPages:
+class StallHandlers:
     """The handlers; ``watcher`` is None where nobody watches."""
 
     def __init__(self, watcher: Watcher | None) -> None:
@@ -33,17 +35,19 @@ class StallPages:
 
     async def answer_vcpus(self, request: web.Request) -> web.Response:
         """Say what is known of the vCPUs that take notify exits; RIPs and owners to clients of this machine only."""
-        report = await asyncio.to_thread(self._watcher.report) if self._watcher else WatchReport(problem="not watched")
+        report = (
+            await asyncio.to_thread(self._watcher.report) if self._watcher else MonitorReport(problem="not watched")
+        )
         with_details = is_local(request)
         document = vcpus_json.build_document(report, time.monotonic(), time.time(), with_details)
-        return web.json_response(document, headers=vcpus_json.PRIVATE_HEADERS)
+        return web.json_response(document, headers=PRIVATE_HEADERS)
 
     async def answer_drill(self, request: web.Request) -> web.Response:
         """Begin a drill, for clients of this machine that mean it."""
         if not is_local(request):
             return _refuse(403, "a drill is for clients of this machine: http://127.0.0.1 or the Unix socket")
-        if drill.HEADER not in request.headers or "Origin" in request.headers:
-            return _refuse(403, f"a drill takes the header {drill.HEADER}, which no web page can send")
+        if DRILL_HEADER not in request.headers or "Origin" in request.headers:
+            return _refuse(403, f"a drill takes the header {DRILL_HEADER}, which no web page can send")
         if self._watcher is None:
             return _refuse(409, "this agent does not watch for stalls")
         try:
@@ -54,17 +58,6 @@ class StallPages:
         where = "in the log, in kvm_vcpu_no_forward_progress and in the API"
         message = f"vCPU {begun.vcpu.index} of {vm} is {begun.verdict.state} for {drill.DRILL_SECONDS:.0f} s, {where}"
         return web.json_response({"message": message})
-
-
-def is_local(request: web.Request) -> bool:
-    """Tell whether a request is one of this machine, and of nobody else by way of it."""
-    return vcpus_json.is_local(find_peer(request), request.headers, request.version)
-
-
-def find_peer(request: web.Request) -> str | None:
-    """Return the address of who is connected, None for the Unix socket; a header cannot change it."""
-    peer = request.transport.get_extra_info("peername") if request.transport else "gone"
-    return str(peer[0]) if isinstance(peer, tuple) else None if not peer else str(peer)
 
 
 def _refuse(status: int, text: str) -> web.Response:

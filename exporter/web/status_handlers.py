@@ -3,7 +3,7 @@
 - The host is looked at anew at most every ``LOOK_SECONDS``, by whoever comes first, in a thread of its own. A look that
   takes long is waited for once, by all who ask meanwhile together: the page then shows the last one, and says how old
   it is.
-- What is known is put together at most every ``PICTURE_SECONDS``, and rendered once for all who ask the same.
+- What is known is put together at most every ``VIEW_SECONDS``, and rendered once for all who ask the same.
 - Searches have a share of a core, one for this machine and one for everybody else: whoever asks for ever new words
   gets 503 in the end, and the page without a search is not touched by that.
 
@@ -17,27 +17,31 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Final, NamedTuple
 
 from aiohttp import web
 
 from exporter.history.rates import WINDOW_SECONDS
-from exporter.history.recorder import Lately
+from exporter.history.recorder import SnapshotRecorder
 from exporter.stalls.verdicts import State, VcpuReport
 from exporter.status_page import page
-from exporter.status_page.view import Picture, clean_query, take_picture
-from exporter.web.stall_handlers import Watcher, is_local
+from exporter.status_page.page import _hash, read_asset
+from exporter.status_page.view import StatusView, clean_query, make_status_view
+from exporter.web.access import PRIVATE_HEADERS, is_local
+from exporter.web.cpu_budget import Budget
+from exporter.web.stall_handlers import Watcher
 from kvm.model import Snapshot
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS: Final = 2.0
 LOOK_WAIT_SECONDS: Final = 0.5
-PICTURE_SECONDS: Final = 0.5
+VIEW_SECONDS: Final = 0.5
 SHARE: Final = 20
-MAX_PICTURE_SECONDS: Final = 2.0
+MAX_VIEW_SECONDS: Final = 2.0
 SAMPLE_SECONDS: Final = 5.0
 SEARCH_SHARE: Final = 0.05
 SEARCH_BURST_SECONDS: Final = 0.5
@@ -60,27 +64,7 @@ class _Answer(NamedTuple):
     cost_seconds: float
 
 
-class Budget:
-    """A share of a core, and some more after a pause; what was spent beyond it has to come back first."""
-
-    def __init__(self, share: float, burst_seconds: float, clock: Callable[[], float]) -> None:
-        self._share, self._burst_seconds, self._clock = share, burst_seconds, clock
-        self._left_seconds, self._at = burst_seconds, clock()
-
-    @property
-    def is_left(self) -> bool:
-        """Whether there is anything left to spend."""
-        now = self._clock()
-        self._left_seconds = min(self._burst_seconds, self._left_seconds + (now - self._at) * self._share)
-        self._at = now
-        return self._left_seconds > 0
-
-    def spend(self, seconds: float) -> None:
-        """Take in that so much of a CPU's time was spent."""
-        self._left_seconds -= seconds
-
-
-class StatusPages:
+class StatusHandlers:
     """The handlers of the page and of its changing parts; ``run`` is to go on for as long as they are asked.
 
     ``clock`` is CLOCK_MONOTONIC, ``unix_clock`` the time of day.
@@ -88,19 +72,19 @@ class StatusPages:
 
     def __init__(
         self,
-        lately: Lately,
+        recorder: SnapshotRecorder,
         watcher: Watcher | None,
         frame: page.Frame,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._lately, self._watcher, self._frame = lately, watcher, frame
+        self._lately, self._watcher, self._frame = recorder, watcher, frame
         self._clock, self._unix_clock = clock, unix_clock
         self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-look")
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status")
         self._looking: asyncio.Future[Snapshot] | None = None
         self._wait_until = 0.0
-        self._picture: Picture | None = None
+        self._picture: StatusView | None = None
         self._picture_until = 0.0
         self._answers: dict[_Question, asyncio.Task[_Answer]] = {}
         self._budgets = {here: Budget(SEARCH_SHARE, SEARCH_BURST_SECONDS, clock) for here in (True, False)}
@@ -134,7 +118,7 @@ class StatusPages:
             self._answers[question] = asyncio.create_task(self._render(question))
         # It is made to its end, so that clients that hang up cause no more work than others.
         answer = await asyncio.shield(self._answers[question])
-        headers = {**page.make_headers(), "ETag": answer.etag}
+        headers = {**make_headers(), "ETag": answer.etag}
         if request.headers.get("If-None-Match") == answer.etag:
             return web.Response(status=304, headers=headers)
         return web.Response(body=answer.body, content_type="text/html", charset="utf-8", headers=headers)
@@ -146,7 +130,7 @@ class StatusPages:
         return is_full or not self._budgets[question.with_details].is_left
 
     async def _render(self, question: _Question) -> _Answer:
-        """Make an answer, which is good for PICTURE_SECONDS."""
+        """Make an answer, which is good for VIEW_SECONDS."""
         loop = asyncio.get_running_loop()
         try:
             await self._look(LOOK_SECONDS, LOOK_WAIT_SECONDS)
@@ -155,7 +139,7 @@ class StatusPages:
                 self._budgets[question.with_details].spend(answer.cost_seconds)
             return answer
         finally:
-            loop.call_later(PICTURE_SECONDS, self._forget, question)
+            loop.call_later(VIEW_SECONDS, self._forget, question)
 
     def _forget(self, question: _Question) -> None:
         task = self._answers.pop(question)
@@ -175,15 +159,17 @@ class StatusPages:
         etag = f'"{hashlib.blake2s(body, digest_size=12).hexdigest()}"'
         return _Answer(body, etag, time.thread_time() - began)
 
-    def _draw(self) -> Picture:
+    def _draw(self) -> StatusView:
         """Put together what is known, unless that was done just now."""
         now, began = self._clock(), time.thread_time()
         if self._picture is None or now >= self._picture_until:
             report = self._watcher.report() if self._watcher else None
-            self._picture = take_picture(self._lately.snapshot, report, self._lately.history, now, self._unix_clock())
+            self._picture = make_status_view(
+                self._lately.snapshot, report, self._lately.history, now, self._unix_clock()
+            )
             # However many vCPUs there are to tell of, most of the CPU's time is for others.
             cost = SHARE * (time.thread_time() - began)
-            self._picture_until = now + min(MAX_PICTURE_SECONDS, max(PICTURE_SECONDS, cost))
+            self._picture_until = now + min(MAX_VIEW_SECONDS, max(VIEW_SECONDS, cost))
         return self._picture
 
     async def _look(self, max_age_seconds: float, wait_seconds: float) -> None:
@@ -222,3 +208,14 @@ def _is_lively(found: VcpuReport, now: float) -> bool:
 def _tell_failure(look: asyncio.Future[Snapshot]) -> None:
     if not look.cancelled() and (err := look.exception()):
         log.error("a look at the host failed", extra={"fields": {"why": repr(err)}})
+
+
+@cache
+def make_headers() -> Mapping[str, str]:
+    """Return what the page is to be sent with: nothing may load or run but its own style sheet and script."""
+    style, script = _hash(read_asset("status.css")), _hash(read_asset("status.js"))
+    policy = (
+        f"default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; form-action 'self'; "
+        "base-uri 'none'; frame-ancestors 'none'"
+    )
+    return {**PRIVATE_HEADERS, "Content-Security-Policy": policy}

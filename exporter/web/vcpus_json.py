@@ -9,63 +9,12 @@ in full all the same; a link from there may be followed.
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Mapping
-from typing import Final
+from exporter.stalls.verdicts import MonitorReport, State, VcpuReport, name_vector, render_rip
 
-from exporter.stalls.stall_log import name_vector, render_rip
-from exporter.stalls.verdicts import State, VcpuReport, WatchReport
-
-PATH: Final = "/api/v1/vcpus"
-PRIVATE_HEADERS: Final[Mapping[str, str]] = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "X-Frame-Options": "DENY",
-}
 """For what is not to be kept, nor to be seen from other sites."""
 
-_PROXIES: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
-
-def is_local(peer: str | None, headers: Mapping[str, str], http_version: tuple[int, int] = (1, 1)) -> bool:
-    """Tell whether a client is one of this machine; ``peer`` is its address, None for a Unix socket.
-
-    HTTP/1.0 is what nginx speaks for others, without a word about them, unless it is told better.
-    """
-    if http_version < (1, 1) or any(name in headers for name in _PROXIES):
-        return False
-    is_ours = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-    if not is_ours and not _follows_a_link(headers):
-        return False
-    return peer is None or (_is_loopback(peer) and _is_loopback(_find_host(headers.get("Host", ""))))
-
-
-def _follows_a_link(headers: Mapping[str, str]) -> bool:
-    """Tell whether a browser asks for a page of its own, not for a frame in another one."""
-    return headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest", "document") == "document"
-
-
-def _find_host(text: str) -> str:
-    """Return the host of a header ``Host``, without brackets and port."""
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0]
-
-
-def _is_loopback(text: str) -> bool:
-    if text.lower() == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
-
-
-def build_document(report: WatchReport, now: float, unix: float, with_details: bool) -> dict[str, object]:
+def build_document(report: MonitorReport, now: float, unix: float, with_details: bool) -> dict[str, object]:
     """Return what is known as plain data; ``with_details`` for RIPs and owners.
 
     ``now`` is CLOCK_MONOTONIC, ``unix`` the same moment in Unix time.
@@ -100,7 +49,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         "vcpu": report.vcpu.index,
         "state": verdict.state,
         "why": verdict.why or None,
-        "put_off": report.put_off or None,
+        "deferred_reason": report.deferred_reason or None,
         "since_unix_seconds": date(verdict.since_seconds),
         "stuck_since_unix_seconds": date(verdict.stuck_since_seconds),
         "last_notify_exit_unix_seconds": date(report.moved_seconds),

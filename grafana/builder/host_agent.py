@@ -83,7 +83,7 @@ def make_tracing_row() -> Row:
             ),
             make_graph(
                 42,
-                "Looks",
+                "Trace sessions",
                 "How often a vCPU's exits began to be traced, and how often one had to wait because enough is traced "
                 "already: a guest that provokes notify exits cannot cost more than this.",
                 [

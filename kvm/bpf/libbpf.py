@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvm import abi
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
 
 log = logging.getLogger(__name__)
 

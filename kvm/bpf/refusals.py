@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvm import abi
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
 
 _WHOLE_UID_RANGE = ["0", "0", "4294967295"]
 _VERIFIER_STATISTICS = ("processed ", "verification time", "stack depth", "mark_precise", "max_states")

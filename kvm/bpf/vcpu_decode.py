@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
 from kvm import abi
 from kvm.binary_stats import VALUE_BYTES
-from kvm.model import MalformedData, Statistic, VmCounters, VmKey
+from kvm.errors import MalformedData
+from kvm.model import Statistic, VcpuState, VmCounters, VmKey
 
 # struct vm of vcpus.bpf.c: kvm, mm, start_boottime, tgid, vm_fd, first, count, notify_window, notify_vmexit_flags,
 # next, has_notify, missing
@@ -43,29 +43,6 @@ class HostBlocks(NamedTuple):
     vms: bytes
     identities: bytes
     columns: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class VcpuState:
-    """One vCPU in full.
-
-    ``registers`` are the guest's general registers and ``rip`` as KVM has them in memory; those in ``stale`` KVM has
-    not fetched since the guest last ran (on VMX rip and rsp, unless something asked for them): they prove nothing.
-    ``statistics`` has every statistic that the kernel describes, histograms too. ``guest_mode`` says whether the vCPU
-    ran a nested guest, None where the kernel does not tell.
-    """
-
-    vcpu_id: int
-    tid: int | None
-    registers: Mapping[str, int]
-    stale: frozenset[str]
-    statistics: Mapping[str, tuple[int, ...]]
-
-    @property
-    def guest_mode(self) -> bool | None:
-        """Whether the vCPU ran a nested guest when it was read."""
-        value = self.statistics.get("guest_mode")
-        return None if value is None else bool(value[0])
 
 
 class _KeptVm:

@@ -32,7 +32,6 @@ from kvm.bpf.libbpf import LIBRARY, Library, open_library
 from kvm.bpf.refusals import check_own_pid, explain
 from kvm.bpf.vcpu_decode import (
     HostBlocks,
-    VcpuState,
     VmAssembler,
     decode_state,
     find_all,
@@ -54,8 +53,9 @@ from kvm.bpf.vcpu_programs import (
 )
 from kvm.discovery.processes import read_stat
 from kvm.discovery.vm_discovery import HeldVm
+from kvm.errors import MalformedData, SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, MalformedData, SourceUnavailable, Statistic, VmCounters, VmKey
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Statistic, VcpuState, VmCounters, VmKey
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from kvm.discovery.vm_discovery import HeldVm
-from kvm.host.facts import read_first_pid_namespace
-from kvm.model import MalformedData, SourceUnavailable, VmCounters, VmKey
+from kvm.errors import MalformedData, SourceUnavailable
+from kvm.host.privileges import read_initial_pid_namespace
+from kvm.model import VmCounters, VmKey
 
 _VM_DIRECTORY = re.compile(r"(\d{1,10})-(\d{1,10})")
 _VCPU_DIRECTORY = re.compile(r"vcpu(\d{1,10})")
@@ -113,7 +114,7 @@ class DebugfsSource:
 
         Raises SourceUnavailable; also in a pid namespace of our own, where its directories name strangers' threads.
         """
-        if not read_first_pid_namespace(self._proc):
+        if not read_initial_pid_namespace(self._proc):
             raise SourceUnavailable("its directories are named in the host's pid namespace", "run with hostPID: true")
         path = self._kvm_directory / self._wanted[0]
         try:

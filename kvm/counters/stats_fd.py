@@ -27,7 +27,8 @@ from pathlib import Path
 
 from kvm import abi, binary_stats, syscalls
 from kvm.discovery.vm_discovery import HeldVm
-from kvm.model import MalformedData, SourceUnavailable, VmCounters, VmGone, VmKey
+from kvm.errors import MalformedData, SourceUnavailable, VmGone
+from kvm.model import VmCounters, VmKey
 
 _SAFE_SYMBOL = b" kvm_vcpu_stats_release"
 

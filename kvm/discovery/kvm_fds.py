@@ -102,7 +102,7 @@ def holds_several_vms(tid: int, files: KvmFiles, compare: Compare) -> bool:
     ) or any(len(fds) > MAX_VM_FDS for fds in files.vcpus.values())
 
 
-class VmOwners:
+class VmHolders:
     """Remembers which process holds each VM's file, in kcmp's order, so that a VM is counted once."""
 
     def __init__(self, compare: Compare) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from kvm import abi
-from kvm.model import MalformedData
+from kvm.errors import MalformedData, VmGone
+from kvm.model import VmKey
 
 
 class ProcessStat(NamedTuple):
@@ -58,3 +60,26 @@ def open_pidfd(pid: int, tid: int) -> int:
     PIDFD_THREAD flag for pidfd_open()" (in v6.9); before, OSError with EINVAL.
     """
     return os.pidfd_open(pid) if tid == pid else os.pidfd_open(tid, abi.PIDFD_THREAD)
+
+
+def open_vm_process(key: VmKey, proc: Path = Path("/proc")) -> int:
+    """Return a pidfd of a VM's process, to be closed.
+
+    Raises VmGone where it has ended, also if its pid lives on; OSError or MalformedData where that cannot be told,
+    as without an fd left.
+    """
+    try:
+        with ExitStack() as stack:
+            pidfd = os.pidfd_open(key.pid)
+            stack.callback(os.close, pidfd)
+            if read_stat(proc, key.pid).start_ticks != key.start_ticks:
+                raise VmGone(f"process {key.pid} is another one by now")
+            stack.pop_all()
+            return pidfd
+    except (FileNotFoundError, ProcessLookupError) as err:
+        raise VmGone(f"process {key.pid}: {err.strerror}") from err
+
+
+def is_thread_of(pid: int, tid: int, proc: Path = Path("/proc")) -> bool:
+    """Tell whether a thread belongs to a process."""
+    return (proc / str(pid) / "task" / str(tid)).is_dir()

@@ -29,7 +29,7 @@ from kvm.discovery.kvm_fds import (
     MAX_VM_FDS,
     Compare,
     KvmFiles,
-    VmOwners,
+    VmHolders,
     choose_compare,
     find_distinct,
     holds_several_vms,
@@ -37,7 +37,8 @@ from kvm.discovery.kvm_fds import (
 )
 from kvm.discovery.processes import find_living_thread, open_pidfd, read_stat
 from kvm.discovery.uevents import parse_uevent
-from kvm.model import MalformedData, VmKey
+from kvm.errors import MalformedData
+from kvm.model import VmKey
 
 YOUNG_SECONDS = 30.0
 VMM_SECONDS = 30.0
@@ -102,7 +103,7 @@ class Discovery:
         self._processes: dict[int, _Process] = {}
         self._by_pidfd: dict[int, int] = {}
         self._ended = select.poll()
-        self._owners = VmOwners(self._compare)
+        self._owners = VmHolders(self._compare)
         self._started = False
         self._own_pid = os.getpid()
         self._refused: set[int] = set()

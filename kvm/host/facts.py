@@ -6,13 +6,15 @@ answer is "unknown", never "no".
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from pathlib import Path
 
-from kvm import abi
-from kvm.model import Host, SourceUnavailable
+from kvm.errors import SourceUnavailable
+from kvm.host.kvm_device import find_kvm_module, read_notify_supported
+from kvm.host.lockdown import read_lockdown
+from kvm.host.privileges import read_initial_pid_namespace
+from kvm.model import Host
 
 _CPUINFO_FIELDS = {
     "cpu_vendor": "vendor_id",
@@ -22,8 +24,6 @@ _CPUINFO_FIELDS = {
     "cpu_model_name": "model name",
     "microcode": "microcode",
 }
-# The modules that give KVM its hardware back end; kvm_pvm is KVM without VMX and SVM.
-BACKENDS = ("kvm_intel", "kvm_amd", "kvm_pvm")
 
 
 def parse_cpuinfo(text: str) -> dict[str, str]:
@@ -37,63 +37,6 @@ def parse_vmx_flags(text: str) -> frozenset[str] | None:
     """Return the flags that the ``vmx flags`` lines of all processors share, None where there is no such line."""
     lines = re.findall(r"^vmx flags\s*:(.*)$", text, re.MULTILINE)
     return frozenset.intersection(*(frozenset(line.split()) for line in lines)) if lines else None
-
-
-def parse_lockdown(text: str) -> str:
-    """Return the mode in brackets of /sys/kernel/security/lockdown, "" where there is none."""
-    match = re.search(r"\[(\w+)\]", text)
-    return match[1] if match else ""
-
-
-def read_lockdown(sysfs: Path) -> str:
-    """Read the kernel's lockdown mode; "" where securityfs is not mounted or the kernel has no lockdown."""
-    try:
-        return parse_lockdown((sysfs / "kernel/security/lockdown").read_text())
-    except OSError:
-        return ""
-
-
-def find_kvm_module(sysfs: Path) -> str:
-    """Return which back end KVM runs on: a module's name, ``kvm`` where only the common part shows, or ""."""
-    for name in (*BACKENDS, "kvm"):
-        if (sysfs / "module" / name).is_dir():
-            return name
-    return ""
-
-
-def read_first_pid_namespace(proc: Path) -> bool | None:
-    """Tell whether our processes are numbered as the host numbers them; None where that cannot be read."""
-    try:
-        return (proc / "self/ns/pid").stat().st_ino == abi.PROC_PID_INIT_INO
-    except OSError:
-        return None
-
-
-def open_kvm(device: Path) -> int:
-    """Open /dev/kvm; raises SourceUnavailable with what to do."""
-    try:
-        return os.open(device, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError as err:
-        raise SourceUnavailable(f"{device} does not exist", "load kvm_intel or kvm_amd") from err
-    except PermissionError as err:
-        raise SourceUnavailable(f"{device}: {err.strerror}", "run as root or in the group kvm") from err
-    except OSError as err:
-        raise SourceUnavailable(f"{device}: {err.strerror}") from err
-
-
-def read_notify_supported(device: Path) -> bool:
-    """Ask KVM whether it can force notify exits on this CPU.
-
-    KVM_CHECK_EXTENSION(KVM_CAP_X86_NOTIFY_VMEXIT), Documentation/virt/kvm/api.rst 7.33: 0 where kernel, CPU or an outer
-    hypervisor does not offer it. Raises SourceUnavailable where KVM cannot be asked.
-    """
-    fd = open_kvm(device)
-    try:
-        return fcntl.ioctl(fd, abi.KVM_CHECK_EXTENSION, abi.KVM_CAP_X86_NOTIFY_VMEXIT) > 0
-    except OSError as err:
-        raise SourceUnavailable(f"{device} does not answer KVM_CHECK_EXTENSION: {err.strerror}") from err
-    finally:
-        os.close(fd)
 
 
 def read_host(proc: Path = Path("/proc"), sysfs: Path = Path("/sys"), device: Path = Path("/dev/kvm")) -> Host:
@@ -112,6 +55,6 @@ def read_host(proc: Path = Path("/proc"), sysfs: Path = Path("/sys"), device: Pa
         kvm_module=find_kvm_module(sysfs),
         notify_supported=supported,
         notify_unknown_reason=reason,
-        first_pid_namespace=read_first_pid_namespace(proc),
+        initial_pid_namespace=read_initial_pid_namespace(proc),
         **{ours: cpuinfo.get(theirs, "") for ours, theirs in _CPUINFO_FIELDS.items()},
     )

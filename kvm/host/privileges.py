@@ -22,7 +22,7 @@ NEEDED_CAPABILITIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Confinement:
+class Privileges:
     """What a process may do. None and "" stand for what could not be read.
 
     ``missing_capabilities`` are those of NEEDED_CAPABILITIES that are not effective; ``label`` is the process's
@@ -35,7 +35,7 @@ class Confinement:
     label: str
     selinux_enforcing: bool
     ptrace_scope: int | None
-    first_user_namespace: bool | None
+    initial_user_namespace: bool | None
 
 
 def parse_effective_capabilities(status: str) -> int | None:
@@ -51,7 +51,7 @@ def find_missing_capabilities(effective: int | None) -> tuple[str, ...] | None:
     return tuple(name for name in NEEDED_CAPABILITIES if not effective >> getattr(abi, name) & 1)
 
 
-def parse_first_user_namespace(uid_map: str) -> bool:
+def parse_initial_user_namespace(uid_map: str) -> bool:
     """Tell from /proc/self/uid_map whether user ids are the host's: all of them map to themselves there."""
     return uid_map.split() == ["0", "0", str(2**32 - 1)]
 
@@ -63,18 +63,26 @@ def _read_text(path: Path) -> str | None:
         return None
 
 
-def read_confinement(proc: Path = Path("/proc"), sysfs: Path = Path("/sys")) -> Confinement:
+def read_privileges(proc: Path = Path("/proc"), sysfs: Path = Path("/sys")) -> Privileges:
     """Read what this process may do; raises nothing."""
     effective = parse_effective_capabilities(_read_text(proc / "self/status") or "")
     modules = _read_text(sysfs / "kernel/security/lsm")
     scope = _read_text(proc / "sys/kernel/yama/ptrace_scope")
     uid_map = _read_text(proc / "self/uid_map")
-    return Confinement(
+    return Privileges(
         uid=os.geteuid(),
         missing_capabilities=find_missing_capabilities(effective),
         security_modules=tuple(modules.split(",")) if modules else (),
         label=_read_text(proc / "self/attr/current") or "",
         selinux_enforcing=_read_text(sysfs / "fs/selinux/enforce") == "1",
         ptrace_scope=int(scope) if scope and scope.isdigit() else None,
-        first_user_namespace=parse_first_user_namespace(uid_map) if uid_map else None,
+        initial_user_namespace=parse_initial_user_namespace(uid_map) if uid_map else None,
     )
+
+
+def read_initial_pid_namespace(proc: Path) -> bool | None:
+    """Tell whether our processes are numbered as the host numbers them; None where that cannot be read."""
+    try:
+        return (proc / "self/ns/pid").stat().st_ino == abi.PROC_PID_INIT_INO
+    except OSError:
+        return None

@@ -23,7 +23,7 @@ from pathlib import Path
 from xml.parsers import expat
 
 from kvm import syscalls
-from kvm.model import MalformedData
+from kvm.errors import MalformedData
 
 DEPTH_LIMIT = 64
 TEXT_CHARACTERS = 4096

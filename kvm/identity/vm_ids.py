@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kvm import abi
 from kvm.discovery.processes import find_living_thread, read_stat
-from kvm.model import MalformedData, Owner, Vm, VmKey
+from kvm.errors import MalformedData
+from kvm.model import Owner, Vm, VmKey
 from kvm.read_errors import ReadErrors
 
 # New VMs' owners are waited for this long: reading a command line takes microseconds, unless its process hangs.
@@ -45,7 +46,7 @@ def choose_ids(owners: Mapping[VmKey, Owner], taken: Mapping[VmKey, str]) -> dic
     return ids
 
 
-class Identities:
+class VmIds:
     """Keeps the identity of each VM. ``unix`` gives the time in seconds; ``proc`` is where proc is mounted."""
 
     def __init__(

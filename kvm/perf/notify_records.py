@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvm import abi
-from kvm.model import MalformedData, NotifyExit
+from kvm.errors import MalformedData
+from kvm.model import NotifyExit
 from kvm.perf.ring import Sample
 from kvm.perf.tracepoint_format import Tracepoint
 

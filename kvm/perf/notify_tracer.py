@@ -25,8 +25,9 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from kvm.host.privileges import read_confinement
-from kvm.model import KvmReadError, MalformedData, NotifyExit, SourceUnavailable, VmGone
+from kvm.errors import KvmReadError, MalformedData, SourceUnavailable, VmGone
+from kvm.host.privileges import read_privileges
+from kvm.model import NotifyExit
 from kvm.perf import event as perf_event
 from kvm.perf.notify_records import FIELDS, NOTIFY_FILTER, TraceRecords, decode_notify_exit
 from kvm.perf.refusals import explain
@@ -268,7 +269,7 @@ class NotifyTracer:
         self.tracefs = None
 
     def _explain(self, err: OSError, tid: int) -> KvmReadError:
-        return explain(err, tid, read_confinement(self._proc, self._sysfs))
+        return explain(err, tid, read_privileges(self._proc, self._sysfs))
 
     def _read_tracepoint(self) -> Tracepoint:
         # Read each time: when the module kvm is loaded anew, its tracepoints get other numbers.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from kvm.host.privileges import Confinement
-from kvm.model import KvmReadError, SourceUnavailable, VmGone
+from kvm.errors import KvmReadError, SourceUnavailable, VmGone
+from kvm.host.privileges import Privileges
 
 
-def explain(err: OSError, tid: int, confinement: Confinement) -> KvmReadError:
+def explain(err: OSError, tid: int, confinement: Privileges) -> KvmReadError:
     """Make VmGone of an error that says the thread has ended, and SourceUnavailable of any other."""
     if err.errno == errno.ESRCH:
         return VmGone(f"thread {tid} has ended")
@@ -23,7 +23,7 @@ def explain(err: OSError, tid: int, confinement: Confinement) -> KvmReadError:
     return SourceUnavailable(*reasons.get(err.errno, (str(err), "")))
 
 
-def explain_denial(err: OSError, confinement: Confinement) -> SourceUnavailable:
+def explain_denial(err: OSError, confinement: Privileges) -> SourceUnavailable:
     """Say who forbade it: perf_event_open(2) has one number for many causes, so what it looks at is looked at again."""
     missing = confinement.missing_capabilities or ()
     causes: tuple[tuple[Callable[[], bool], str, str], ...] = (
@@ -34,7 +34,7 @@ def explain_denial(err: OSError, confinement: Confinement) -> SourceUnavailable:
             "give it to the service or the container",
         ),
         (
-            lambda: confinement.first_user_namespace is False,
+            lambda: confinement.initial_user_namespace is False,
             "capabilities of a user namespace do not reach perf events",
             "run in the host's user namespace",
         ),

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvm.host.facts import read_lockdown
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
+from kvm.host.lockdown import read_lockdown
 from kvm.perf.tracepoint_format import Tracepoint, parse_format
 
 # Fields 5 and, behind the dash, 9 of a line of /proc/PID/mountinfo: mount point and type (proc_pid_mountinfo(5)).

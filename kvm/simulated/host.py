@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from kvm.bpf.vcpu_decode import VcpuState
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
@@ -28,6 +27,7 @@ from kvm.model import (
     Snapshot,
     SourceReport,
     Vcpu,
+    VcpuState,
     Vm,
     VmCounters,
     VmKey,

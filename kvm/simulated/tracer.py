@@ -9,7 +9,8 @@ import math
 import os
 from typing import Final
 
-from kvm.model import NotifyExit, VmGone
+from kvm.errors import VmGone
+from kvm.model import NotifyExit
 from kvm.perf.notify_records import TraceRecords
 from kvm.perf.notify_tracer import RECORDS_A_LOOK
 from kvm.simulated.host import SimulatedHost, SimulatedVcpu

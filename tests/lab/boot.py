@@ -13,7 +13,7 @@ Decisions:
   ``/init``, when the kernel gave up its trust in the TSC. ``tsc=reliable`` takes that occasion away; and a panic
   before any program of ours has run says nothing about us: then the boot is repeated once, and a line tells.
   One CPU, or two that take turns, would not stumble; but no race would ever show, and it takes twice as long.
-* Two CPUs that take turns (``Threads.SINGLE``) are for guests that flood: with a thread for each, QEMU's SVM loses
+* Two CPUs that take turns (``ThreadIndex.SINGLE``) are for guests that flood: with a thread for each, QEMU's SVM loses
   its way after some 100,000 exits a second, guests triple fault, and the kernel finds its stacks overwritten.
 * ``oops=panic panic=-1`` and ``-no-reboot``: a kernel that is no longer sound ends the run at once.
 """
@@ -44,7 +44,7 @@ PANIC = re.compile(r"Kernel panic - not syncing: .*(?=\n)")
 APPEND = "console=ttyS0 loglevel=5 oops=panic panic=-1 random.trust_cpu=on tsc=reliable"
 
 
-class Threads(StrEnum):
+class ThreadIndex(StrEnum):
     """How QEMU emulates two CPUs: each with a thread of its own, or both with one, in turns of 0.1 s."""
 
     MULTI = "multi"
@@ -87,7 +87,9 @@ class RunLost(LabError):
         super().__init__("\n".join(parts))
 
 
-def build_command(kernel: Kernel, initramfs: Path, append: str, threads: Threads, fds: tuple[int, int]) -> list[str]:
+def build_command(
+    kernel: Kernel, initramfs: Path, append: str, threads: ThreadIndex, fds: tuple[int, int]
+) -> list[str]:
     """Returns the words that start QEMU with its console and report channel on two given sockets."""
     console_fd, report_fd = fds
     return [
@@ -168,7 +170,7 @@ def run_in_kernel(
     environment: Mapping[str, str] | None = None,
     files: Sequence[str] = (),
     append: str = "",
-    threads: Threads = Threads.MULTI,
+    threads: ThreadIndex = ThreadIndex.MULTI,
     limits: Limits | None = None,
 ) -> Run:
     """Boots a kernel, runs a command in it from the project's directory, and returns what it reported.
@@ -188,7 +190,7 @@ def run_in_kernel(
         return boot(kernel, initramfs, append, threads, limits or Limits())
 
 
-def boot(kernel: Kernel, initramfs: Path, append: str, threads: Threads, limits: Limits) -> Run:
+def boot(kernel: Kernel, initramfs: Path, append: str, threads: ThreadIndex, limits: Limits) -> Run:
     """Boots a kernel with an initramfs and listens until its job is done; raises RunLost."""
     with ExitStack() as stack:
         console, console_end = (stack.enter_context(end) for end in socket.socketpair())

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.lab.boot import Run, Threads, run_in_kernel
+from tests.lab.boot import Run, ThreadIndex, run_in_kernel
 from tests.lab.debian import SERIES, Kernel, open_kernel
 from tests.lab.initramfs import write_layers
 
@@ -41,11 +41,11 @@ class Boot:
     name: str
     append: str
     tests: tuple[str, ...]
-    threads: Threads = Threads.MULTI
+    threads: ThreadIndex = ThreadIndex.MULTI
 
 
 BOOTS = (
-    Boot("verdicts", "", ("tests/lab/inside/verdicts",), Threads.SINGLE),
+    Boot("verdicts", "", ("tests/lab/inside/verdicts",), ThreadIndex.SINGLE),
     Boot("none", "", ("tests/lab/inside/none",)),
     Boot("integrity", "lockdown=integrity", ("tests/lab/inside/integrity", "tests/lab/inside/confidentiality")),
 )
@@ -60,13 +60,13 @@ class Outcome:
     tests: int
     failed: int
     skipped: int
-    complaints: tuple[str, ...]
+    rate_limited_log: tuple[str, ...]
     figures: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """True when tests ran, all of them, none failed, and the kernel did not complain."""
-        well = self.run.exit_status == 0 and not self.complaints
+        well = self.run.exit_status == 0 and not self.rate_limited_log
         return well and self.tests > 0 and self.failed == self.skipped == 0
 
 

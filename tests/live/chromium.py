@@ -132,7 +132,7 @@ class Tab:
         wanted = [{"name": f"prefers-{name.replace('_', '-')}", "value": value} for name, value in features.items()]
         self.call("Emulation.setEmulatedMedia", features=wanted)
 
-    def take_picture(self, path: Path, whole: bool = True) -> None:
+    def make_status_view(self, path: Path, whole: bool = True) -> None:
         """Write a PNG of the page, the part beyond the window as well."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))

@@ -12,7 +12,7 @@ expression found. Everything is closed by then. The targets, all of one job:
 ``lost``  the twin under another name, a target that Prometheus is told to forget
 ========= ========================================================================================================
 
-A second Prometheus has the made-up history (`made_up_history`) and scrapes nobody.
+A second Prometheus has the made-up history (`simulated_history`) and scrapes nobody.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from typing import Any
 from exporter.prometheus.metrics import VCPU_NO_PROGRESS as NO_PROGRESS
 from tests.agents import ROOT, AgentProcess, open_agent, run_agent
 from tests.live import open_guest_process
-from tests.live.made_up_history import write_history
 from tests.live.prometheus_server import (
     Labels,
     Prometheus,
@@ -41,6 +40,7 @@ from tests.live.prometheus_server import (
     open_prometheus,
 )
 from tests.live.receiver import Notification, Receiver, open_receiver
+from tests.live.simulated_history import write_history
 from tests.waiting import wait_until
 
 RULES = ROOT / "grafana" / "alerts"

@@ -26,7 +26,7 @@ def main() -> None:
         tab.wait_until("document.querySelector('.is-stalled .plot .line') !== null")
         # Which machine it was made on is nobody's business.
         tab.evaluate("document.querySelector('header .host').textContent = 'hv-17'")
-        tab.take_picture(PATH)
+        tab.make_status_view(PATH)
     print(f"{PATH}: {PATH.stat().st_size:,} bytes")
 
 

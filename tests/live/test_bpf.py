@@ -19,8 +19,9 @@ import pytest
 from kvm import syscalls
 from kvm.binary_stats import decode_header
 from kvm.counters.bpf import BpfSource
+from kvm.errors import SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
-from kvm.model import SourceUnavailable, VmCounters, VmKey
+from kvm.model import VmCounters, VmKey
 from tests.agents import ROOT
 from tests.live import GuestProcess, open_guest_process, strange_vmm
 from tests.waiting import wait_until

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from kvm.bpf.notify_trigger import NotifyCall, NotifyTrigger
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
 from tests.live import open_guest_process
 
 pytestmark = pytest.mark.live

@@ -1,7 +1,7 @@
 """Every expression of rules and dashboards, asked of a real Prometheus: each finds something, and none of them errs.
 
 What real agents give (`monitored_hosts`) is enough, unless a table here says why it cannot be: then the made-up history
-has to be (`made_up_history`). A new expression is in no table, so it must find something of the agents.
+has to be (`simulated_history`). A new expression is in no table, so it must find something of the agents.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from exporter.prometheus.metrics import METRICS, VCPU_CONTEXT_INVALID
-from tests.dashboard_queries import find_panels, read_dashboards
+from tests.grafana.dashboard_queries import find_panels, read_dashboards
+from tests.grafana.promql import find_selectors
 from tests.live.expressions import (
     find_dashboard_questions,
     find_questions,
     find_readme_questions,
     find_rule_questions,
 )
-from tests.live.made_up_history import parse_seconds, read_groups
 from tests.live.monitored_hosts import Answer, Episode, Question, find_rule_files
-from tests.promql import find_selectors
+from tests.live.simulated_history import parse_seconds, read_groups
 
 pytestmark = pytest.mark.live
 
-# Where each alert is found: instances of `monitored_hosts` or of `made_up_history`; "" if it is about no single one.
+# Where each alert is found: instances of `monitored_hosts` or of `simulated_history`; "" if it is about no single one.
 SCENARIOS: Mapping[str, str] = {
     "KvmVcpuNoForwardProgress": "demo",
     "KvmVmUnprotected": "demo",
@@ -104,7 +104,7 @@ def test_no_question_errs(episode: Episode, tell: Callable[[str], None]) -> None
 
 
 def test_prometheus_finds_no_error_in_a_rule(episode: Episode) -> None:
-    """Groups that are evaluated more rarely than each minute are only replayed (`made_up_history`)."""
+    """Groups that are evaluated more rarely than each minute are only replayed (`simulated_history`)."""
     assert [rule for rule in episode.rules if rule["health"] == "err" or rule.get("lastError")] == []
     groups = [group for group in read_groups(find_rule_files()) if parse_seconds(group["interval"]) <= 60]
     names = {rule.get("alert") or rule["record"] for group in groups for rule in group["rules"]}

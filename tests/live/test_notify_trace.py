@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm.model import VmGone
+from kvm.errors import VmGone
 from kvm.perf import event as perf_event
 from kvm.perf.notify_records import TraceRecords, build_mask_filter
 from kvm.perf.notify_tracer import NotifyTracer

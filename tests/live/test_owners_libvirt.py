@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvm.discovery.processes import read_stat
-from kvm.identity.owners import OwnerCache, OwnerReading, read_owner
+from kvm.identity.owner_cache import OwnerCache
+from kvm.identity.owners import OwnerReading, read_owner
 from kvm.model import Owner
 from tests.live.libvirt_daemon import (
     Libvirt,

@@ -19,7 +19,8 @@ from kvm.counters.debugfs import DebugfsSource, find_vcpu_ids, find_vm_directory
 from kvm.counters.stats_fd import StatsFdSource
 from kvm.discovery.uevents import open_uevents, parse_uevent, read_uevent
 from kvm.discovery.vm_discovery import Discovery, HeldVm
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SourceUnavailable, VmKey
+from kvm.errors import SourceUnavailable
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VmKey
 from tests.live import open_guest_process
 
 pytestmark = pytest.mark.live

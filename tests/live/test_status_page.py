@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import pytest
 
-from exporter.history.rates import History
-from exporter.stalls.verdicts import State, WatchReport
+from exporter.history.rates import RateHistory
+from exporter.stalls.verdicts import MonitorReport, State
 from exporter.status_page.page import Frame, render_page, render_parts
-from exporter.status_page.view import take_picture
+from exporter.status_page.view import make_status_view
 from kvm.model import SourceReport
 from kvm.simulated.host import CYCLE_SECONDS
 from tests.agents import AgentProcess, open_agent
@@ -83,15 +83,15 @@ def browser() -> Iterator[Tab]:
 
 @pytest.fixture
 def tab(browser: Tab) -> Iterator[Tab]:
-    """A page of a usual size, about which the browser has no complaints in the end."""
+    """A page of a usual size, about which the browser has no rate_limited_log in the end."""
     browser.open("about:blank")
     browser.resize(1200, 900)
     browser.prefer(color_scheme="light")
     browser.events.clear()
     yield browser
-    complaints = browser.list_complaints()
+    rate_limited_log = browser.list_complaints()
     browser.open("about:blank")
-    assert complaints == []
+    assert rate_limited_log == []
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +377,7 @@ def test_a_tab_that_is_opened_behind_others_does_not_ask(browser: Tab, url: str)
 def agent(browser: Tab) -> Iterator[ScriptedAgent]:
     """Answers the script as it is told to."""
     frame = Frame("", "", "hv-17", {})
-    picture = take_picture(make_snapshot(*READINGS), WatchReport(trigger="bpf"), History(), 100.0, 1.7e9)
+    picture = make_status_view(make_snapshot(*READINGS), MonitorReport(trigger="bpf"), RateHistory(), 100.0, 1.7e9)
     agent = ScriptedAgent(
         render_page(frame, picture, picture.find("", True), True),
         lambda query: render_parts(frame, picture, picture.find(query, True), True),

@@ -6,7 +6,7 @@ import pytest
 
 from kvm.bpf.notify_trigger import NotifyTrigger
 from kvm.counters.bpf import BpfSource
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
 from tests.lab.inside.conftest import LOCKDOWN
 
 REASON = "lockdown=confidentiality: BPF may not read kernel memory"

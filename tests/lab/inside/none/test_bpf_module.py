@@ -10,7 +10,7 @@ import pytest
 
 from kvm.bpf.notify_trigger import NotifyTrigger
 from kvm.counters.bpf import BpfSource
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
 from tests.live import open_guest_process
 
 MODULES = ("kvm", "kvm-amd", "notify_inject")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kvm.model import NotifyExit, VmGone
+from kvm.errors import VmGone
+from kvm.model import NotifyExit
 from kvm.perf.notify_records import TraceRecords
 from kvm.perf.notify_tracer import RECORDS_A_LOOK, ArmedThread, NotifyTracer
 from tests.lab.inside.kvm_readers import find_vm_directory, read_vcpu_statistics

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm.model import SourceUnavailable
+from kvm.errors import SourceUnavailable
 from kvm.perf.notify_tracer import NotifyTracer
 from tests.lab.inside.none.test_bpf_module import insert, is_loaded, remove
 from tests.live import open_guest_process

@@ -1,0 +1,168 @@
+"""``once``: take one snapshot, print it and exit."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from exporter.host_summary import has_counters
+from exporter.prometheus import metrics
+from exporter.prometheus.exposition import render_text
+from exporter.stalls.verdicts import State
+from exporter.wiring import ONE_LOOK_WAIT_SECONDS, build_collector, open_host
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Snapshot, VmReading
+
+MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
+
+
+def run_once(arguments: argparse.Namespace) -> int:
+    """Print one look at the host, or write it to a file; 0 if counters could be read, else 1."""
+    with contextlib.ExitStack() as stack:
+        collector = build_collector(open_host(arguments.sources, stack, ONE_LOOK_WAIT_SECONDS), arguments)
+        # One look has seen nothing move: what is a memory of looks would be a 0 for ever.
+        families = [family for family in collector.collect() if family.metric not in MEMORIES]
+        snapshot = collector.snapshot
+    if snapshot is None:
+        return 1
+    if arguments.output is not None:
+        write_whole(arguments.output, render_text(families))
+    elif arguments.format == "prometheus":
+        sys.stdout.write(render_text(families))
+    else:
+        sys.stdout.write(render_json(snapshot) if arguments.format == "json" else render_table(snapshot))
+    return 0 if has_counters(snapshot) else 1
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part; raises OSError."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # the collector reads *.prom, not this
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), 0o644)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).rename(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+UNKNOWN = "-"
+
+
+_TABLE_HEADER = (
+    *("VM", "NAME", "OWNER", "VMM", "PID", "VCPU", "STATE", "TID", "NOTIFY EXITS", "EXITS"),
+    *("PROTECTION", "SOURCE"),
+)
+
+
+_RIGHT = {"PID", "VCPU", "TID", "NOTIFY EXITS", "EXITS"}
+
+
+def build_document(snapshot: Snapshot) -> dict[str, object]:
+    """Return a look as plain data; a number that was not read is null, or its key is missing."""
+    return {
+        "unix_seconds": snapshot.unix_seconds,
+        "complete": snapshot.complete,
+        "host": asdict(snapshot.host),
+        "sources": [asdict(source) for source in snapshot.sources],
+        "vms": [_build_vm(reading) for reading in snapshot.readings],
+        "errors": [
+            {"source": source, "kind": kind, "count": count} for (source, kind), count in snapshot.errors.items()
+        ],
+    }
+
+
+def _build_vm(reading: VmReading) -> dict[str, object]:
+    owner = asdict(reading.vm.owner)
+    del owner["own_id"]  # it is the id where it matters
+    return {
+        "vm": reading.vm.id,
+        "pid": reading.vm.key.pid,
+        "start_time_seconds": reading.vm.start_time_seconds,
+        **owner,
+        "source": reading.source or None,
+        "problem": reading.counters.problem or None,
+        "protection": reading.protection,
+        "notify_window_cycles": reading.counters.notify_window_cycles,
+        "vcpu_count": reading.vcpu_count,
+        "totals": dict(reading.counters.totals),
+        "vcpus": list(_build_vcpus(reading)),
+    }
+
+
+def _build_vcpus(reading: VmReading) -> Iterable[dict[str, object]]:
+    for position, vcpu in enumerate(reading.vcpus):
+        counters = {name: values[position] for name, values in sorted(reading.counters.per_vcpu.items())}
+        state = judge_once(counters)
+        yield {"vcpu": vcpu.index, "vcpu_id": vcpu.vcpu_id, "tid": vcpu.tid, "state": state, **counters}
+
+
+def judge_once(counters: Mapping[str, int]) -> State | None:
+    """Judge a vCPU as far as one look can: it has never taken a notify exit, or it may be taking them; None: not read.
+
+    Whether it is stuck takes a trace, and time: that is what ``serve`` is for.
+    """
+    notify_exits = counters.get(NOTIFY_WINDOW_EXITS)
+    if notify_exits is None:
+        return None
+    return State.UNKNOWN if notify_exits else State.QUIET
+
+
+def render_json(snapshot: Snapshot) -> str:
+    """Render a look as one JSON document."""
+    return json.dumps(build_document(snapshot), indent=2) + "\n"
+
+
+def render_table(snapshot: Snapshot) -> str:
+    """Render a look as a table: a row a vCPU, and a row a VM whose vCPUs could not be read."""
+    rows = [row for reading in snapshot.readings for row in _build_rows(reading)]
+    if not rows:
+        return "no VM found\n" if snapshot.complete else "no VM found, but not every process of this host can be seen\n"
+    return render_columns(_TABLE_HEADER, rows)
+
+
+def _build_rows(reading: VmReading) -> Iterable[Sequence[object]]:
+    owner = reading.vm.owner
+    who = (reading.vm.id, owner.name or UNKNOWN, owner.project or owner.namespace or UNKNOWN, owner.vmm)
+    how = (reading.protection, reading.source or reading.counters.problem or UNKNOWN)
+    columns = reading.counters.per_vcpu
+    if not columns:
+        totals = reading.counters.totals
+        vcpus = f"all {reading.vcpu_count}" if reading.vcpu_count is not None else UNKNOWN
+        yield (*who, reading.vm.key.pid, vcpus, judge_once(totals) or UNKNOWN, UNKNOWN, *_pick(totals), *how)
+        return
+    for position, vcpu in enumerate(reading.vcpus):
+        counters = {name: values[position] for name, values in columns.items()}
+        about = (vcpu.index, judge_once(counters) or UNKNOWN, vcpu.tid or UNKNOWN)
+        yield (*who, reading.vm.key.pid, *about, *_pick(counters), *how)
+
+
+def _pick(counters: Mapping[str, int]) -> tuple[object, object]:
+    return counters.get(NOTIFY_WINDOW_EXITS, UNKNOWN), counters.get(EXITS, UNKNOWN)
+
+
+def render_columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Render rows under a header, columns aligned; what is not printable shows as ``?``."""
+    cells = [list(header), *([_make_printable(str(cell)) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
+            for cell, width, name in zip(row, widths, header, strict=True)
+        ).rstrip()
+        for row in cells
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _make_printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)

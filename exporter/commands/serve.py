@@ -1,0 +1,59 @@
+"""``serve`` and ``demo``: serve metrics over HTTP until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import platform
+import signal
+from collections.abc import Awaitable, Callable
+
+from exporter.flags import (
+    DEFAULT_ADDRESS,
+)
+from exporter.history.recorder import SnapshotRecorder
+from exporter.monitor.stall_monitor import StallMonitor
+from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
+from kvm.counters.bpf import BpfSource
+from kvm.simulated.host import SimulatedHost
+
+
+def run_server(arguments: argparse.Namespace) -> int:
+    """Serve this host, or a made-up one, until a signal ends it."""
+    # Importing aiohttp takes longer than all the rest of what the other commands do.
+    from exporter.web.server import serve  # noqa: PLC0415
+    from exporter.web.settings import ServerSettings  # noqa: PLC0415
+
+    settings = ServerSettings(
+        addresses=tuple(arguments.listen_addresses or [DEFAULT_ADDRESS]),
+        telemetry_path=arguments.telemetry_path,
+        max_requests=arguments.max_requests,
+        exporter_metrics=not arguments.disable_exporter_metrics,
+        host_name=platform.node(),
+    )
+    with contextlib.ExitStack() as stack:
+        if arguments.command == "demo":
+            simulated = SimulatedHost()
+            recorder = SnapshotRecorder(simulated)
+            watch = open_simulated_monitor(arguments, recorder, simulated)
+        else:
+            bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
+            recorder = SnapshotRecorder(open_host(arguments.sources, stack, bpf=bpf))
+            watch = open_stall_monitor(arguments, recorder, bpf)
+        collector = build_collector(recorder, arguments, watch)
+        asyncio.run(run_until_signalled(watch, lambda stop: serve(collector, recorder, settings, stop, watch)))
+    return 0
+
+
+async def run_until_signalled(watch: StallMonitor, serve: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Serve and watch until SIGINT or SIGTERM, then finish what is under way."""
+    stop, stop_watching = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    watching_task = asyncio.create_task(watch.run(stop_watching))
+    try:
+        await serve(stop)
+    finally:
+        stop_watching.set()  # only now: the last scrape still asks the watch
+        await watching_task

@@ -1,0 +1,206 @@
+"""The flags of every command, spelled as node_exporter's."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from exporter.logs.formatters import LEVELS
+from exporter.monitor.backends import PollMode
+from exporter.prometheus.collector import COLLECTORS
+from exporter.prometheus.vm_series import VcpuSeries
+from exporter.stalls.verdicts import StallRule
+from exporter.web.listeners import Address, TcpAddress, parse_address
+from kvm.bpf.notify_trigger import FUNCTION
+
+SOURCES = ("bpf", "stats_fd", "debugfs")
+
+
+DEFAULT_ADDRESS = TcpAddress("", 9750)
+
+
+def parse_sources(text: str) -> tuple[str, ...]:
+    """Return the sources of a list like ``bpf,stats_fd``, in its order; raises argparse.ArgumentTypeError."""
+    names = tuple(text.split(","))
+    if len(set(names)) != len(names) or not set(names) <= set(SOURCES):
+        raise argparse.ArgumentTypeError(f"{text!r}: a list without repetition of {', '.join(SOURCES)} is wanted")
+    return names
+
+
+def parse_pattern(text: str) -> re.Pattern[str]:
+    """Return a compiled regular expression; raises argparse.ArgumentTypeError."""
+    try:
+        return re.compile(text)
+    except re.error as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {err}") from err
+
+
+def parse_listen_address(text: str) -> Address:
+    """Return where to listen; raises argparse.ArgumentTypeError."""
+    try:
+        return parse_address(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def parse_prom_path(text: str) -> Path:
+    """Return the path of a file that node_exporter's textfile collector reads: one that ends in .prom."""
+    if not text.endswith(".prom"):
+        raise argparse.ArgumentTypeError(f"{text!r}: the textfile collector reads *.prom only")
+    return Path(text)
+
+
+def add_log_flags(parser: argparse.ArgumentParser, level: str) -> None:
+    """Add the flags of the log, whose level is ``level`` unless it is given."""
+    parser.add_argument("--log.level", dest="log_level", choices=LEVELS, default=level)
+    parser.add_argument("--log.format", dest="log_format", choices=("logfmt", "json"), default="logfmt")
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the sources."""
+    parser.add_argument(
+        "--collector.source",
+        dest="sources",
+        metavar="LIST",
+        type=parse_sources,
+        default=SOURCES,
+        help=f"sources of counters in order of preference (default: {','.join(SOURCES)})",
+    )
+
+
+def add_collector_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the collectors."""
+    for name in COLLECTORS:
+        parser.add_argument(
+            f"--collector.{name}",
+            dest=f"collector_{name}",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help=f"switch the collector {name} on or off (default: on)",
+        )
+    parser.add_argument(
+        "--collector.disable-defaults",
+        dest="disable_defaults",
+        action="store_true",
+        help="switch off every collector that is not switched on by name",
+    )
+    parser.add_argument(
+        "--vcpu-series",
+        dest="vcpu_series",
+        type=VcpuSeries,
+        choices=list(VcpuSeries),
+        default=VcpuSeries.ALL,
+        help="which vCPUs have counters of their own: all, those with notify exits, or none (default: all)",
+    )
+    for name, what in (("include", "only VMs"), ("exclude", "no VM")):
+        parser.add_argument(
+            f"--vm.{name}",
+            dest=f"vm_{name}",
+            metavar="REGEX",
+            type=parse_pattern,
+            help=f"show {what} whose name or id it matches anywhere",
+        )
+
+
+def add_web_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the HTTP server."""
+    parser.add_argument(
+        "--web.listen-address",
+        dest="listen_addresses",
+        metavar="ADDRESS",
+        action="append",
+        type=parse_listen_address,
+        help="where to listen: HOST:PORT, [IPV6]:PORT, :PORT or unix:PATH; repeatable (default: :9750)",
+    )
+    parser.add_argument("--web.telemetry-path", dest="telemetry_path", metavar="PATH", default="/metrics")
+    parser.add_argument(
+        "--web.max-requests",
+        dest="max_requests",
+        metavar="NUMBER",
+        type=int,
+        default=40,
+        help="scrapes at once, beyond which the answer is 503; 0 for no limit (default: 40)",
+    )
+    parser.add_argument(
+        "--web.disable-exporter-metrics",
+        dest="disable_exporter_metrics",
+        action="store_true",
+        help="leave out metrics about the exporter itself (process_*, python_*)",
+    )
+
+
+def choose_collectors(arguments: argparse.Namespace) -> frozenset[str]:
+    """Return the names of the collectors that are switched on."""
+    chosen = {name: getattr(arguments, f"collector_{name}") for name in COLLECTORS}
+    default = not arguments.disable_defaults
+    return frozenset(name for name, wanted in chosen.items() if (default if wanted is None else wanted))
+
+
+DEFAULT_URL = "http://127.0.0.1:9750"
+
+
+def parse_exits(text: str) -> int:
+    """Return a number of exits, two at least; raises argparse.ArgumentTypeError."""
+    if not text.isascii() or not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 2 on is wanted")
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    """Return a time in seconds, not negative; raises argparse.ArgumentTypeError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds from 0 to 86400 is wanted")
+    return seconds
+
+
+def add_monitor_flags(parser: argparse.ArgumentParser, *, of_this_host: bool) -> None:
+    """Add the flags that say what a stall is, and those about how it is found on this host."""
+    rule = StallRule()
+    parser.add_argument(
+        "--stall.exits",
+        dest="stall_exits",
+        metavar="NUMBER",
+        type=parse_exits,
+        default=rule.exits,
+        help=f"notify exits at one RIP that make a stall, if they also take its time (default: {rule.exits})",
+    )
+    parser.add_argument(
+        "--stall.seconds",
+        dest="stall_seconds",
+        metavar="SECONDS",
+        type=parse_seconds,
+        default=rule.seconds,
+        help=f"time at one RIP that makes a stall, if it also takes its exits (default: {rule.seconds:g})",
+    )
+    parser.add_argument(
+        "--poll",
+        type=PollMode,
+        choices=list(PollMode),
+        default=PollMode.AUTO,
+        help="poll only VMs whose counter can move, where nothing else tells of notify exits, or all (default: auto)",
+    )
+    if of_this_host:
+        parser.add_argument(
+            "--trigger.bpf",
+            dest="trigger_bpf",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="let BPF programs tell of notify exits as they happen (default: on)",
+        )
+        # For tests on hosts without handle_notify().
+        parser.add_argument("--trigger.function", dest="trigger_function", default=FUNCTION, help=argparse.SUPPRESS)
+
+
+def add_drill_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a drill."""
+    parser.add_argument("--vm", metavar="NAME", required=True, help="name or id of the VM that the drill is about")
+    parser.add_argument(
+        "--url",
+        default=DEFAULT_URL,
+        help=f"where the agent listens on this machine: http://HOST:PORT or unix:PATH (default: {DEFAULT_URL})",
+    )

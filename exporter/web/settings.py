@@ -1,0 +1,57 @@
+"""How to serve: paths, limits and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from exporter.web.listeners import Address, TcpAddress
+
+VCPUS_PATH: Final = "/api/v1/vcpus"
+
+
+DRILL_PATH: Final = "/-/drill"
+
+
+DRILL_HEADER: Final = "X-Kvm-Notify-Drill"
+
+
+STATUS_PATH: Final = "/-/status"
+
+
+HEALTHY_PATH: Final = "/-/healthy"
+
+
+READY_PATH: Final = "/-/ready"
+
+
+WRITE_SECONDS: Final = 30.0
+
+
+DRAIN_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """How to serve.
+
+    ``addresses`` are where to listen, ``telemetry_path`` where the metrics are, ``max_requests`` how many scrapes may
+    be under way at once (0: any number), ``exporter_metrics`` whether the process_* and python_* metrics of the agent
+    itself are among them, ``host_name`` how the status page calls this machine. Raises ValueError for a path that
+    cannot be served.
+    """
+
+    addresses: tuple[Address, ...] = (TcpAddress("", 9750),)
+    telemetry_path: str = "/metrics"
+    max_requests: int = 40
+    exporter_metrics: bool = True
+    host_name: str = ""
+    write_seconds: float = WRITE_SECONDS
+    drain_seconds: float = DRAIN_SECONDS
+
+    def __post_init__(self) -> None:
+        path = self.telemetry_path
+        if not path.startswith("/") or not path.isprintable() or any(char in path for char in "{}?#%\\ "):
+            raise ValueError(f"telemetry path {path!r}: want a plain path such as /metrics")
+        if path in (HEALTHY_PATH, READY_PATH, VCPUS_PATH, DRILL_PATH, STATUS_PATH):
+            raise ValueError(f"telemetry path {path!r} is taken by the agent itself")

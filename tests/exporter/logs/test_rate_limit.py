@@ -1,0 +1,101 @@
+"""Clients that do not behave: what they get, and what they cost the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from aiohttp import web
+
+from exporter.logs.rate_limit import LINES, WINDOW_SECONDS, RateLimitedLog
+from exporter.web.protocol import HttpProtocol
+from tests.agents import open_agent
+
+NONSENSE = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"GET\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: a\r\n\r\n",
+    b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"<script>" * 2_000 + b"\r\n\r\n",
+    b"GET /-/healthy HTTP/1.1\r\nHost: a\r\n\r\nGARBAGE\r\n\r\n",
+]
+
+
+def test_a_handful_of_lines_a_minute_and_a_count_of_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    now = [1000.0]
+    rate_limited_log = RateLimitedLog(lambda: now[0])
+    for number in range(100):
+        rate_limited_log.write(logging.WARNING, "too slow", client=number)
+    rate_limited_log.write(logging.WARNING, "something else")
+    assert [record.message for record in caplog.records] == ["too slow"] * LINES + ["something else"]
+    now[0] += WINDOW_SECONDS
+    rate_limited_log.write(logging.WARNING, "too slow", client=100)
+    assert caplog.records[-1].__dict__["fields"] == {"client": 100, "withheld": 100 - LINES}
+    rate_limited_log.write(logging.WARNING, "too slow", client=101)
+    assert "withheld" not in caplog.records[-1].__dict__["fields"]
+
+
+def open_protocol(writer: object) -> tuple[HttpProtocol, web.BaseRequest]:
+    """The server's side of a connection, and a request on it of which so much has been written."""
+    request = SimpleNamespace(remote="10.0.0.1", writer=writer)
+    protocol = HttpProtocol(web.Server(lambda _request: None), RateLimitedLog())  # type: ignore[arg-type, return-value]
+    return protocol, request  # type: ignore[return-value]
+
+
+def test_what_fails_on_a_connection_is_one_line_and_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        protocol, _request = open_protocol(None)
+        protocol.log_exception("Unhandled exception", exc_info=ValueError("odd"))
+
+    asyncio.run(scenario())
+    (line,) = [record for record in caplog.records if record.name == "exporter.logs.rate_limit"]
+    assert (line.message, line.exc_info) == ("serving a connection failed", None)
+    assert line.__dict__["fields"]["why"] == "ValueError('odd')"
+
+
+def test_no_second_answer_is_written_into_another() -> None:
+    async def scenario() -> None:
+        protocol, request = open_protocol(SimpleNamespace(output_size=10))
+        with pytest.raises(ConnectionError):
+            protocol.handle_error(request, 500, ValueError())
+        protocol, request = open_protocol(SimpleNamespace(output_size=0))
+        assert protocol.handle_error(request, 400, ValueError()).status == 400
+
+    asyncio.run(scenario())
+
+
+def ask(port: int, data: bytes) -> bytes:
+    answer = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        try:
+            client.sendall(data)
+            while block := client.recv(65536):
+                answer += block
+        except (ConnectionError, BrokenPipeError):
+            pass
+    return answer
+
+
+def test_a_thousand_malformed_requests_cost_the_real_agent_a_few_lines(tell: Callable[[str], None]) -> None:
+    refused = 0
+    with open_agent(command="demo") as agent:
+        before = len("\n".join(agent.log))
+        for number in range(1000):
+            answer = ask(agent.port, NONSENSE[number % len(NONSENSE)])
+            refused += b" 400 " in answer
+            assert not re.search(rb"(?i)python|aiohttp|traceback|script", answer)
+            for head in re.findall(rb"HTTP/1.[01] .*?\r\n\r\n", answer, re.DOTALL):
+                assert b"\r\nServer: kvm-notify-exporter\r\n" in head
+        assert agent.get("/-/healthy")[0] == 200
+    lines = [line for line in agent.log if "malformed" in line]
+    grown = len("\n".join(agent.log)) - before
+    assert refused > 500
+    assert 1 <= len(lines) <= 2 * LINES
+    assert not any("Traceback" in line for line in agent.log)
+    assert grown < 10_000
+    tell(f"1,000 malformed requests: {refused} answers of 400, {len(lines)} lines, the log grew by {grown} bytes")

@@ -1,0 +1,34 @@
+"""What is read of one vCPU: current registers and its counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from exporter.monitor.vcpu_reader import make_vcpu_reader
+from kvm.errors import SourceUnavailable
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuState, VmKey
+
+KEY = VmKey(1, 2, 3)
+
+
+def make_state(statistics: Mapping[str, tuple[int, ...]]) -> VcpuState:
+    return VcpuState(7, 70, {"rax": 1, "rip": 2, "rsp": 3}, frozenset({"rip", "rsp"}), statistics)
+
+
+def test_registers_that_are_stale_are_left_out() -> None:
+    counts = {NOTIFY_WINDOW_EXITS: (5,), EXITS: (9,)}
+    reading = make_vcpu_reader(lambda key, vcpu_id: make_state(counts | {"guest_mode": (1,)}))(KEY, 7)
+    assert reading is not None
+    assert (dict(reading.registers), reading.nested) == ({"rax": 1}, True)
+    assert (reading.notify_exits, reading.exits) == (5, 9)
+    unknown = make_vcpu_reader(lambda key, vcpu_id: make_state(counts))(KEY, 7)
+    assert unknown is not None
+    assert unknown.nested is None
+
+
+def test_a_vcpu_that_is_gone_is_none_and_one_without_statistics_is_no_zero() -> None:
+    assert make_vcpu_reader(lambda key, vcpu_id: None)(KEY, 7) is None
+    with pytest.raises(SourceUnavailable):
+        make_vcpu_reader(lambda key, vcpu_id: make_state({}))(KEY, 7)

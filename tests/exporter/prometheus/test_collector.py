@@ -1,0 +1,427 @@
+"""From a look to families: what is there, what is absent, and what one fault costs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from exporter.build_info import BuildInfo
+from exporter.prometheus.collector import COLLECTORS, BadSelection, CollectorSettings, HostCollector, select_collectors
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.vm_series import VcpuSeries
+from kvm.model import (
+    EXITS,
+    NOTIFY_WINDOW_EXITS,
+    Host,
+    Owner,
+    Protection,
+    Snapshot,
+    SourceReport,
+    Vcpu,
+    Vm,
+    VmCounters,
+    VmKey,
+    VmReading,
+)
+from kvm.simulated.host import SimulatedHost
+
+HOST = Host("6.12", "GenuineIntel", "6", "143", "8", "Xeon", "0x2b", "none", "kvm_intel", True)
+OWNER = Owner("qemu", "web", "uuid-1", "", "10.0", "shop", "")
+NOW = 1_800_000_000.0
+Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def make_reading(
+    name: str = "a",
+    notify: Iterable[int] | None = (0, 0),
+    exits: Iterable[int] | None = (10, 20),
+    *,
+    pid: int = 100,
+    count: int | None = 2,
+    source: str = "bpf",
+    protection: Protection = Protection.ARMED,
+    totals: Mapping[str, int] | None = None,
+    owner: Owner = OWNER,
+    window_cycles: int | None = None,
+) -> VmReading:
+    columns = {NOTIFY_WINDOW_EXITS: notify, EXITS: exits}
+    per_vcpu = {statistic: tuple(column) for statistic, column in columns.items() if column is not None}
+    read = max((len(column) for column in per_vcpu.values()), default=0)
+    # KVM's ids are not the guest's numbers: here they are twice as high.
+    vcpus = tuple(Vcpu(index, 2 * index, 1000 + index) for index in range(read))
+    counters = VmCounters(
+        vcpu_ids=tuple(vcpu.vcpu_id for vcpu in vcpus),
+        tids=tuple(vcpu.tid for vcpu in vcpus),
+        per_vcpu=per_vcpu,
+        totals=totals or {},
+        notify_window_cycles=window_cycles,
+    )
+    vm = Vm(name, VmKey(pid, 1, 9), owner, NOW - 50.5)
+    return VmReading(vm, source, vcpus, count, counters, protection)
+
+
+def make_snapshot(*readings: VmReading) -> Snapshot:
+    return Snapshot(
+        1.0, NOW, HOST, readings, (SourceReport("bpf", True), SourceReport("debugfs", False, "lockdown")), {}
+    )
+
+
+class Script:
+    """A reader that shows prepared looks, one after the other, the last one for ever."""
+
+    def __init__(self, *looks: Snapshot | Exception) -> None:
+        self._looks = list(looks)
+        self.closed = False
+
+    def read(self) -> Snapshot:
+        look = self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+        if isinstance(look, Exception):
+            raise look
+        return look
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def open_collector(*looks: Snapshot | Exception, settings: CollectorSettings | None = None) -> HostCollector:
+    return HostCollector(
+        Script(*looks), settings or CollectorSettings(), BuildInfo("1.2", "abc", "3.11.2"), time.perf_counter
+    )
+
+
+def parse_series(collector: HostCollector, selected: Iterable[str] | None = None) -> Series:
+    """Take a look and return its series, each of which is there once."""
+    text = render_text(collector.collect(None if selected is None else frozenset(selected)))
+    found: Series = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            series = (sample.name, frozenset(sample.labels.items()))
+            assert series not in found
+            found[series] = sample.value
+    return found
+
+
+def find(series: Series, name: str, /, **labels: str) -> float | None:
+    return series.get((name, frozenset(labels.items())))
+
+
+def names(series: Series) -> set[str]:
+    return {name for name, _ in series}
+
+
+def test_counters_of_each_vcpu_by_the_guests_numbers() -> None:
+    series = parse_series(open_collector(make_snapshot(make_reading(notify=(3, 2**63)))))
+    assert find(series, "kvm_vcpu_notify_window_exits_total", vm="a", vcpu="0") == 3
+    assert find(series, "kvm_vcpu_notify_window_exits_total", vm="a", vcpu="1") == 2**63
+    assert find(series, "kvm_vcpu_exits_total", vm="a", vcpu="1") == 20
+    assert find(series, "kvm_vm_notify_window_exits_total", vm="a") == 2**63 + 3
+
+
+def test_what_a_vm_is() -> None:
+    series = parse_series(open_collector(make_snapshot(make_reading(window_cycles=128_000))))
+    labels = {
+        "name": "web",
+        "display_name": "",
+        "namespace": "",
+        "pid": "100",
+        "project": "shop",
+        "uuid": "uuid-1",
+        "vm": "a",
+    }
+    assert find(series, "kvm_vm_info", vmm="qemu", vmm_version="10.0", **labels) == 1
+    assert find(series, "kvm_vm_source_info", vm="a", source="bpf") == 1
+    assert find(series, "kvm_vm_start_time_seconds", vm="a") == NOW - 50.5
+    assert find(series, "kvm_vm_vcpus", vm="a") == 2
+    assert find(series, "kvm_vm_notify_window_cycles", vm="a") == 128_000
+    states = {state: find(series, "kvm_vm_notify_protection", vm="a", state=state) for state in Protection}
+    assert states == {"armed": 1, "off": 0, "unsupported": 0, "unknown": 0}
+
+
+@pytest.mark.parametrize("protection", [Protection.OFF, Protection.UNKNOWN, Protection.UNSUPPORTED])
+def test_window_is_shown_of_an_armed_vm_only(protection: Protection) -> None:
+    reading = make_reading(window_cycles=0, protection=protection)
+    assert "kvm_vm_notify_window_cycles" not in names(parse_series(open_collector(make_snapshot(reading))))
+
+
+def test_vm_that_nobody_could_read_is_there_without_numbers() -> None:
+    reading = make_reading(notify=None, exits=None, source="", protection=Protection.UNKNOWN, count=4)
+    series = parse_series(open_collector(make_snapshot(reading)))
+    assert {name for name in names(series) if name.startswith(("kvm_vm_", "kvm_vcpu_"))} == {
+        "kvm_vm_info",
+        "kvm_vm_vcpus",
+        "kvm_vm_notify_protection",
+        "kvm_vm_start_time_seconds",
+    }
+    assert find(series, "kvm_vm_vcpus", vm="a") == 4
+
+
+def test_nothing_unknown_is_shown() -> None:
+    reading = make_reading(notify=None, exits=None, source="", count=None)
+    reading = replace(reading, vm=replace(reading.vm, start_time_seconds=None))
+    snapshot = replace(make_snapshot(reading), host=replace(HOST, notify_supported=None))
+    series = parse_series(open_collector(snapshot))
+    assert {name for name in names(series) if name.startswith("kvm_vm_")} == {"kvm_vm_info", "kvm_vm_notify_protection"}
+    assert "kvm_host_notify_supported" not in names(series)
+    assert find(series, "kvm_host_vms", protection="armed") == 1
+    assert find(series, "kvm_host_vcpus", protection="armed") is None
+    assert find(series, "kvm_host_vcpus", protection="off") == 0
+
+
+@pytest.mark.parametrize(("notify", "exits"), [((1, 2), None), (None, (1, 2))])
+def test_statistic_that_was_not_read_is_absent(notify: tuple[int, ...] | None, exits: tuple[int, ...] | None) -> None:
+    series = names(parse_series(open_collector(make_snapshot(make_reading(notify=notify, exits=exits)))))
+    assert ("kvm_vcpu_notify_window_exits_total" in series) == (notify is not None)
+    assert ("kvm_vm_notify_window_exits_total" in series) == (notify is not None)
+    assert ("kvm_vcpu_exits_total" in series) == (exits is not None)
+
+
+def test_sum_wants_every_vcpu_or_a_source_that_sums() -> None:
+    partly = make_reading("partly", (5, 6), count=3)
+    unknown = make_reading("unknown", (5, 6), count=None, pid=101)
+    summed = make_reading("summed", None, None, count=3, pid=102, totals={NOTIFY_WINDOW_EXITS: 9})
+    series = parse_series(open_collector(make_snapshot(partly, unknown, summed)))
+    assert find(series, "kvm_vm_notify_window_exits_total", vm="partly") is None
+    assert find(series, "kvm_vm_notify_window_exits_total", vm="unknown") is None
+    assert find(series, "kvm_vm_notify_window_exits_total", vm="summed") == 9
+    assert find(series, "kvm_vcpu_notify_window_exits_total", vm="partly", vcpu="1") == 6
+
+
+def test_host() -> None:
+    readings = (make_reading("a"), make_reading("b", pid=101, protection=Protection.OFF), make_reading("c", pid=102))
+    series = parse_series(open_collector(make_snapshot(*readings)))
+    assert find(series, "kvm_host_notify_supported") == 1
+    assert [find(series, "kvm_host_vms", protection=state) for state in Protection] == [2, 1, 0, 0]
+    assert [find(series, "kvm_host_vcpus", protection=state) for state in Protection] == [4, 2, 0, 0]
+    labels = {"cpu_family": "6", "cpu_model": "143", "cpu_model_name": "Xeon", "cpu_stepping": "8"}
+    labels |= {"cpu_vendor": "GenuineIntel", "kernel": "6.12", "kvm_module": "kvm_intel"}
+    assert find(series, "kvm_host_info", lockdown="none", microcode="0x2b", **labels) == 1
+    assert find(series, "kvm_host_notify_window_exits_total") == 0
+
+
+def test_host_with_processes_that_could_not_be_looked_at_counts_nothing() -> None:
+    series = names(parse_series(open_collector(replace(make_snapshot(make_reading()), complete=False))))
+    assert not {"kvm_host_vms", "kvm_host_vcpus"} & series
+    assert "kvm_vm_info" in series
+
+
+def test_host_where_no_source_works_claims_no_increases() -> None:
+    down = replace(make_snapshot(), sources=(SourceReport("bpf", False),))
+    collector = open_collector(down, make_snapshot(), down)
+    assert find(parse_series(collector), "kvm_host_notify_window_exits_total") is None
+    assert find(parse_series(collector), "kvm_host_notify_window_exits_total") == 0
+    assert find(parse_series(collector), "kvm_host_notify_window_exits_total") == 0
+
+
+def test_movements_are_dated_and_added_up() -> None:
+    looks = [make_snapshot(make_reading(notify=(4, 0))), make_snapshot(make_reading(notify=(4, 3))), make_snapshot()]
+    looks = [replace(look, unix_seconds=NOW + number) for number, look in enumerate(looks)]
+    collector = open_collector(*looks)
+    assert "kvm_vcpu_last_notify_exit_timestamp_seconds" not in names(parse_series(collector))
+    series = parse_series(collector)
+    assert find(series, "kvm_vcpu_last_notify_exit_timestamp_seconds", vm="a", vcpu="1") == NOW + 1
+    assert find(series, "kvm_vcpu_last_notify_exit_timestamp_seconds", vm="a", vcpu="0") is None
+    assert find(series, "kvm_host_notify_window_exits_total") == 3
+    assert find(parse_series(collector), "kvm_host_notify_window_exits_total") == 3
+
+
+def test_sources_and_errors() -> None:
+    snapshot = replace(make_snapshot(), errors={("stats_fd", "malformed"): 4, ("owners", "xml"): 1})
+    series = parse_series(open_collector(snapshot))
+    assert find(series, "kvm_exporter_source_up", source="bpf") == 1
+    assert find(series, "kvm_exporter_source_up", source="debugfs") == 0
+    assert find(series, "kvm_exporter_read_errors_total", source="stats_fd", kind="malformed") == 4
+    assert find(series, "kvm_exporter_read_errors_total", source="owners", kind="xml") == 1
+    assert find(series, "kvm_exporter_build_info", version="1.2", revision="abc", python_version="3.11.2") == 1
+
+
+def test_vcpu_series_active_are_those_with_notify_exits() -> None:
+    settings = CollectorSettings(vcpu_series=VcpuSeries.ACTIVE)
+    looks = [make_snapshot(make_reading(notify=notify, exits=(7, 8))) for notify in ((0, 0), (0, 2), (1, 2), (5, 2))]
+    collector = open_collector(*looks, settings=settings)
+    assert not any(name.startswith("kvm_vcpu") for name in names(parse_series(collector)))
+    series = parse_series(collector)
+    assert find(series, "kvm_vcpu_notify_window_exits_total", vm="a", vcpu="1") == 2
+    assert find(series, "kvm_vcpu_exits_total", vm="a", vcpu="1") == 8
+    assert find(series, "kvm_vcpu_exits_total", vm="a", vcpu="0") is None
+    assert find(parse_series(collector), "kvm_vcpu_exits_total", vm="a", vcpu="0") == 7
+    series = parse_series(collector)
+    assert find(series, "kvm_vcpu_notify_window_exits_total", vm="a", vcpu="0") == 5
+    assert find(series, "kvm_vm_notify_window_exits_total", vm="a") == 7
+
+
+def test_vcpu_series_none() -> None:
+    looks = [make_snapshot(make_reading(notify=(0, number))) for number in range(3)]
+    collector = open_collector(*looks, settings=CollectorSettings(vcpu_series=VcpuSeries.NONE))
+    for number in range(3):
+        series = parse_series(collector)
+        assert not any(name.startswith("kvm_vcpu") for name in names(series))
+        assert find(series, "kvm_vm_notify_window_exits_total", vm="a") == number
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "shown"),
+    [
+        (None, None, {"id-1", "id-2", "id-3"}),
+        ("web", None, {"id-1", "id-2"}),
+        ("^web$", None, {"id-1"}),
+        ("id-3", None, {"id-3"}),
+        (None, "web", {"id-3"}),
+        ("web", "test", {"id-1"}),
+        ("nothing", None, set()),
+    ],
+)
+def test_vms_are_chosen_by_name_or_id(include: str | None, exclude: str | None, shown: set[str]) -> None:
+    readings = [
+        make_reading(f"id-{number}", pid=number, owner=replace(OWNER, name=name))
+        for number, name in enumerate(("web", "web-test", "db"), start=1)
+    ]
+    settings = CollectorSettings(
+        vm_include=re.compile(include) if include else None, vm_exclude=re.compile(exclude) if exclude else None
+    )
+    series = parse_series(open_collector(make_snapshot(*readings), settings=settings))
+    assert {dict(labels)["vm"] for _, labels in series if "vm" in dict(labels)} == shown
+    assert find(series, "kvm_host_vms", protection="armed") == 3
+
+
+def test_what_changes_is_shown_at_once() -> None:
+    first = make_reading()
+    owned = replace(first, vm=replace(first.vm, owner=replace(OWNER, name="renamed")))
+    hotplugged = make_reading(notify=(0, 0, 9), exits=(1, 1, 1), count=3)
+    collector = open_collector(*map(make_snapshot, (first, owned, hotplugged)))
+    parse_series(collector)
+    assert ("name", "renamed") in {pair for _, labels in parse_series(collector) for pair in labels}
+    series = parse_series(collector)
+    assert find(series, "kvm_vcpu_notify_window_exits_total", vm="a", vcpu="2") == 9
+    assert find(series, "kvm_vm_vcpus", vm="a") == 3
+
+
+def test_equal_readings_made_anew_are_recognized() -> None:
+    collector = open_collector(*[make_snapshot(make_reading(exits=(number, number))) for number in range(3)])
+    for number in range(3):
+        assert find(parse_series(collector), "kvm_vcpu_exits_total", vm="a", vcpu="1") == number
+
+
+def test_hostile_names_stay_labels() -> None:
+    name = 'x"} 1\nevil_total{a="%s%d\\'
+    reading = make_reading(name, owner=replace(OWNER, name=name, project="\0\ud800"))
+    series = parse_series(open_collector(make_snapshot(reading)))
+    assert find(series, "kvm_vcpu_exits_total", vm=name, vcpu="0") == 10
+    assert not any(series_name.startswith("evil") for series_name in names(series))
+
+
+def test_two_vms_with_one_id_are_one_and_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    # The last two differ in what the exposition cannot show.
+    readings = [make_reading(name, pid=pid) for pid, name in enumerate(("a", "a", "b\udc80", "b\udc81"), start=1)]
+    collector = open_collector(make_snapshot(*readings))
+    parse_series(collector)
+    series = parse_series(collector)
+    assert {dict(labels)["pid"] for name, labels in series if name == "kvm_vm_info"} == {"1", "3"}
+    assert find(series, "kvm_exporter_read_errors_total", source="bpf", kind="duplicate_vm") == 4
+    assert find(series, "kvm_host_vms", protection="armed") == 4
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        make_reading("broken", (1, 2, 3), (1, 2), pid=7),
+        replace(make_reading("broken", pid=7), vcpus=(Vcpu(0, 0, None), Vcpu(0, 2, None))),
+        replace(make_reading("broken", pid=7), vcpus=(Vcpu(0, 0, None),)),
+    ],
+    ids=["columns", "indexes", "vcpus"],
+)
+def test_vm_that_makes_no_sense_costs_its_own_vcpu_series(broken: VmReading, caplog: pytest.LogCaptureFixture) -> None:
+    collector = open_collector(make_snapshot(make_reading(), broken))
+    parse_series(collector)
+    series = parse_series(collector)
+    assert {dict(labels)["vm"] for name, labels in series if name.startswith("kvm_vcpu_")} == {"a"}
+    assert find(series, "kvm_exporter_read_errors_total", source="bpf", kind="malformed") == 2
+    assert find(series, "kvm_vm_vcpus", vm="broken") == 2
+    assert find(series, "kvm_exporter_scrape_collector_success", collector="vcpu") == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_failed_look_costs_one_scrape_and_no_exception(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    collector = open_collector(make_snapshot(make_reading()), OSError("boom"), make_snapshot(make_reading()))
+    assert find(parse_series(collector), "kvm_exporter_scrape_collector_success", collector="look") == 1
+    series = parse_series(collector)
+    for name in ("look", *COLLECTORS):
+        assert find(series, "kvm_exporter_scrape_collector_success", collector=name) == 0
+    assert not any(name.startswith(("kvm_vm", "kvm_vcpu", "kvm_host")) for name in names(series))
+    assert "kvm_exporter_build_info" in names(series)
+    assert [(record.levelname, bool(record.exc_info)) for record in caplog.records] == [
+        ("ERROR", False),
+        ("DEBUG", True),
+    ]
+    assert "kvm_vcpu_exits_total" in names(parse_series(collector))
+
+
+def test_failed_collector_leaves_the_others_whole() -> None:
+    errors: Any = {("bpf", "malformed"): "many"}
+    collector = open_collector(replace(make_snapshot(make_reading()), errors=errors))
+    series = parse_series(collector)
+    successes = {name: find(series, "kvm_exporter_scrape_collector_success", collector=name) for name in COLLECTORS}
+    assert successes == {"host": 1, "vm": 1, "vcpu": 1, "exporter": 0}
+    assert "kvm_exporter_source_up" not in names(series)
+    assert {"kvm_vm_info", "kvm_vcpu_exits_total", "kvm_host_info"} <= names(series)
+
+
+@pytest.mark.parametrize("name", COLLECTORS)
+def test_each_collector_can_be_had_alone(name: str) -> None:
+    prefixes = {"host": "kvm_host_", "vm": "kvm_vm_", "vcpu": "kvm_vcpu_", "exporter": "kvm_exporter_source_up"}
+    collector = open_collector(make_snapshot(make_reading()))
+    own = {found for found in names(parse_series(collector)) if found.startswith(prefixes[name])}
+    series = parse_series(collector, [name])
+    always = {"duration_seconds", "success"}
+    assert names(series) == own | {"kvm_exporter_build_info"} | {
+        f"kvm_exporter_scrape_collector_{found}" for found in always
+    }
+    assert {dict(labels).get("collector") for _, labels in series} >= {"look", name}
+    assert set(COLLECTORS) & {dict(labels).get("collector") for _, labels in series} == {name}
+
+
+def test_durations_come_from_the_clock() -> None:
+    ticks = iter(range(100))
+    reader = Script(make_snapshot())
+    collector = HostCollector(reader, CollectorSettings(), BuildInfo("", "", ""), lambda: float(next(ticks)))
+    series = parse_series(collector)
+    for name in ("look", *COLLECTORS):
+        assert find(series, "kvm_exporter_scrape_collector_duration_seconds", collector=name) == 1
+    collector.close()
+    assert reader.closed
+
+
+def test_selection() -> None:
+    enabled = frozenset(COLLECTORS) - {"exporter"}
+    assert select_collectors(enabled, [], []) == enabled
+    assert select_collectors(enabled, ["vm", "host"], []) == {"vm", "host"}
+    assert select_collectors(enabled, [], ["vm", "exporter"]) == {"host", "vcpu"}
+    for collect, exclude in ((["vm"], ["vm"]), (["disk"], []), ([], ["disk"]), (["exporter"], []), ([""], [])):
+        with pytest.raises(BadSelection):
+            select_collectors(enabled, collect, exclude)
+
+
+def test_last_look_is_kept_for_pages() -> None:
+    collector = open_collector(make_snapshot())
+    assert not collector.sources
+    collector.collect()
+    assert [report.source for report in collector.sources] == ["bpf", "debugfs"]
+
+
+def test_ten_thousand_vcpus() -> None:
+    host = SimulatedHost(vm_count=625, vcpus_per_vm=16)
+    collector = HostCollector(host, CollectorSettings(), BuildInfo("", "", ""), time.perf_counter)
+    series = parse_series(collector)
+    # One VM in six is made up as read by its sum only.
+    vms_with_vcpus = 625 - 625 // 6
+    assert sum(name == "kvm_vcpu_notify_window_exits_total" for name, _ in series) == 16 * vms_with_vcpus
+    assert sum(name == "kvm_vm_notify_window_exits_total" for name, _ in series) == 625
+    assert sum(name == "kvm_vm_notify_protection" for name, _ in series) == 4 * 625

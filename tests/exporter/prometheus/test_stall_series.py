@@ -1,0 +1,173 @@
+"""What the watch has found, as metrics: what is 1, what is 0, and what is absent because nobody knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from exporter.build_info import BuildInfo
+from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.vm_series import VcpuSeries
+from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
+from kvm.model import Snapshot, VmReading
+from tests.reports import make_report
+from tests.snapshots import make_reading, make_snapshot
+
+NO_PROGRESS = "kvm_vcpu_no_forward_progress"
+Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+class Fixed:
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def read(self) -> Snapshot:
+        return self._snapshot
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def collect(watch: MonitorReport | None, *readings: VmReading, series: VcpuSeries = VcpuSeries.ALL) -> Series:
+    chosen = CollectorSettings(vcpu_series=series)
+    reader, build = Fixed(make_snapshot(*readings)), BuildInfo("", "", "")
+    collector = HostCollector(reader, chosen, build, time.perf_counter, (lambda: watch) if watch else None)
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(render_text(collector.collect()))
+        for sample in family.samples
+    }
+
+
+def pick(series: Series, name: str) -> dict[str, float]:
+    """Return the values of one metric by vcpu."""
+    return {dict(labels).get("vcpu", ""): value for (found, labels), value in series.items() if found == name}
+
+
+def make_found(reading: VmReading, vcpu: int, state: State, *, drill: bool = False) -> VcpuReport:
+    return replace(make_report(state, vm=reading.vm, drill=drill), vcpu=reading.vcpus[vcpu])
+
+
+@pytest.mark.parametrize(
+    ("state", "value"),
+    [
+        (State.STALLED, 1.0),
+        (State.SUSPECT, 0.0),
+        (State.NOTIFYING, 0.0),
+        (State.PROGRESSING, 0.0),
+        (State.RECOVERED, 0.0),
+        (State.QUIET, 0.0),
+        (State.UNKNOWN, None),
+    ],
+)
+def test_no_forward_progress_is_1_while_stalled_and_absent_while_unknown(state: State, value: float | None) -> None:
+    reading = make_reading(notify=(3, 0))
+    series = collect(MonitorReport(vcpus=(make_found(reading, 0, state),)), reading)
+    assert pick(series, NO_PROGRESS) == ({} if value is None else {"0": value})
+    assert pick(series, "kvm_host_vcpus_no_forward_progress") == {"": float(state is State.STALLED)}
+
+
+def test_a_vcpu_whose_exits_were_before_our_time_is_0_and_one_without_any_is_absent() -> None:
+    assert pick(collect(MonitorReport(), make_reading(notify=(3, 0, 7))), NO_PROGRESS) == {"0": 0.0, "2": 0.0}
+
+
+def test_where_rips_cannot_be_had_nothing_is_said() -> None:
+    reading = make_reading(notify=(3, 1))
+    found = (make_found(reading, 0, State.NOTIFYING),)
+    series = collect(MonitorReport(vcpus=found, problem="no CAP_PERFMON"), reading)
+    names = {name for name, _ in series}
+    assert not names & {NO_PROGRESS, "kvm_host_vcpus_no_forward_progress", "kvm_vcpu_notify_traced_exits_total"}
+    hidden = MonitorReport(vcpus=(replace(make_found(reading, 0, State.NOTIFYING), can_judge=False),))
+    assert pick(collect(hidden, reading), NO_PROGRESS) == {"1": 0.0}
+
+
+def test_without_a_watch_there_is_none_of_it() -> None:
+    names = {name for name, _ in collect(None, make_reading(notify=(3, 1)))}
+    assert not {name for name in names if "progress" in name or "trace" in name or "warnings" in name or "poll" in name}
+
+
+def test_traced_exits_are_of_those_that_were_looked_at() -> None:
+    reading = make_reading(notify=(3, 1))
+    series = collect(MonitorReport(vcpus=(make_found(reading, 0, State.STALLED),)), reading)
+    assert pick(series, "kvm_vcpu_notify_traced_exits_total") == {"0": 64.0}
+    assert pick(series, "kvm_vcpu_notify_same_rip_exits_total") == {"0": 63.0}
+
+
+def test_without_vcpu_series_what_alerts_need_is_still_there() -> None:
+    reading = make_reading(notify=(3, 1))
+    watch = MonitorReport(vcpus=(make_found(reading, 0, State.STALLED),), context_invalid={})
+    series = collect(watch, reading, series=VcpuSeries.NONE)
+    assert {name for name, _ in series if name.startswith("kvm_vcpu_")} == {
+        NO_PROGRESS,
+        "kvm_vcpu_notify_context_invalid_exits_total",
+    }
+    assert pick(series, NO_PROGRESS) == {"0": 1.0, "1": 0.0}
+
+
+def test_exits_with_an_invalid_context_are_exact_and_absent_where_nobody_counts() -> None:
+    name = "kvm_vcpu_notify_context_invalid_exits_total"
+    reading = make_reading(notify=(3, 1, 0))  # KVM's ids are 0, 2, 4
+    counts = {(4242, 77, 5000, 0): 2, (4242, 77, 6000, 0): 1, (9999, 77, 5000, 0): 50}
+    assert pick(collect(MonitorReport(context_invalid=counts), reading), name) == {"0": 3.0, "1": 0.0}
+    assert pick(collect(MonitorReport(), reading), name) == {}
+
+
+def test_two_vms_of_one_process_are_told_apart_by_their_threads() -> None:
+    one = make_reading(notify=(3,))
+    key = one.vm.key._replace(vm_fd=20)
+    vcpu = replace(one.vcpus[0], tid=7000)
+    other = replace(one, vm=replace(one.vm, id="other", key=key), vcpus=(vcpu,))
+    counts = {(4242, 77, 5000, 0): 2, (4242, 77, 7000, 0): 5}
+    series = collect(MonitorReport(context_invalid=counts), one, other)
+    found = {
+        dict(labels)["vm"]: value
+        for (name, labels), value in series.items()
+        if name == "kvm_vcpu_notify_context_invalid_exits_total"
+    }
+    assert found == {"uuid-4242": 2.0, "other": 5.0}
+
+
+def test_a_drill_is_1_without_hiding_what_is_real() -> None:
+    reading = make_reading(notify=(0, 3))
+    drill = make_found(reading, 0, State.STALLED, drill=True)
+    real = make_found(reading, 1, State.STALLED)
+    series = collect(MonitorReport(vcpus=(real, drill)), reading)
+    assert pick(series, NO_PROGRESS) == {"0": 1.0, "1": 1.0}
+    assert pick(series, "kvm_host_vcpus_no_forward_progress") == {"": 2.0}
+    blind = collect(MonitorReport(vcpus=(drill,), problem="no CAP_PERFMON"), reading)
+    assert pick(blind, NO_PROGRESS) == {"0": 1.0}
+
+
+def test_figures_of_the_watch() -> None:
+    watch = MonitorReport(
+        poll_period_seconds=1.5,
+        traced_vcpus=2,
+        armings=3,
+        records=4,
+        lost_records=5,
+        budget_exhausted=6,
+        warnings=7,
+        warnings_suppressed=8,
+        interval_min_seconds={0: 0.001, 128_000: 0.025},
+    )
+    series = collect(watch, make_reading())
+    values = {
+        "poll_period_seconds": 1.5,
+        "traced_vcpus": 2,
+        "trace_armings_total": 3,
+        "trace_records_total": 4,
+        "trace_lost_records_total": 5,
+        "trace_budget_exhausted_total": 6,
+        "warnings_total": 7,
+        "warnings_suppressed_total": 8,
+    }
+    for name, value in values.items():
+        assert pick(series, f"kvm_exporter_{name}") == {"": value}
+    name = "kvm_host_notify_interval_min_seconds"
+    assert series[name, frozenset({("window_cycles", "0")})] == 0.001
+    assert series[name, frozenset({("window_cycles", "128000")})] == 0.025

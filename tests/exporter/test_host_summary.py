@@ -1,0 +1,115 @@
+"""What ``check`` says of hosts of all kinds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exporter.host_summary import can_read, render_check
+from kvm.host.privileges import (
+    Privileges,
+    find_missing_capabilities,
+    parse_effective_capabilities,
+    parse_initial_user_namespace,
+    read_privileges,
+)
+from kvm.model import SourceReport
+from tests.snapshots import CLOSED, INTEL, UP, make_reading, make_snapshot, make_unread
+
+ROOT = Privileges(0, (), ("lockdown", "capability", "yama"), "unconfined", False, 1, True)
+NO_VMX = replace(INTEL, kvm_module="kvm_pvm", notify_supported=False)
+
+
+def test_a_good_host_is_told_so() -> None:
+    snapshot = make_snapshot(make_reading(), make_unread())
+    text = render_check(snapshot, ROOT, frozenset({"notify_vm_exiting"}))
+    lines = dict(line.split("  ", 1) for line in text.splitlines())
+    assert lines["source stats_fd"].strip().startswith("works: every vCPU")
+    assert lines["source debugfs"].strip() == "does not work: the kernel's lockdown forbids it -> nothing to do"
+    assert "family 6 model 143 stepping 8, microcode 0x2b000620" in lines["host"]
+    assert lines["notify exits"].strip().startswith("supported")
+    assert lines["VMs"].strip() == "2 found, read 1 by no source, 1 by stats_fd; notify exits 2 unknown"
+    assert can_read(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "words"),
+    [
+        (NO_VMX, None, ["without VMX or SVM", "not supported", "the CPU shows no VMX", "every counter stays 0"]),
+        (replace(INTEL, notify_supported=False), frozenset({"vnmi"}), ["without notify_vm_exiting"]),
+        (replace(INTEL, notify_supported=False), frozenset({"notify_vm_exiting"}), ["KVM is too old"]),
+        (
+            replace(INTEL, notify_supported=None, notify_unknown_reason="/dev/kvm does not exist; load kvm_intel"),
+            None,
+            ["/dev/kvm does not exist; load kvm_intel", "unknown: KVM cannot be asked"],
+        ),
+        (replace(INTEL, lockdown="confidentiality"), None, ["eBPF and traces are closed"]),
+        (replace(INTEL, lockdown=""), None, ["securityfs is not mounted"]),
+        (replace(INTEL, initial_pid_namespace=False), None, ["hostPID: true"]),
+        (replace(INTEL, cpu_vendor=""), None, ["CPU unknown"]),
+    ],
+)
+def test_each_obstacle_is_named(host: object, flags: frozenset[str] | None, words: list[str]) -> None:
+    text = render_check(make_snapshot(host=host), ROOT, flags)  # type: ignore[arg-type]
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("confinement", "words"),
+    [
+        (replace(ROOT, uid=1000, missing_capabilities=("CAP_SYS_PTRACE",)), ["uid 1000, without CAP_SYS_PTRACE"]),
+        (replace(ROOT, label="snap.agent (enforce)"), ["confined as 'snap.agent (enforce)'"]),
+        (replace(ROOT, selinux_enforcing=True), ["SELinux enforces"]),
+        (replace(ROOT, ptrace_scope=3), ["ptrace_scope=3 forbids"]),
+        (replace(ROOT, initial_user_namespace=False), ["its root is not the host's"]),
+    ],
+)
+def test_what_confines_the_process_is_named(confinement: Privileges, words: list[str]) -> None:
+    text = render_check(make_snapshot(), confinement, None)
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "complete", "expected"),
+    [
+        ((UP,), True, True),
+        ((CLOSED,), True, False),
+        ((CLOSED, UP), True, True),
+        ((UP,), False, False),
+        ((), True, False),
+    ],
+)
+def test_the_verdict(sources: tuple[SourceReport, ...], complete: bool, expected: bool) -> None:
+    assert can_read(make_snapshot(sources=sources, complete=complete)) is expected
+
+
+def test_a_host_whose_vms_nobody_can_read_is_not_told_that_all_is_well() -> None:
+    snapshot = make_snapshot(make_unread(), make_unread(pid=4344))
+    assert not can_read(snapshot)
+    text = render_check(snapshot, ROOT, None)
+    assert "2 of 2 VMs cannot be read: its VMM holds no statistics fds (2)" in text
+    partly = make_snapshot(make_reading(), make_unread())
+    assert can_read(partly)
+    assert "1 of 2 VMs cannot be read" in render_check(partly, ROOT, None)
+
+
+def test_capabilities_are_read_from_the_bit_set() -> None:
+    assert parse_effective_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n") == 0x1FFFFFFFFFF
+    assert find_missing_capabilities(0x1FFFFFFFFFF) == ()
+    assert find_missing_capabilities(None) is None
+    assert find_missing_capabilities(1 << 19 | 1 << 39) == ("CAP_PERFMON", "CAP_SYS_ADMIN")
+
+
+@given(st.text())
+def test_foreign_text_parses(text: str) -> None:
+    assert parse_effective_capabilities(text) is None or "CapEff" in text
+    parse_initial_user_namespace(text)
+
+
+def test_the_machine_itself_can_be_read() -> None:
+    confinement = read_privileges()
+    assert confinement.initial_user_namespace is not None
+    assert "capability" in confinement.security_modules or confinement.security_modules == ()

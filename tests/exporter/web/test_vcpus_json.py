@@ -1,0 +1,232 @@
+"""/api/v1/vcpus and /-/drill over HTTP: what they say, and to whom."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.history.recorder import SnapshotRecorder
+from exporter.stalls import drill
+from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
+from exporter.web import vcpus_json
+from exporter.web.access import PRIVATE_HEADERS, is_local_client
+from exporter.web.listeners import Address, TcpAddress, UnixAddress
+from exporter.web.server import open_server
+from exporter.web.settings import DRILL_HEADER, DRILL_PATH, VCPUS_PATH, ServerSettings
+from kvm.simulated.host import SimulatedHost
+from tests.exporter.web.test_server import Client, open_collector
+from tests.reports import make_report, make_vm
+from tests.waiting import PATIENCE_SECONDS
+
+Scenario = Callable[[Address], Awaitable[None]]
+DETAILS = {"rip", "name", "display_name", "project", "namespace", "vmm", "pid", "tid"}
+MARKED = f"{DRILL_HEADER}: yes"
+
+
+class FakeWatcher:
+    def __init__(self, *vcpus: VcpuReport) -> None:
+        self.vcpus = vcpus
+        self.drills: list[str] = []
+
+    def report(self) -> MonitorReport:
+        return MonitorReport(
+            vcpus=self.vcpus, trigger="poll", trigger_problem="no libbpf.so.1", poll_period_seconds=1.0
+        )
+
+    async def start_drill(self, name: str) -> VcpuReport:
+        if not name:
+            raise drill.NoDrill("no VM is called ''")
+        self.drills.append(name)
+        return make_report(drill=True)
+
+
+def serve(scenario: Scenario, watcher: FakeWatcher | None, *addresses: Address) -> None:
+    async def main() -> None:
+        settings = ServerSettings(addresses=addresses or (TcpAddress("127.0.0.1", 0),))
+        recorder = SnapshotRecorder(SimulatedHost())
+        async with open_server(open_collector(recorder), recorder, settings, watcher=watcher) as (address, *_):
+            await asyncio.wait_for(scenario(address), PATIENCE_SECONDS)
+
+    asyncio.run(main())
+
+
+async def ask(address: Address, path: str, *headers: str, method: str = "GET") -> tuple[int, str]:
+    host = "localhost" if isinstance(address, UnixAddress) else str(address)
+    lines = [f"{method} {path} HTTP/1.1"]
+    if not any(header.lower().startswith("host:") for header in headers):
+        lines.append(f"Host: {host}")
+    client = await Client.open(address)
+    try:
+        await client.send("\r\n".join([*lines, *headers, "", ""]).encode())
+        answer = await client.read_answer()
+    finally:
+        await client.close()
+    return answer.status, answer.body.decode()
+
+
+async def ask_vcpus(address: Address, *headers: str) -> dict[str, Any]:
+    status, body = await ask(address, VCPUS_PATH, *headers)
+    assert status == 200
+    found: dict[str, Any] = json.loads(body)
+    return found
+
+
+def test_what_is_known_of_each_vcpu() -> None:
+    now = time.monotonic()
+    report = make_report(idt_vectoring=0x80000B11, stuck_since_seconds=now - 10, context_invalid=True)
+    quiet = replace(make_report(State.QUIET, vcpu=1), deferred_reason="others have their turn")
+    watcher = FakeWatcher(quiet, replace(report, moved_seconds=now - 1))
+
+    async def scenario(address: Address) -> None:
+        document = await ask_vcpus(address)
+        assert (document["trigger"], document["problem"], document["details"]) == ("poll", None, True)
+        assert document["trigger_problem"] == "no libbpf.so.1"
+        stalled, quiet = document["vcpus"]
+        assert (quiet["state"], quiet["vcpu"], quiet["deferred_reason"]) == ("quiet", 1, "others have their turn")
+        assert stalled["stuck_since_unix_seconds"] == pytest.approx(time.time() - 10, abs=1)
+        assert stalled["last_notify_exit_unix_seconds"] == pytest.approx(time.time() - 1, abs=1)
+        expected = {
+            "vm": "uuid-4242",
+            "vcpu": 0,
+            "state": "stalled",
+            "deferred_reason": None,
+            "streak": 64,
+            "exits_at_rip": 40,
+            "notify_window_exits": 1234,
+            "traced_exits": 64,
+            "same_rip_exits": 63,
+            "registers_alike": True,
+            "nested": False,
+            "context_invalid": True,
+            "delivering": "vector 17 (#AC)",
+            "drill": False,
+            "rip": "0xffffffff81012345",
+            "name": "web",
+            "project": "shop",
+            "pid": 4242,
+            "tid": 5000,
+        }
+        assert {key: stalled[key] for key in expected} == expected
+
+    serve(scenario, watcher)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["Host: evil.example"],
+        ["X-Forwarded-For: 10.0.0.1"],
+        ["Forwarded: for=10.0.0.1"],
+        ["Via: 1.1 proxy"],
+        ["Host: 10.0.0.1:9750"],
+        ["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"],
+        ["Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: cors"],
+    ],
+)
+def test_rips_and_owners_are_not_for_strangers(headers: list[str]) -> None:
+    async def scenario(address: Address) -> None:
+        document = await ask_vcpus(address, *headers)
+        assert document["details"] is False
+        assert not DETAILS & set(document["vcpus"][0])
+        assert "0xffffffff81012345" not in json.dumps(document)
+
+    serve(scenario, FakeWatcher(make_report()))
+
+
+@pytest.mark.parametrize(
+    ("peer", "host", "local"),
+    [
+        ("127.0.0.1", "127.0.0.1:9750", True),
+        ("127.8.9.1", "localhost", True),
+        ("::1", "[::1]:9750", True),
+        ("::ffff:127.0.0.1", "localhost:9750", True),
+        (None, "whatever", True),
+        ("10.0.0.1", "localhost", False),
+        ("::ffff:10.0.0.1", "localhost", False),
+        ("fe80::1%eth0", "localhost", False),
+        ("gone", "localhost", False),
+        ("127.0.0.1", "localhost.evil.example", False),
+        ("127.0.0.1", "", False),
+    ],
+)
+def test_who_is_local(peer: str | None, host: str, local: bool) -> None:
+    assert is_local_client(peer, {"Host": host} if host else {}) is local
+
+
+@pytest.mark.parametrize(
+    ("site", "mode", "local"),
+    [("none", "navigate", True), ("same-origin", "cors", True), ("cross-site", "navigate", True)],
+)
+def test_a_browser_here_is_local_unless_another_page_makes_it_ask(site: str, mode: str, local: bool) -> None:
+    headers = {"Host": "localhost:9750", "Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+    assert is_local_client("127.0.0.1", headers) is local
+
+
+def test_the_answer_is_not_for_other_sites_nor_to_be_kept() -> None:
+    assert PRIVATE_HEADERS["Cache-Control"] == "no-store"
+    assert PRIVATE_HEADERS["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+def test_a_unix_socket_is_local(tmp_path: Path) -> None:
+    async def scenario(address: Address) -> None:
+        assert (await ask_vcpus(address))["details"] is True
+        assert (await ask(address, f"{DRILL_PATH}?vm=web", MARKED, method="POST"))[0] == 200
+
+    serve(scenario, FakeWatcher(make_report()), UnixAddress(str(tmp_path / "socket")))
+
+
+def test_an_agent_that_does_not_watch_says_so() -> None:
+    async def scenario(address: Address) -> None:
+        document = await ask_vcpus(address)
+        assert (document["problem"], document["vcpus"]) == ("not watched", [])
+        assert (await ask(address, f"{DRILL_PATH}?vm=web", MARKED, method="POST"))[0] == 409
+
+    serve(scenario, None)
+
+
+def test_a_drill_is_asked_for_by_post_with_its_header_from_this_machine() -> None:
+    watcher = FakeWatcher()
+    path = f"{DRILL_PATH}?vm=web%201"
+
+    async def scenario(address: Address) -> None:
+        assert (await ask(address, path, MARKED))[0] == 405
+        assert (await ask(address, path, method="POST"))[0] == 403
+        assert (await ask(address, path, MARKED, "Origin: http://localhost", method="POST"))[0] == 403
+        assert (await ask(address, path, MARKED, "X-Forwarded-For: 1.2.3.4", method="POST"))[0] == 403
+        assert (await ask(address, path, MARKED, "Host: rebound.example", method="POST"))[0] == 403
+        assert watcher.drills == []
+        status, body = await ask(address, path, MARKED, method="POST")
+        assert (status, watcher.drills) == (200, ["web 1"])
+        assert "is stalled for 60 s" in json.loads(body)["message"]
+        assert (await ask(address, DRILL_PATH, MARKED, method="POST"))[0] == 409
+
+    serve(scenario, watcher)
+
+
+@pytest.mark.parametrize("path", [VCPUS_PATH, DRILL_PATH])
+def test_the_metrics_cannot_take_these_paths(path: str) -> None:
+    with pytest.raises(ValueError, match="taken"):
+        ServerSettings(telemetry_path=path)
+
+
+def test_what_matters_comes_first() -> None:
+    states = [State.QUIET, State.RECOVERED, State.STALLED, State.UNKNOWN, State.SUSPECT, State.PROGRESSING]
+    reports = tuple(make_report(state, vm=make_vm(pid=number)) for number, state in enumerate(states))
+    document = vcpus_json.build_document(MonitorReport(vcpus=reports), 0.0, 0.0, with_details=True)
+    vcpus = document["vcpus"]
+    assert isinstance(vcpus, list)
+    assert [found["state"] for found in vcpus] == [
+        "stalled",
+        "suspect",
+        "unknown",
+        "recovered",
+        "quiet",
+        "progressing",
+    ]

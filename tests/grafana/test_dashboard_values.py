@@ -1,0 +1,308 @@
+"""What the dashboards' queries make of a few samples, as promtool says: units, guards, and what is not known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from exporter.prometheus import metrics as m
+from exporter.prometheus.metrics import Metric, order_labels
+from grafana.builder.queries import HOST_ARMED_VCPUS, HOST_EXIT_RATE, HOST_SECONDS_LOST, UP, VM_EXIT_RATE
+from tests.grafana.dashboard_queries import find_queries
+from tests.grafana.dashboard_rules import find_labels_of
+
+FLEET, HOST, VM = "kvm-notify-fleet", "kvm-notify-host", "kvm-notify-vm"
+GUEST: Final = "5107a7ed-0000-4000-8000-000000000002"
+MINUTES: Final = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one query of a panel answers after 40 minutes: ``wanted`` are values by the labels that tell them apart."""
+
+    name: str
+    dashboard: str
+    place: str
+    number: int
+    series: Iterable[tuple[str, str]]
+    wanted: dict[str, float] = field(default_factory=dict)
+
+    def render(self) -> dict[str, Any]:
+        """One test in a file for promtool."""
+        return {
+            "name": self.name,
+            "interval": "1m",
+            "input_series": [{"series": series, "values": values} for series, values in self.series],
+            "promql_expr_test": [
+                {
+                    "expr": find_expr(self.dashboard, self.place, self.number),
+                    "eval_time": f"{MINUTES}m",
+                    "exp_samples": [{"labels": labels, "value": value} for labels, value in self.wanted.items()],
+                }
+            ],
+        }
+
+
+def find_expr(dashboard: str, place: str, number: int = 0) -> str:
+    """The text of one query; VMs of other names than that of ``GUEST`` are not the VM dashboard's."""
+    queries = find_queries(vm=GUEST, rate_interval="5m", range_seconds=3600)
+    return [query.expr for query in queries if (query.dashboard, query.place) == (dashboard, place)][number]
+
+
+def samples(metric: Metric, values: str, instance: str = "a", **labels: str) -> tuple[str, str]:
+    """One series of host ``a`` (or another one); raises for a label that the metric has not."""
+    own = dict.fromkeys(metric.labels, "") | labels
+    if metric.name in {one.name for one in m.METRICS}:
+        order_labels(metric, **own)
+    elif set(own) - set(find_labels_of(metric.name)):
+        raise ValueError(f"{metric.name} has no such labels: {', '.join(own)}")
+    target = {"job": "kvm", "instance": instance, **own}
+    return f"{metric.name}{{{', '.join(f'{name}={json.dumps(value)}' for name, value in target.items())}}}", values
+
+
+def still(value: float) -> str:
+    return f"{value}x{MINUTES}"
+
+
+def by_second(count: float) -> str:
+    """A counter with that rate."""
+    return f"600+{60 * count}x{MINUTES}"
+
+
+CPU: Final = {"cpu_model_name": "Xeon", "cpu_family": "6", "cpu_model": "143", "cpu_stepping": "8", "microcode": "0x2b"}
+CPU_SERIES: Final = '{cpu_family="6", cpu_model="143", cpu_model_name="Xeon", cpu_stepping="8", microcode="0x2b"}'
+INFO_A, INFO_B = samples(m.HOST_INFO, still(1), "a", **CPU), samples(m.HOST_INFO, still(1), "b", **CPU)
+ARMED: Final = {"protection": "armed"}
+OFF: Final = {"protection": "off"}
+VCPU: Final = {"vm": GUEST, "vcpu": "1"}
+OF_VCPU: Final = f'{{instance="a", job="kvm", vcpu="1", vm="{GUEST}"}}'
+OF_VM: Final = f'{{instance="a", job="kvm", vm="{GUEST}"}}'
+NAMED: Final = samples(m.VM_INFO, still(1), vm=GUEST, name="web-1", project="shop")
+PROBLEMS = "Agents with problems"
+
+CASES: Final = (
+    # Grafana's times are in milliseconds.
+    Case(
+        "start of a VM",
+        VM,
+        "Who it is",
+        3,
+        [samples(m.VM_START_TIME, still(1_700_000_000), vm=GUEST)],
+        {OF_VM: 1_700_000_000_000},
+    ),
+    Case(
+        "last notify exit",
+        VM,
+        "vCPUs",
+        7,  # a number has the same title as the table
+        [samples(m.VCPU_LAST_NOTIFY_EXIT, still(1_700_000_000), **VCPU)],
+        {OF_VCPU: 1_700_000_000_000},
+    ),
+    Case(
+        "start in the table of VMs",
+        HOST,
+        "VMs",
+        9,  # a number has the same title as the table
+        [samples(m.VM_START_TIME, still(1_700_000_000), vm=GUEST), samples(m.HOST_VMS, still(1), **ARMED)],
+        {OF_VM: 1_700_000_000_000},
+    ),
+    # A share of nothing is no share.
+    Case(
+        "share protected",
+        FLEET,
+        "VMs protected",
+        0,
+        [samples(m.HOST_VMS, still(3), **ARMED), samples(m.HOST_VMS, still(1), **OFF)],
+        {"{}": 0.75},
+    ),
+    Case(
+        "share protected of no VMs",
+        FLEET,
+        "VMs protected",
+        0,
+        [samples(m.HOST_VMS, still(0), **ARMED), samples(m.HOST_VMS, still(0), **OFF)],
+    ),
+    Case(
+        "share of notify exits",
+        VM,
+        "Share of notify exits",
+        0,
+        [
+            samples(m.VCPU_NOTIFY_WINDOW_EXITS, by_second(1), **VCPU),
+            samples(m.VCPU_EXITS, by_second(4), **VCPU),
+        ],
+        {OF_VCPU: 0.25},
+    ),
+    Case(
+        "share of no exits",
+        VM,
+        "Share of notify exits",
+        0,
+        [samples(m.VCPU_NOTIFY_WINDOW_EXITS, still(0), **VCPU), samples(m.VCPU_EXITS, still(0), **VCPU)],
+    ),
+    # 1 exit a second, by 4 vCPUs.
+    Case(
+        "exits a day over time",
+        FLEET,
+        "Notify exits a day per armed vCPU",
+        0,
+        [
+            INFO_A,
+            samples(m.HOST_VCPUS, still(4), **ARMED),
+            samples(m.HOST_NOTIFY_WINDOW_EXITS, by_second(1)),
+        ],
+        {CPU_SERIES: 21_600},
+    ),
+    Case(
+        "exits a day of no armed vCPUs",
+        FLEET,
+        "Notify exits a day per armed vCPU",
+        0,
+        [INFO_A, samples(m.HOST_VCPUS, still(0), **ARMED), samples(m.HOST_NOTIFY_WINDOW_EXITS, still(0))],
+    ),
+    # The time range is an hour, and there are ten minutes of history.
+    Case(
+        "exits a day with a short history",
+        FLEET,
+        "Groups of hosts",
+        5,
+        [
+            INFO_A,
+            INFO_B,
+            samples(HOST_EXIT_RATE, "_x29 0.5x10"),
+            samples(HOST_ARMED_VCPUS, "_x29 4x10"),
+            samples(HOST_EXIT_RATE, "_x29 0x10", "b"),
+            samples(HOST_ARMED_VCPUS, "_x29 4x10", "b"),
+        ],
+        {CPU_SERIES: 5_400},
+    ),
+    # Three minutes with 2 exits a second, then none: the rule records no 0.
+    Case(
+        "top VMs by name",
+        FLEET,
+        "Top VMs",
+        0,
+        [NAMED, samples(VM_EXIT_RATE, "_x36 2 2 2", vm=GUEST), samples(VM_EXIT_RATE, "_x36 1", "b", vm=GUEST)],
+        {
+            f'{{instance="a", job="kvm", vm="{GUEST}", name="web-1", project="shop"}}': 360,
+            f'{{instance="b", job="kvm", vm="{GUEST}"}}': 60,
+        },
+    ),
+    Case(
+        "stalled vCPUs, of VMs with and without name",
+        FLEET,
+        "Stalled vCPUs now",
+        0,
+        [
+            NAMED,
+            samples(m.VCPU_NO_PROGRESS, still(1), **VCPU),
+            samples(m.VCPU_NO_PROGRESS, still(1), "b", **VCPU),
+            samples(m.VCPU_NO_PROGRESS, still(0), "c", **VCPU),
+        ],
+        {
+            f'{{instance="a", job="kvm", vcpu="1", vm="{GUEST}", name="web-1", project="shop"}}': 1,
+            f'{{instance="b", job="kvm", vcpu="1", vm="{GUEST}"}}': 1,
+        },
+    ),
+    Case(
+        "stalled vCPUs of a host",
+        HOST,
+        "Stalled vCPUs now",
+        0,
+        [samples(m.VCPU_NO_PROGRESS, still(1), **VCPU), samples(m.VCPU_NO_PROGRESS, still(0), vm=GUEST, vcpu="2")],
+        {OF_VCPU: 1},
+    ),
+    Case(
+        "guest time lost",
+        FLEET,
+        "Guest time lost",
+        0,
+        [samples(HOST_SECONDS_LOST, still(0.5)), samples(HOST_SECONDS_LOST, still(0), "b")],
+        {'{instance="a", job="kvm"}': 0.5},
+    ),
+    # None is 0 where there are hosts, and not known where there are not.
+    Case(
+        "a host that cannot see stalls",
+        FLEET,
+        "Hosts that cannot see stalls",
+        0,
+        [INFO_A, INFO_B, samples(m.HOST_NO_PROGRESS, still(0))],
+        {"{}": 1},
+    ),
+    Case(
+        "all hosts see stalls",
+        FLEET,
+        "Hosts that cannot see stalls",
+        0,
+        [INFO_A, samples(m.HOST_NO_PROGRESS, still(0))],
+        {"{}": 0},
+    ),
+    Case("no hosts", FLEET, "Hosts that cannot see stalls", 0, [samples(m.HOST_NO_PROGRESS, still(0))]),
+    Case("hosts", FLEET, "Hosts", 0, [INFO_A, INFO_B], {"{}": 2}),
+    Case(
+        "an agent is down, and something else is",
+        FLEET,
+        "Agents down",
+        0,
+        [INFO_A, samples(UP, still(0)), samples(UP, still(0), "printer")],
+        {"{}": 1},
+    ),
+    Case("no agent is down", FLEET, "Agents down", 0, [INFO_A, samples(UP, still(1))], {"{}": 0}),
+    Case("up is not kept", FLEET, "Agents down", 0, [INFO_A]),
+    Case(
+        "problem: down",
+        FLEET,
+        PROBLEMS,
+        0,
+        [INFO_A, INFO_B, samples(UP, still(0)), samples(UP, still(1), "b")],
+        {'{instance="a", job="kvm"}': 1},
+    ),
+    Case(
+        "problem: no source",
+        FLEET,
+        PROBLEMS,
+        1,
+        [
+            samples(m.SOURCE_UP, still(0), source="bpf"),
+            samples(m.SOURCE_UP, still(0), "b", source="bpf"),
+            samples(m.SOURCE_UP, still(1), "b", source="stats_fd"),
+        ],
+        {'{instance="a", job="kvm"}': 1},
+    ),
+    Case(
+        "problem: a collector fails",
+        FLEET,
+        PROBLEMS,
+        4,
+        [
+            samples(m.SCRAPE_SUCCESS, still(0), collector="vm"),
+            samples(m.SCRAPE_SUCCESS, still(1), collector="vcpu"),
+            samples(m.SCRAPE_SUCCESS, still(1), collector="host"),
+        ],
+        {'{instance="a", job="kvm"}': 1},
+    ),
+    Case(
+        "all VMs are read", HOST, "VMs not read", 0, [NAMED, samples(m.VM_SOURCE_INFO, still(1), vm=GUEST)], {"{}": 0}
+    ),
+    Case("a VM is not read", HOST, "VMs not read", 0, [NAMED], {"{}": 1}),
+    Case("names of VMs are not kept", HOST, "VMs not read", 0, [INFO_A]),
+)
+
+
+def test_values_are_what_samples_say(tmp_path: Path, tell: Callable[[str], None]) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus)")
+    path = tmp_path / "values.test.yml"
+    path.write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [case.render() for case in CASES]}))
+    run = subprocess.run([promtool, "test", "rules", str(path)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    tell(f"{len(CASES)} answers of {len({(c.dashboard, c.place, c.number) for c in CASES})} queries, by promtool")

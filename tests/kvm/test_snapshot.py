@@ -1,0 +1,270 @@
+"""How sources take turns, and how VMs get their ids; sources here are plain objects that say what they are told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvm.discovery.processes import read_stat
+from kvm.discovery.vm_discovery import Discovery, HeldVm
+from kvm.errors import SourceUnavailable
+from kvm.host.facts import read_host
+from kvm.identity.vm_ids import choose_ids
+from kvm.model import EXITS, Owner, Protection, Snapshot, VmCounters, VmKey
+from kvm.read_errors import ReadErrors
+from kvm.snapshot import RETRY_SECONDS, HostReader, judge_protection
+
+PID = os.getpid()
+START = read_stat(Path("/proc"), PID).start_ticks
+KEY = VmKey(PID, START, 4)
+OTHER = VmKey(PID, START, 9)
+
+
+class ToldSource:
+    limits = ""
+
+    def __init__(self, name: str, finds_vms: bool = False, unavailable: str = "") -> None:
+        self.name, self.finds_vms, self.unavailable = name, finds_vms, unavailable
+        self.answers: dict[VmKey, VmCounters] = {}
+        self.asked: list[list[VmKey]] = []
+        self.opened = 0
+
+    def open(self) -> None:
+        self.opened += 1
+        if self.unavailable:
+            raise SourceUnavailable(self.unavailable, "mend it")
+
+    def read(self, vms: Sequence[HeldVm]) -> Mapping[VmKey, VmCounters]:
+        self.asked.append([vm.key for vm in vms])
+        if self.unavailable:
+            raise SourceUnavailable(self.unavailable, "mend it")
+        return self.answers
+
+    def close(self) -> None:
+        self.opened = -1
+
+
+class ToldDiscovery(Discovery):
+    """Discovery whose list of VMs is told; everything else about it is the real one."""
+
+    def __init__(self, *vms: HeldVm) -> None:
+        super().__init__(Path("/proc"), lambda _pid, _kind, _message: None)
+        self.vms = vms
+
+        self.sees_first_process = True
+        self.again: list[set[int]] = []
+
+    def find_vms(self) -> list[HeldVm]:
+        return list(self.vms)
+
+    def look_again(self, pids: Iterable[int]) -> list[HeldVm]:
+        self.again.append(set(pids))
+        return [vm for vm in self.vms if vm.key.pid in self.again[-1] and vm.tid]
+
+
+class Scene:
+    def __init__(self, *sources: ToldSource) -> None:
+        self.now = 1000.0
+        self.errors = ReadErrors()
+        self.owners: dict[tuple[int, int], Owner] = {KEY[:2]: Owner("qemu", name="web", uuid="u-1")}
+        self.discovery = ToldDiscovery(hold(KEY))
+        self.reader = HostReader(
+            sources,
+            self.discovery,
+            lambda _wanted, _wait: self.owners,
+            self.errors,
+            read_host=read_host,
+            monotonic=lambda: self.now,
+            unix=lambda: 1.7e9 + self.now,
+        )
+
+    def look(self, after_seconds: float = 1.0) -> Snapshot:
+        self.now += after_seconds
+        return self.reader.read()
+
+
+def hold(key: VmKey, vcpu_ids: tuple[int, ...] | None = (0, 1)) -> HeldVm:
+    return HeldVm(key, key.pid, -1, vcpu_ids, {})
+
+
+def count(*exits: int, vcpu_ids: tuple[int, ...] = ()) -> VmCounters:
+    vcpu_ids = vcpu_ids or tuple(range(len(exits)))
+    return VmCounters(vcpu_ids, (None,) * len(exits), {EXITS: exits})
+
+
+@pytest.fixture
+def sources() -> Iterator[tuple[ToldSource, ToldSource]]:
+    yield ToldSource("first"), ToldSource("second")
+
+
+def test_the_first_source_that_reads_a_vm_is_its_source(sources: tuple[ToldSource, ToldSource]) -> None:
+    first, second = sources
+    scene = Scene(first, second)
+    first.answers = {KEY: count(7, 8)}
+    (reading,) = scene.look().readings
+    assert (reading.source, reading.counters.per_vcpu[EXITS], reading.vcpu_count) == ("first", (7, 8), 2)
+    assert second.asked == []
+    assert [vcpu.index for vcpu in reading.vcpus] == [0, 1]
+
+
+def test_the_next_source_is_asked_for_what_is_left(sources: tuple[ToldSource, ToldSource]) -> None:
+    first, second = sources
+    scene = Scene(first, second)
+    scene.discovery.vms = (hold(KEY), hold(OTHER))
+    first.answers = {KEY: VmCounters(problem="holds no fds"), OTHER: count(1, 2)}
+    second.answers = {KEY: VmCounters((0, 1), (None, None), {}, {EXITS: 99})}
+    by_key = {reading.vm.key: reading for reading in scene.look().readings}
+    assert (by_key[KEY].source, by_key[OTHER].source) == ("second", "first")
+    assert by_key[KEY].counters.totals == {EXITS: 99}
+    assert second.asked == [[KEY]]
+
+
+def test_a_vm_that_nobody_can_read_is_listed_with_its_vcpus_and_the_reason(
+    sources: tuple[ToldSource, ToldSource],
+) -> None:
+    first, second = sources
+    second.unavailable = "lockdown"
+    scene = Scene(first, second)
+    first.answers = {KEY: VmCounters(problem="holds no fds")}
+    snapshot = scene.look()
+    (reading,) = snapshot.readings
+    assert (reading.source, reading.vcpus, reading.vcpu_count) == ("", (), 2)
+    assert reading.counters.problem == "holds no fds"
+    reports = [(report.source, report.up, report.reason, report.remedy) for report in snapshot.sources]
+    assert reports == [("first", True, "", ""), ("second", False, "lockdown", "mend it")]
+
+
+def test_a_vm_of_which_some_vcpus_were_read_has_their_numbers_and_the_count_of_all(
+    sources: tuple[ToldSource, ToldSource],
+) -> None:
+    first, _second = sources
+    scene = Scene(*sources)
+    scene.discovery.vms = (hold(KEY, (0, 4, 8)),)
+    first.answers = {KEY: count(5, 6, vcpu_ids=(0, 8))}
+    (reading,) = scene.look().readings
+    assert [(vcpu.index, vcpu.vcpu_id) for vcpu in reading.vcpus] == [(0, 0), (2, 8)]
+    assert reading.vcpu_count == 3
+
+
+def test_a_source_that_fails_is_left_alone_for_a_while_and_then_tried_again(
+    sources: tuple[ToldSource, ToldSource],
+) -> None:
+    first, second = sources
+    first.unavailable = "broken"
+    second.answers = {KEY: count(1)}
+    scene = Scene(first, second)
+    for _ in range(3):
+        assert scene.look().readings[0].source == "second"
+    assert first.opened == 1
+    first.unavailable, first.answers = "", {KEY: count(2)}
+    snapshot = scene.look(RETRY_SECONDS)
+    assert snapshot.readings[0].source == "first"
+    assert [report.up for report in snapshot.sources] == [True, True]
+    first.unavailable = "broken again"
+    snapshot = scene.look()
+    assert snapshot.readings[0].source == "second"
+    assert (snapshot.sources[0].up, snapshot.sources[0].reason) == (False, "broken again")
+
+
+def test_a_source_that_finds_vms_by_itself_has_the_word_alone(sources: tuple[ToldSource, ToldSource]) -> None:
+    whole, second = ToldSource("whole", finds_vms=True), sources[1]
+    scene = Scene(whole, second)
+    whole.answers = {OTHER: VmCounters((0,), (PID,), {EXITS: (3,)}, notify_flags=1, notify_window_cycles=0)}
+    (reading,) = scene.look().readings
+    assert (reading.vm.key, reading.source, reading.vcpus[0].tid) == (OTHER, "whole", PID)
+    assert second.asked == []
+    assert second.opened == 1  # tried all the same: what works is known of all
+
+
+def test_a_vm_that_ended_while_it_was_read_is_not_listed(sources: tuple[ToldSource, ToldSource]) -> None:
+    scene = Scene(*sources)
+    scene.discovery.vms = (HeldVm(KEY, 0, -1, (0, 1), {}),)  # another look finds it no more
+    assert scene.look().readings == ()
+    assert scene.discovery.again == [{PID}]
+
+
+def test_a_vm_whose_fds_changed_while_it_was_read_is_looked_at_again(sources: tuple[ToldSource, ToldSource]) -> None:
+    first, _second = sources
+    scene = Scene(*sources)
+    (reading,) = scene.look().readings
+    assert first.asked == [[KEY], [KEY]]
+    assert (reading.source, reading.counters.problem) == ("", "its fds change faster than they can be read")
+
+
+def test_what_is_hidden_makes_the_look_incomplete(sources: tuple[ToldSource, ToldSource]) -> None:
+    scene = Scene(*sources)
+    sources[0].answers = {KEY: count(1)}
+    assert scene.look().complete
+    scene.discovery.sees_first_process = False
+    assert not scene.look().complete
+    scene.discovery.sees_first_process, scene.owners = True, {}
+    scene.discovery.vms = (hold(KEY), hold(OTHER))
+    assert not scene.look().complete
+
+
+def test_what_does_not_change_is_the_same_object(sources: tuple[ToldSource, ToldSource]) -> None:
+    first, _second = sources
+    scene = Scene(*sources)
+    first.answers = {KEY: count(7, 8)}
+    (one,), (two,) = scene.look().readings, scene.look().readings
+    assert one.vm is two.vm
+    assert one.vcpus is two.vcpus
+
+
+def test_a_vm_whose_owner_is_not_known_yet_is_left_out_and_counted(sources: tuple[ToldSource, ToldSource]) -> None:
+    scene = Scene(*sources)
+    sources[0].answers = {KEY: count(1)}
+    scene.owners = {}
+    snapshot = scene.look()
+    assert snapshot.readings == ()
+    assert snapshot.errors == {("owners", "pending"): 1}
+    assert not snapshot.complete
+
+
+def test_a_clone_keeps_both_apart_and_says_so(sources: tuple[ToldSource, ToldSource]) -> None:
+    scene = Scene(*sources)
+    scene.discovery.vms = (hold(KEY), hold(OTHER))
+    sources[0].answers = {KEY: count(1), OTHER: count(2)}
+    snapshot = scene.look()
+    assert [reading.vm.id for reading in snapshot.readings] == ["u-1", f"u-1-{PID}"]
+    assert snapshot.errors == {("owners", "duplicate"): 1}
+    scene.discovery.vms = (hold(OTHER),)
+    sources[0].answers = {OTHER: count(2)}
+    assert [reading.vm.id for reading in scene.look().readings] == [f"u-1-{PID}"]  # an id is kept for life
+
+
+keys = st.builds(VmKey, st.integers(1, 5), st.integers(1, 3), st.integers(-1, 3))
+identities = st.sampled_from(["a", "a-1", "a-1-1", "a-1-1-0", "", "b"])
+
+
+@given(st.dictionaries(keys, identities, max_size=30))
+def test_ids_are_unique_whatever_vms_claim(claims: dict[VmKey, str]) -> None:
+    owners = {key: Owner("qemu", uuid=uuid) for key, uuid in claims.items()}
+    ids = choose_ids(owners, {})
+    assert len(set(ids.values())) == len(claims)
+    assert choose_ids(owners, ids) == ids
+    survivors = dict(list(owners.items())[::2])
+    assert choose_ids(survivors, ids) == {key: ids[key] for key in survivors}
+
+
+@pytest.mark.parametrize(
+    ("supported", "flags", "protection"),
+    [
+        (True, 1, Protection.ARMED),
+        (True, 3, Protection.ARMED),
+        (True, 0, Protection.OFF),
+        (True, 2, Protection.OFF),
+        (True, None, Protection.UNKNOWN),
+        (None, None, Protection.UNKNOWN),
+        (None, 1, Protection.ARMED),
+        (False, None, Protection.UNSUPPORTED),
+        (False, 0, Protection.UNSUPPORTED),
+    ],
+)
+def test_protection(supported: bool | None, flags: int | None, protection: Protection) -> None:
+    assert judge_protection(supported, flags) is protection
