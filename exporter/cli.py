@@ -6,12 +6,14 @@ Flags are spelled as node_exporter's. Without a command the program serves.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from exporter.build_info import NAME, read_version
 from exporter.commands.check import run_check
@@ -29,6 +31,7 @@ from exporter.flags import (
 )
 from exporter.logs import journal
 from exporter.logs.formatters import start_logging
+from kvm.identity.vm_ids import AGENT_COMM
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +100,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     raise_fd_limit()
+    with contextlib.suppress(OSError):  # /proc is hidden, and with it everybody's name
+        # Whatever started us, "python3" included: other agents know our throw-away VM by this name.
+        Path("/proc/self/comm").write_text(AGENT_COMM)
     commands = {"serve": run_server, "demo": run_server, "once": run_once, "check": run_check, "drill": run_drill}
     try:
         code = commands[arguments.command](arguments)

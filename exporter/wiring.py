@@ -85,6 +85,7 @@ def open_host(
         "debugfs": lambda: DebugfsSource(WANTED, KVM_DEBUGFS, PROC, errors.teller("debugfs")),
     }
     owners = OwnerCache(errors.teller("owners"))
+    stack.callback(owners.close)
     discovery = Discovery(PROC, errors.teller("discovery"), uevents=uevents)
     reader = HostReader(
         [makers[name]() for name in sources], discovery, owners.find, errors, owner_wait_seconds=owner_wait_seconds

@@ -120,8 +120,12 @@ CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
 CAP_BPF = 39
 
-# include/linux/proc_ns.h (uapi/linux/nsfs.h since 6.18): the inode of the first pid namespace
+# include/linux/proc_ns.h (uapi/linux/nsfs.h since 6.18): the inodes of the initial pid and user namespaces
 PROC_PID_INIT_INO = 0xEFFFFFFC
+PROC_USER_INIT_INO = 0xEFFFFFFD
+
+# include/uapi/linux/nsfs.h
+NS_GET_USERNS = 0xB701
 
 # fs/proc/array.c prints start_time in USER_HZ (include/asm-generic/param.h) for every architecture that has KVM
 USER_HZ = 100

@@ -63,22 +63,60 @@ class Host:
     initial_pid_namespace: bool | None = None
 
 
+class Identity(StrEnum):
+    """Who vouches for a VM's name, UUID and owner, best first.
+
+    ``libvirt``: a status file of the host's libvirt that nobody but root can write. ``cgroup``: a cgroup that root has
+    made and named after the VM. ``container``: such a status file in a container, whose VM does not run as root.
+    ``cmdline``: the command line, which whoever starts the VM chooses. ``claimed``: files that the VM's own user can
+    write. ``process``: nothing tells, the VM is known by its program and pid.
+    """
+
+    LIBVIRT = "libvirt"
+    CGROUP = "cgroup"
+    CONTAINER = "container"
+    CMDLINE = "cmdline"
+    CLAIMED = "claimed"
+    PROCESS = "process"
+
+    @property
+    def is_vouched(self) -> bool:
+        """Whether it is more than a claim: no unprivileged user of the host can make it up."""
+        return self in (Identity.LIBVIRT, Identity.CGROUP, Identity.CONTAINER)
+
+    @property
+    def is_unique(self) -> bool:
+        """Whether whoever vouches knows all VMs of the host, and gives no identity twice."""
+        return self in (Identity.LIBVIRT, Identity.CGROUP)
+
+
+class CpuTopology(NamedTuple):
+    """How many dies a socket has, cores a die, threads a core (QEMU's ``-smp``)."""
+
+    dies: int
+    cores: int
+    threads: int
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """Whose VM it is, as far as its VMM's command line and the host's files tell; "" where they do not.
 
     ``name`` is what the VMM or libvirt calls it, ``display_name`` what its user does, where that is another name
-    (OpenStack's instance name).
+    (OpenStack's instance name). ``identity`` says who vouches for all of this, ``uid`` is the real uid of the VM's
+    process (None where it cannot be read). ``cpu_topology`` is what QEMU was asked for, None where that is not known.
     """
 
     vmm: str
     name: str = ""
     uuid: str = ""
     own_id: str = ""
-    vmm_version: str = ""
     project: str = ""
     namespace: str = ""
     display_name: str = ""
+    identity: Identity = Identity.PROCESS
+    uid: int | None = None
+    cpu_topology: CpuTopology | None = None
 
 
 @dataclass(frozen=True, slots=True)

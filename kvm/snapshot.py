@@ -244,14 +244,15 @@ class HostReader:
         return VmReading(
             vm=vm,
             source=answer.source,
-            vcpus=self._number(vm.key, answer, now),
+            vcpus=self._number(vm, answer, now),
             vcpu_count=len(answer.all_vcpu_ids) if answer.all_vcpu_ids is not None else None,
             counters=answer.counters,
             protection=judge_protection(self._host.notify_supported, answer.counters.notify_flags),
         )
 
-    def _number(self, key: VmKey, answer: _Answer, now: float) -> tuple[Vcpu, ...]:
+    def _number(self, vm: Vm, answer: _Answer, now: float) -> tuple[Vcpu, ...]:
         """Return the vCPUs that were read; the same tuple as long as nothing changes."""
+        key = vm.key
         numbers = self._numbers[key]
         known = (answer.counters.vcpu_ids, answer.counters.tids, answer.all_vcpu_ids)
         if numbers.known == known and not self._should_look_again(numbers, answer, now):
@@ -260,7 +261,8 @@ class HostReader:
         tids = self._find_threads(key, answer)
         all_ids = sorted(tids)
         indexes = {tid: read_index(self._proc, key.pid, tid) for tid in tids.values() if tid is not None}
-        numbered = number_vcpus(all_ids, [tids[vcpu_id] for vcpu_id in all_ids], indexes)
+        threads = [tids[vcpu_id] for vcpu_id in all_ids]
+        numbered = number_vcpus(all_ids, threads, indexes, vm.owner.cpu_topology)
         read = set(answer.counters.vcpu_ids)
         vcpus = tuple(vcpu for vcpu in numbered if vcpu.vcpu_id in read)
         if vcpus != numbers.vcpus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,10 +12,8 @@ from tests.waiting import wait_until
 
 FIXTURES = Path(__file__).parent / "fixtures" / "owners"
 START_TICKS = 4711
-
-
-def owner_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "owners"]
+LATE = b"qemu-system-x86_64\0-name\0late\0"
+UID = 64055
 
 
 class FakeProc:
@@ -37,11 +34,20 @@ class FakeProc:
         shutil.copy(files / "cmdline", thread / "cmdline")
         (thread / "exe").symlink_to((files / "exe").read_text())
         (thread / "root").mkdir()
+        (thread / "ns").mkdir()
+        (thread / "ns" / "mnt").symlink_to("/proc/self/ns/mnt")
+        self.set_uid(pid, UID)
         self.set_start_ticks(pid, START_TICKS)
         return pid
 
     def set_start_ticks(self, pid: int, ticks: int) -> None:
         (self.path / str(pid) / "stat").write_text(f"{pid} (q) S {'0 ' * 18}{ticks} 0 0\n")
+
+    def set_uid(self, pid: int, uid: int) -> None:
+        """Let the process belong to a user; captured files name none."""
+        file = self.path / str(pid) / "status"
+        kept = [line for line in file.read_text().splitlines() if not line.startswith("Uid:")]
+        file.write_text("\n".join([*kept, "Uid:" + f"\t{uid}" * 4, ""]))
 
     def cmdline(self, pid: int) -> Path:
         return self.path / str(pid) / "task" / str(pid) / "cmdline"
@@ -51,6 +57,7 @@ class FakeProc:
         file = self.path / str(pid) / "task" / str(pid) / "root" / directory / f"{name}.xml"
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(FIXTURES / fixture / "status.xml", file)
+        file.chmod(0o600)  # as libvirt makes it
         return file
 
     def hang(self, pid: int) -> None:
@@ -71,15 +78,13 @@ class FakeProc:
         return writers[0]
 
     def release(self, *pids: int) -> None:
-        """Answer whoever reads these command lines, until nobody does any more."""
-
-        def answer_all() -> bool:
-            for pid in pids:
-                with (
-                    contextlib.suppress(OSError),  # ENXIO: nobody reads this one now
-                    os.fdopen(os.open(self.cmdline(pid), os.O_WRONLY | os.O_NONBLOCK), "wb") as pipe,
-                ):
-                    pipe.write(b"qemu-system-x86_64\0-name\0late\0")
-            return not owner_threads()
-
-        wait_until(answer_all)
+        """Give these processes command lines that can be read, also to whoever hangs in reading one."""
+        for pid in pids:
+            file, pipe = self.cmdline(pid), self.cmdline(pid).with_name("hung")
+            file.rename(pipe)
+            file.write_bytes(LATE)
+            with (
+                contextlib.suppress(OSError),  # ENXIO: nobody hangs there
+                os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "wb") as writer,
+            ):
+                writer.write(LATE)

@@ -90,8 +90,15 @@ VM_NOTIFY_WINDOW_EXITS = Metric(
 VM_INFO = Metric(
     "kvm_vm_info",
     MetricType.GAUGE,
-    "Who a VM is, as its VMM's command line and the host's files tell; always 1.",
-    ("display_name", "name", "namespace", "pid", "project", "uuid", "vm", "vmm", "vmm_version"),
+    "Who a VM is, as far as is known, and who vouches for that (identity): libvirt, cgroup and container are root's "
+    "word, cmdline and claimed that of whoever runs the VM, process nobody's; always 1.",
+    ("display_name", "identity", "name", "namespace", "pid", "project", "uid", "uuid", "vm", "vmm"),
+)
+VM_CLAIMED_INFO = Metric(
+    "kvm_vm_claimed_info",
+    MetricType.GAUGE,
+    "What a VM's own user says of its owner, which may be another's name; always 1, absent where nothing is claimed.",
+    ("display_name", "namespace", "project", "vm"),
 )
 VM_SOURCE_INFO = Metric(
     "kvm_vm_source_info",
@@ -262,6 +269,7 @@ METRICS: tuple[Metric, ...] = (
     VCPU_LAST_NOTIFY_EXIT,
     VM_NOTIFY_WINDOW_EXITS,
     VM_INFO,
+    VM_CLAIMED_INFO,
     VM_SOURCE_INFO,
     VM_START_TIME,
     VM_VCPUS,

@@ -133,20 +133,32 @@ def _find_positions(reading: VmReading, series: VcpuSeries) -> Sequence[int]:
 
 def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
     vm, owner = reading.vm, reading.vm.owner
+    # Alerts are routed by project and namespace: only what somebody vouches for may say whose VM it is.
+    is_vouched = owner.identity.is_vouched
     info = order_labels(
         metrics.VM_INFO,
         vm=vm.id,
         name=owner.name,
-        display_name=owner.display_name,
+        display_name=owner.display_name if is_vouched else "",
         uuid=owner.uuid,
         vmm=owner.vmm,
-        vmm_version=owner.vmm_version,
         pid=str(vm.key.pid),
+        project=owner.project if is_vouched else "",
+        namespace=owner.namespace if is_vouched else "",
+        identity=owner.identity,
+        uid="" if owner.uid is None else str(owner.uid),
+    )
+    claims = order_labels(
+        metrics.VM_CLAIMED_INFO,
+        vm=vm.id,
+        display_name=owner.display_name,
         project=owner.project,
         namespace=owner.namespace,
     )
+    has_claims = not is_vouched and bool(owner.display_name or owner.project or owner.namespace)
     samples: list[tuple[Metric, Sequence[str], float | None]] = [
         (metrics.VM_INFO, info, 1),
+        (metrics.VM_CLAIMED_INFO, claims, 1 if has_claims else None),
         (metrics.VM_SOURCE_INFO, (reading.source, vm.id), 1 if reading.source else None),
         (metrics.VM_START_TIME, (vm.id,), vm.start_time_seconds),
         (metrics.VM_VCPUS, (vm.id,), reading.vcpu_count),

@@ -206,7 +206,7 @@ def _exits() -> Row:
 
 
 def _vms() -> Row:
-    who = f"{VM_KEYS}, {OWNER}, vmm, vmm_version, pid"
+    who = f"{VM_KEYS}, {OWNER}, vmm, identity, pid"
     return Row(
         20,
         "VMs",
@@ -259,7 +259,7 @@ def _vms() -> Row:
                     Column(field="window", title="Window (cycles)"),
                     Column(field="source", title="Source"),
                     Column(field="vmm", title="VMM"),
-                    Column(field="vmm_version", title="Version"),
+                    Column(field="identity", title="Vouched by"),
                     Column(field="pid", title="PID"),
                     Column(field="started", title="Started", unit="dateTimeFromNow"),
                     Column(field="vm", title="VM", links=[link_to_vm()]),

@@ -81,8 +81,16 @@ def _increase_by_vcpu(metric: Metric) -> str:
     return _by_vcpu(increase(metric, vm=VM))
 
 
+def _select_claims() -> str:
+    """What the VM's own user says, under names of its own: it must not be taken for the owner."""
+    claims = select(m.VM_CLAIMED_INFO, vm=VM)
+    for label in ("project", "namespace"):
+        claims = f'label_replace({claims}, "claimed_{label}", "$1", "{label}", "(.*)")'
+    return f"max by ({VM_KEYS}, claimed_project, claimed_namespace) ({claims})"
+
+
 def _who_it_is() -> Row:
-    who = f"{VM_KEYS}, {OWNER}, uuid, vmm, vmm_version, pid"
+    who = f"{VM_KEYS}, {OWNER}, uuid, vmm, identity, pid"
     return Row(
         1,
         "VM $vm",
@@ -96,15 +104,18 @@ def _who_it_is() -> Row:
                     "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO, vm=VM)})",
                     "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION, vm=VM)} == 1)",
                     "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME, vm=VM)}) * 1000",
+                    "claims": _select_claims(),
                 },
                 [
                     Column(field="name", title="Name"),
                     Column(field="display_name", title="User's name"),
                     Column(field="project", title="Project"),
                     Column(field="namespace", title="Namespace"),
+                    Column(field="claimed_project", title="Claimed project"),
+                    Column(field="claimed_namespace", title="Claimed namespace"),
                     Column(field="uuid", title="UUID"),
                     Column(field="vmm", title="VMM"),
-                    Column(field="vmm_version", title="Version"),
+                    Column(field="identity", title="Vouched by"),
                     Column(field="pid", title="PID"),
                     Column(field="state", title="Protection", mappings=PROTECTION, width=110),
                     Column(field="source", title="Source"),

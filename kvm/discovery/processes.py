@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,26 @@ def read_stat(proc: Path, pid: int) -> ProcessStat:
     """Read what a process or thread is; raises OSError or MalformedData."""
     path = proc / str(pid) / "stat"
     return parse_stat(path.read_text(errors="replace"), str(path))
+
+
+def parse_uids(status: str) -> tuple[int, ...]:
+    """Return the real, effective, saved and file system uid of a /proc/PID/status; () where it tells none."""
+    match = re.search(r"^Uid:((?:\s+\d{1,10}){4})$", status, re.MULTILINE | re.ASCII)
+    return tuple(int(number) for number in match[1].split()) if match else ()
+
+
+def read_uids(proc: Path, pid: int) -> tuple[int, ...]:
+    """Read the uids of a process as `parse_uids` returns them; () where it has ended or is hidden."""
+    try:
+        return parse_uids((proc / str(pid) / "status").read_text(errors="replace"))
+    except OSError:
+        return ()
+
+
+def read_uid(proc: Path, pid: int) -> int | None:
+    """Read the real uid of a process, None where it has ended or is hidden."""
+    uids = read_uids(proc, pid)
+    return uids[0] if uids else None
 
 
 def find_living_thread(proc: Path, pid: int) -> int:

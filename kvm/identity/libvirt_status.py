@@ -4,7 +4,8 @@ libvirt writes ``/run/libvirt/qemu/NAME.xml`` (mode 0600, by rename) before QEMU
 QEMU and the whole domain, metadata included (qemuDomainSaveStatus in src/qemu/qemu_domain.c). Whoever may write
 domains chooses most of this text. Decisions:
 
-* expat and not a tree: only some texts are kept, each cut; elements may nest 64 deep, a file have 4 MiB at most.
+* expat and not a tree: only some texts are kept, each cut; elements may nest 64 deep, and a file have 256 KiB and
+  16,384 elements at most: parsing one takes some 10 ms (a domain with 100 disks has 90 KiB).
 * The file may lie in a container's mount namespace: no link leads out of the directory that is taken for its root, and
   what is no regular file is never opened.
 * A document type is refused before anything in it is read: no entities, so none that expand or fetch files.
@@ -18,16 +19,18 @@ from __future__ import annotations
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.parsers import expat
 
 from kvm import syscalls
 from kvm.errors import MalformedData
+from kvm.identity.evidence import is_roots_file
 
 DEPTH_LIMIT = 64
+ELEMENTS_LIMIT = 16_384
 TEXT_CHARACTERS = 4096
-STATUS_BYTES = 4 << 20
+STATUS_BYTES = 256 << 10
 _FILE_NAME_BYTES = 255
 
 # nova/virt/libvirt/config.py: 1.0 and 1.1 so far
@@ -49,7 +52,8 @@ class DomainStatus:
     """What a running domain's status tells; "" where it does not.
 
     ``project_id`` and ``project_name`` are OpenStack's project, ``display_name`` the name that its user gave to the
-    instance. ``is_kubevirt`` says that KubeVirt made the domain.
+    instance. ``is_kubevirt`` says that KubeVirt made the domain, ``is_roots`` that file and directory are root's and
+    nobody else can write them.
     """
 
     pid: int
@@ -59,6 +63,7 @@ class DomainStatus:
     project_name: str = ""
     display_name: str = ""
     is_kubevirt: bool = False
+    is_roots: bool = False
 
 
 def parse_domain_status(document: bytes, origin: str) -> DomainStatus:
@@ -101,17 +106,23 @@ def read_domain_status(root: Path, directory: str, name: str) -> DomainStatus | 
     if not name or "/" in name or "\0" in name or "\ufffd" in name or len(file_name.encode()) > _FILE_NAME_BYTES:
         return None
     origin = f"{root}/{directory}/{file_name}"
-    document = _read_regular_file(root, f"{directory}/{file_name}", origin)
-    return parse_domain_status(document, origin) if document is not None else None
+    found = _read_regular_file(root, directory, file_name, origin)
+    return None if found is None else replace(parse_domain_status(found[0], origin), is_roots=found[1])
 
 
-def _read_regular_file(root: Path, path: str, origin: str) -> bytes | None:
+def _read_regular_file(root: Path, directory: str, file_name: str, origin: str) -> tuple[bytes, bool] | None:
+    """Return what a file holds, and whether it and its directory are root's."""
     try:
         root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError):
         return None
     try:
-        file_fd = syscalls.open_in_root(root_fd, path, os.O_PATH)
+        directory_fd = syscalls.open_in_root(root_fd, directory, os.O_PATH | os.O_DIRECTORY)
+        try:
+            is_roots = is_roots_file(directory_fd)
+        finally:
+            os.close(directory_fd)
+        file_fd = syscalls.open_in_root(root_fd, f"{directory}/{file_name}", os.O_PATH)
     except (FileNotFoundError, NotADirectoryError):
         return None
     finally:
@@ -123,7 +134,7 @@ def _read_regular_file(root: Path, path: str, origin: str) -> bytes | None:
             raise MalformedData(origin, "no regular file")
         if found.st_size > STATUS_BYTES:
             raise MalformedData(origin, f"{found.st_size} bytes are more than a status has")
-        return read_limited(Path(f"/proc/self/fd/{file_fd}"), STATUS_BYTES)
+        return read_limited(Path(f"/proc/self/fd/{file_fd}"), STATUS_BYTES), is_roots and is_roots_file(file_fd)
     finally:
         os.close(file_fd)
 
@@ -152,6 +163,7 @@ class _Contents:
         self.texts: dict[tuple[str, ...], str] = {}
         self._path: tuple[str, ...] = ()
         self._text: str | None = None
+        self._elements = 0
 
     def refuse_doctype(self, *_declaration: object) -> None:
         raise _RefusedError("it declares a document type, which libvirt never does")
@@ -159,6 +171,9 @@ class _Contents:
     def start_element(self, tag: str, attributes: dict[str, str]) -> None:
         if len(self._path) >= DEPTH_LIMIT:
             raise _RefusedError(f"elements nest more than {DEPTH_LIMIT} deep")
+        self._elements += 1
+        if self._elements > ELEMENTS_LIMIT:
+            raise _RefusedError(f"it has more than {ELEMENTS_LIMIT} elements")
         self._path = (*self._path, _shorten_namespace(tag))
         if self._path == ("domstatus",):
             self.pid = attributes.get("pid", "")

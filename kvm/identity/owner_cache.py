@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import threading
+import select
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvm.discovery.processes import read_stat
-from kvm.errors import MalformedData, VmGone
-from kvm.identity.owners import LIBVIRT_DIRECTORIES, OwnerReading, Problem, read_owner, read_program
+from kvm.discovery.processes import read_uid
+from kvm.errors import VmGone
+from kvm.identity.lookup_process import LookupFailed, LookupProcess
+from kvm.identity.owners import LIBVIRT_DIRECTORIES, OwnerReading, read_program
 from kvm.identity.vmm_cmdline import parse_cmdline
 from kvm.model import Owner
+
+# A child that was killed is gone after a millisecond, unless the kernel lets it wait.
+END_SECONDS = 0.2
+
+Key = tuple[int, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -23,29 +30,42 @@ class _Lookup:
     pid: int
     start_ticks: int
     tid: int
-    wanted_at: float
-    started_at: float | None = None
-    is_under_way: bool = False
-    is_wanted: bool = True
-    fallback: Owner = field(default_factory=lambda: Owner(vmm="unknown"))
+    uid: int | None = None
+    fallback: Owner | None = None
     reading: OwnerReading | None = None
+    is_queued: bool = False
+    tries: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    """A look-up process, and what it was asked since when; None while it has nothing to do."""
+
+    process: LookupProcess
+    lookup: _Lookup | None = None
+    since: float = 0.0
 
 
 class OwnerCache:
-    """Remembers whose VM each process is, and looks new ones up in threads of its own.
+    """Remembers whose VM each process is, and looks new ones up in child processes.
 
-    Reading a command line can hang (the process's mmap_lock, a file system of its own), so no caller ever does it. A
-    thread ends when there is nothing to look up. One that has been at one process for ``STUCK_SECONDS`` no longer
-    counts, and another takes its place, up to ``THREADS`` in all. After ``give_up_seconds`` a process that has not
-    answered is known by its program's name only, and stays so: an identity that changes is worse than a poor one.
+    Reading a command line or a file of a VM's mount namespace can hang for ever, so the agent itself never does it. One
+    child does all the work as long as it answers. A child that has been at one process for ``STUCK_SECONDS`` is passed
+    over and another takes its place, up to ``CHILDREN`` in all and ``CHILDREN_OF_A_UID`` at processes of one uid: who
+    makes look-ups hang runs into that limit alone. After ``give_up_seconds`` at one process the child is killed, and
+    the process is known by its program's name only, for as long as it lives: an id that changes is worse than a poor
+    one. A process whose look-up has not begun is never given up on.
 
-    ``on_error`` is told what could not be read, (pid, kind, message), once a process and kind, always in the thread
-    that calls ``find``. ``proc`` is where proc is mounted, ``clock`` gives seconds that only grow.
+    ``on_error`` is told what could not be read, (pid, kind, message), once a process and kind. ``proc`` is where proc
+    is mounted, ``clock`` gives seconds that only grow. Use it from one thread at a time.
     """
 
     STUCK_SECONDS = 0.25
-    BUSY_THREADS = 4
-    THREADS = 32
+    BUSY_CHILDREN = 2
+    CHILDREN = 16
+    CHILDREN_OF_A_UID = 3
+    # A child that dies at one process, as out of memory, gets it this often.
+    TRIES = 3
 
     def __init__(
         self,
@@ -61,114 +81,171 @@ class OwnerCache:
         self._libvirt_directories = tuple(libvirt_directories)
         self._clock = clock
         self._give_up_seconds = give_up_seconds
-        self._changed = threading.Condition()
-        self._lookups: dict[tuple[int, int], _Lookup] = {}
-        self._queue: deque[_Lookup] = deque()
-        self._problems: list[tuple[int, str, str]] = []
-        self._threads: dict[threading.Thread, float | None] = {}  # since when each is at its present process
+        self._lookups: dict[Key, _Lookup] = {}
+        self._queue: list[_Lookup] = []
+        self._children: list[_Child] = []
+        self._left_behind: list[tuple[LookupProcess, int | None]] = []
+        """Killed, with the uid of the process that they hang at; some do not die as long as the kernel waits."""
 
-    def find(self, wanted: Mapping[tuple[int, int], int], wait_seconds: float) -> dict[tuple[int, int], Owner]:
+    @property
+    def children(self) -> int:
+        """How many look-up processes there are, those that were left behind and live on included."""
+        return len(self._children) + len(self._left_behind)
+
+    def find(self, wanted: Mapping[Key, int], wait_seconds: float) -> dict[Key, Owner]:
         """Return the owners that are known, of processes given as {(pid, start_ticks): a living thread}.
 
         Waits at most ``wait_seconds``, and only for processes that were not asked for before: one that hangs delays
-        its first look and no other. Processes that are not wanted any more are forgotten.
+        its first snapshot and no other. Processes that are not wanted any more are forgotten.
         """
-        with self._changed:
-            new = self._note_wanted(wanted)
-            deadline = self._clock() + wait_seconds
-            self._start_threads()
-            while any(lookup.reading is None and lookup.is_under_way for lookup in new):
-                left = deadline - self._clock()
-                if left <= 0:
-                    break
-                self._changed.wait(min(left, self.STUCK_SECONDS))
-                self._start_threads()
+        new = self._note_wanted(wanted)
+        deadline = self._clock() + wait_seconds
+        while True:
+            self._receive(0.0)
             self._give_up_on_hung()
-            found = {}
-            for key, lookup in self._lookups.items():
-                if lookup.reading is not None:
-                    found[key] = lookup.reading.owner
-                    self._problems += [(lookup.pid, *problem) for problem in lookup.reading.problems]
-                    lookup.reading = lookup.reading._replace(problems=())
-            problems, self._problems = self._problems, []
-        for problem in problems:
-            self._on_error(*problem)
+            self._ask()
+            left = deadline - self._clock()
+            if left <= 0 or not any(lookup.reading is None and lookup.is_queued for lookup in new):
+                break
+            self._receive(min(left, self.STUCK_SECONDS))
+        self._end_idle_children()
+        found = {}
+        for key, lookup in self._lookups.items():
+            if lookup.reading is not None:
+                found[key] = lookup.reading.owner
+                for problem in lookup.reading.problems:
+                    self._on_error(lookup.pid, *problem)
+                lookup.reading = lookup.reading._replace(problems=())
         return found
 
-    def _note_wanted(self, wanted: Mapping[tuple[int, int], int]) -> list[_Lookup]:
+    def close(self) -> None:
+        """End every look-up process, and wait for none that hangs."""
+        for child in list(self._children):
+            self._leave(child)
+        deadline = time.monotonic() + END_SECONDS
+        while any(not process.has_ended for process, _uid in self._left_behind) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._queue = []
+
+    def _note_wanted(self, wanted: Mapping[Key, int]) -> list[_Lookup]:
         for key in self._lookups.keys() - wanted.keys():
-            self._lookups.pop(key).is_wanted = False
+            del self._lookups[key]
+        self._queue = [lookup for lookup in self._queue if (lookup.pid, lookup.start_ticks) in self._lookups]
         new = []
         for key, tid in wanted.items():
             lookup = self._lookups.get(key)
             if lookup is None:
-                lookup = self._lookups[key] = _Lookup(*key, tid, self._clock())
+                lookup = self._lookups[key] = _Lookup(*key, tid)
                 new.append(lookup)
-            if lookup.reading is None and not lookup.is_under_way:  # new, or seemed to be ending when it was looked up
-                lookup.tid, lookup.is_under_way, lookup.started_at = tid, True, None
+            if lookup.reading is None and not lookup.is_queued:  # new, or seemed to be ending when it was looked up
+                lookup.tid, lookup.is_queued = tid, True
                 self._queue.append(lookup)
         return new
 
-    def _start_threads(self) -> None:
-        now = self._clock()
-        busy = sum(since is None or now - since < self.STUCK_SECONDS for since in self._threads.values())
-        room = min(self.BUSY_THREADS - busy, self.THREADS - len(self._threads), len(self._queue))
-        for _ in range(room):
-            thread = threading.Thread(target=self._work, name="owners", daemon=True)
-            self._threads[thread] = None
-            try:
-                thread.start()
-            except RuntimeError as err:  # the process may have no more threads
-                del self._threads[thread]
-                self._problems.append((self._queue[0].pid, "threads", f"no thread to look for its owner: {err}"))
+    def _ask(self) -> None:
+        """Give what waits to children that have nothing to do, and start some where there is room."""
+        self._left_behind = [(process, uid) for process, uid in self._left_behind if not process.has_ended]
+        at_uid = Counter(child.lookup.uid for child in self._children if child.lookup)
+        at_uid.update(uid for _process, uid in self._left_behind)
+        waiting, self._queue = self._queue, []
+        for number, lookup in enumerate(waiting):
+            if lookup.uid is None:
+                lookup.uid = read_uid(self._proc, lookup.pid)
+            if at_uid[lookup.uid] >= self.CHILDREN_OF_A_UID:
+                self._queue.append(lookup)
+                continue
+            child = self._find_child(lookup)
+            if child is None:
+                self._queue += waiting[number:]
                 return
+            at_uid[lookup.uid] += 1
+            self._begin(child, lookup)
 
-    def _work(self) -> None:
-        thread = threading.current_thread()
-        try:
-            while lookup := self._next_lookup(thread):
-                reading = self._look_up(lookup)
-                with self._changed:
-                    if lookup.reading is None:  # else it was given up on, and that stays
-                        lookup.reading = reading
-                    lookup.is_under_way = False
-                    if not self._queue:
-                        self._changed.notify_all()
-        finally:
-            with self._changed:
-                self._threads.pop(thread, None)
-
-    def _next_lookup(self, thread: threading.Thread) -> _Lookup | None:
-        with self._changed:
-            while self._queue:
-                lookup = self._queue.popleft()
-                if lookup.is_wanted and lookup.reading is None:
-                    self._threads[thread] = lookup.started_at = self._clock()
-                    return lookup
-            # In the same breath as finding nothing: what is queued from now on needs another thread.
-            del self._threads[thread]
-        return None
-
-    def _look_up(self, lookup: _Lookup) -> OwnerReading | None:
-        """Return what is read of a process, None where it has ended or is ending."""
-        try:
-            comm, executable = read_program(self._proc, lookup.pid, lookup.tid)
-            lookup.fallback = parse_cmdline((), comm, executable)
-            reading = read_owner(self._proc, lookup.pid, lookup.tid, self._libvirt_directories)
-            # The number may have passed on to another process before anything was read.
-            is_same = read_stat(self._proc, lookup.pid).start_ticks == lookup.start_ticks
-        except (VmGone, MalformedData, OSError):
+    def _find_child(self, lookup: _Lookup) -> _Child | None:
+        for child in self._children:
+            if child.lookup is None:
+                return child
+        now = self._clock()
+        busy = sum(now - child.since < self.STUCK_SECONDS for child in self._children)
+        if busy >= self.BUSY_CHILDREN or self.children >= self.CHILDREN:
             return None
-        except Exception as err:  # noqa: BLE001 - a thread that dies takes with it whoever waits for its answer
-            return OwnerReading(lookup.fallback, (Problem("unreadable", repr(err)),))
-        return reading if is_same else None
+        try:
+            self._children.append(_Child(LookupProcess(self._proc, self._libvirt_directories)))
+        except OSError as err:  # no process or no fd is left
+            self._on_error(lookup.pid, "unstarted", f"no process to look for its owner: {err}")
+            return None
+        return self._children[-1]
+
+    def _begin(self, child: _Child, lookup: _Lookup) -> None:
+        child.lookup, child.since = lookup, self._clock()
+        lookup.tries += 1
+        with suppress(VmGone):  # then the child finds out as well
+            # Neither comm nor the link of exe takes the mmap_lock.
+            program = read_program(self._proc, lookup.pid, lookup.tid)
+            lookup.fallback = replace(parse_cmdline((), *program), uid=lookup.uid)
+        try:
+            child.process.ask(lookup.pid, lookup.tid, lookup.start_ticks)
+        except LookupFailed as err:
+            self._drop(child, str(err))
+
+    def _receive(self, wait_seconds: float) -> None:
+        """Take the answers that have come, or come within so many seconds."""
+        poll = select.poll()
+        asked = {child.process.fd: child for child in self._children if child.lookup}
+        for fd in asked:
+            poll.register(fd, select.POLLIN)
+        if not asked:
+            if wait_seconds:
+                time.sleep(min(wait_seconds, 0.01))  # all are left behind: one may end
+            return
+        for fd, _event in poll.poll(wait_seconds * 1000):
+            child = asked[fd]
+            lookup = child.lookup
+            assert lookup is not None
+            try:
+                is_there, reading = child.process.read_answer(lookup.start_ticks)
+            except LookupFailed as err:
+                self._drop(child, str(err))
+                continue
+            if is_there:
+                lookup.reading, lookup.is_queued, child.lookup = reading, False, None
+
+    def _drop(self, child: _Child, reason: str) -> None:
+        """Take a child out of use that has ended; what it was asked is asked again, but not for ever."""
+        lookup = child.lookup
+        assert lookup is not None
+        self._leave(child)
+        if lookup.tries < self.TRIES:
+            self._queue.append(lookup)
+            return
+        lookup.reading, lookup.is_queued = OwnerReading(_fall_back(lookup)), False
+        self._on_error(lookup.pid, "unreadable", f"{reason}, {self.TRIES} times; it stays without name")
+
+    def _leave(self, child: _Child) -> None:
+        child.process.leave()
+        self._children.remove(child)
+        if not child.process.has_ended:
+            self._left_behind.append((child.process, child.lookup.uid if child.lookup else None))
 
     def _give_up_on_hung(self) -> None:
         now = self._clock()
-        are_all_stuck = len(self._threads) >= self.THREADS
-        for lookup in self._lookups.values():
-            since = lookup.started_at if lookup.started_at is not None or not are_all_stuck else lookup.wanted_at
-            if lookup.reading is None and since is not None and now - since >= self._give_up_seconds:
-                lookup.reading = OwnerReading(lookup.fallback)
-                reason = f"its command line could not be read within {self._give_up_seconds:g} s; it stays without name"
-                self._problems.append((lookup.pid, "hung", reason))
+        for child in [child for child in self._children if child.lookup]:
+            lookup = child.lookup
+            assert lookup is not None
+            is_wanted = self._lookups.get((lookup.pid, lookup.start_ticks)) is lookup
+            if now - child.since < (self._give_up_seconds if is_wanted else self.STUCK_SECONDS):
+                continue
+            self._leave(child)
+            lookup.reading, lookup.is_queued = OwnerReading(_fall_back(lookup)), False
+            if is_wanted:
+                reason = f"whose VM it is could not be read within {self._give_up_seconds:g} s; it stays without name"
+                self._on_error(lookup.pid, "hung", reason)
+
+    def _end_idle_children(self) -> None:
+        """Keep one child for the next VM, and no more."""
+        for child in [child for child in self._children if child.lookup is None][1:]:
+            self._leave(child)
+
+
+def _fall_back(lookup: _Lookup) -> Owner:
+    return lookup.fallback or Owner(vmm="unknown", uid=lookup.uid)

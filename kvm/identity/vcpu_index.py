@@ -3,7 +3,8 @@
 KVM's vcpu_id is an APIC id under QEMU and cloud-hypervisor, and has holes where cores or threads are not powers of two
 (kvm_arch_vcpu_id in QEMU's target/i386/kvm/kvm.c). The VMM's own index stands in the name of the vCPU's thread, or
 under libvirt in the name of its cgroup. Thread names belong to strangers: an index counts only if every vCPU of the VM
-has one and no two are alike; else the rank of vcpu_id is the number.
+has one and no two are alike. Else QEMU's index follows from the APIC id and the topology of ``-smp``, and where that is
+not known either, vcpu_id itself is the number: a label must not pass to another vCPU when one is plugged.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvm.model import Vcpu
+from kvm.model import CpuTopology, Vcpu
 
 # QEMU: accel/kvm/kvm-accel-ops.c; Firecracker: src/vmm/src/vstate/vcpu.rs; cloud-hypervisor: vmm/src/cpu.rs;
 # crosvm: src/crosvm/sys/linux/vcpu.rs. comm is cut to 15 bytes: `crosvm_vcpu1000` still fits.
@@ -43,13 +44,36 @@ def read_index(proc: Path, pid: int, tid: int) -> int | None:
     return None
 
 
+def find_cpu_index(apic_id: int, topology: CpuTopology) -> int | None:
+    """Return QEMU's cpu_index for an APIC id, None where the topology has no such CPU.
+
+    Each level has as many bits as its largest number needs (include/hw/i386/topology.h).
+    """
+    index, above = 0, apic_id
+    size = 1
+    for count in (topology.threads, topology.cores, topology.dies):
+        width = (count - 1).bit_length()
+        number = above & ((1 << width) - 1)
+        if number >= count:
+            return None
+        index += number * size
+        size *= count
+        above >>= width
+    return index + above * size
+
+
 def number_vcpus(
-    vcpu_ids: Sequence[int], tids: Sequence[int | None], indexes: Mapping[int, int | None]
+    vcpu_ids: Sequence[int],
+    tids: Sequence[int | None],
+    indexes: Mapping[int, int | None],
+    topology: CpuTopology | None = None,
 ) -> tuple[Vcpu, ...]:
     """Number a VM's vCPUs, given in ascending order of vcpu_id; ``indexes`` maps host threads to VMMs' indexes."""
     found = [indexes.get(tid) if tid is not None else None for tid in tids]
     if None in found or len(set(found)) != len(vcpu_ids):
-        found = list(range(len(vcpu_ids)))
+        found = [find_cpu_index(vcpu_id, topology) for vcpu_id in vcpu_ids] if topology else list(vcpu_ids)
+    if None in found:
+        found = list(vcpu_ids)
     return tuple(
         Vcpu(index, vcpu_id, tid)
         for index, vcpu_id, tid in zip(found, vcpu_ids, tids, strict=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from kvm import abi
@@ -14,6 +16,10 @@ from kvm.read_errors import ReadErrors
 
 # New VMs' owners are waited for this long: reading a command line takes microseconds, unless its process hangs.
 OWNER_WAIT_SECONDS = 1.0
+# A clock that is slewed and not stepped stays below this between two snapshots.
+CLOCK_STEP_SECONDS = 1.0
+# The agent's own process name; the kernel keeps 15 bytes.
+AGENT_COMM = "kvm-notify-exporter"[:15]
 
 # Whose VMs are these processes, given a living thread of each (pid, start_ticks)? Waits so many seconds at most, and
 # leaves out those that have not answered.
@@ -21,29 +27,50 @@ FindOwners = Callable[[Mapping[tuple[int, int], int], float], Mapping[tuple[int,
 
 
 def name_vm(owner: Owner, key: VmKey) -> str:
-    """Return a VM's own identity: its UUID, else its VMM's id for it, else ``<vmm>-<pid>``."""
-    return owner.uuid or owner.own_id or f"{owner.vmm}-{key.pid}"
+    """Return the id that is a VM's whoever else is alive: its UUID, or its VMM's id for it, with or without its pid.
+
+    Without, where the host's manager vouches for it. Else it is ``<uuid>-<pid>``, so that no other process can take
+    over a VM's id and its series; where there is neither UUID nor id, ``<vmm>-<pid>``.
+    """
+    identity = owner.uuid or owner.own_id
+    if identity and owner.identity.is_unique:
+        return identity
+    return f"{identity or owner.vmm}-{key.pid}"
 
 
 def choose_ids(owners: Mapping[VmKey, Owner], taken: Mapping[VmKey, str]) -> dict[VmKey, str]:
     """Give each VM an id of its own.
 
-    ``taken`` are ids given before: a VM keeps its id for life. Two VMs may claim one identity (clones, and several VMs
-    of one process): the older keeps it, a younger one is ``<identity>-<pid>``, and where that is claimed too, further
-    numbers tell them apart.
+    ``taken`` are ids given before: a VM keeps its id for life. Several VMs of one process, and VMs whose managers vouch
+    for one UUID (clones), share an identity: the oldest keeps it, a younger one is ``<identity>-<pid>``, and where that
+    is taken too, further numbers tell them apart.
     """
     ids = {key: taken[key] for key in owners if key in taken}
     used = set(ids.values())
     for key in sorted(owners.keys() - ids.keys(), key=lambda key: (key.start_ticks, key.pid, key.vm_fd)):
         identity = name_vm(owners[key], key)
-        candidates = [identity, f"{identity}-{key.pid}", f"{identity}-{key.pid}-{key.vm_fd}"]
+        with_pid = identity if identity.endswith(f"-{key.pid}") else f"{identity}-{key.pid}"
+        candidates = [identity, with_pid, f"{with_pid}-{key.vm_fd}"]
         number = 0
         while candidates[0] in used:
-            candidates = candidates[1:] or [f"{identity}-{key.pid}-{key.vm_fd}-{number}"]
+            candidates = candidates[1:] or [f"{with_pid}-{key.vm_fd}-{number}"]
             number += 1
         ids[key] = candidates[0]
         used.add(ids[key])
     return ids
+
+
+def is_agents(owner: Owner) -> bool:
+    """Tell whether a VM is what an agent, this one or another, makes for a moment to learn what KVM looks like.
+
+    A process name is a claim, and would hide a VM: only that of a process of root's, or of our own user, counts.
+    """
+    return owner.vmm == AGENT_COMM and owner.uid in (0, os.getuid())
+
+
+def _read_boot_time(unix: Callable[[], float]) -> float:
+    """Return the Unix time at which CLOCK_BOOTTIME, in which start times are told, was 0."""
+    return unix() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class VmIds:
@@ -63,7 +90,8 @@ class VmIds:
         self._wait_seconds = wait_seconds
         self.pending = 0
         """How many VMs were left out of the last answer, because whose they are is not known yet."""
-        self._boot_unix_seconds = unix() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._unix = unix
+        self._boot_unix_seconds = _read_boot_time(unix)
         self._vms: dict[VmKey, Vm] = {}
         self._tids: dict[tuple[int, int], int] = {}
 
@@ -73,6 +101,7 @@ class VmIds:
         A VM whose owner is not known yet is left out, and counted: with a wrong id its series would be another's.
         """
         self._vms = {key: vm for key, vm in self._vms.items() if key in keys}
+        self._follow_clock()
         self._find_threads(keys)
         known = self._find_owners(self._tids, self._wait_seconds)
         owners = {key: known[key[:2]] for key in keys if key[:2] in known}
@@ -87,9 +116,19 @@ class VmIds:
                 if ids[key] != name_vm(owners[key], key):
                     message = f"another VM has its identity: this one is {ids[key]}"
                     self._errors.record("owners", key.pid, "duplicate", message)
-                started = self._boot_unix_seconds + key.start_ticks / abi.USER_HZ
-                self._vms[key] = Vm(ids[key], key, owners[key], round(started, 2))
-        return self._vms
+                self._vms[key] = Vm(ids[key], key, owners[key], self._find_start(key))
+        return {key: vm for key, vm in self._vms.items() if not is_agents(vm.owner)}
+
+    def _follow_clock(self) -> None:
+        """Tell start times anew after a step of the clock, as by NTP some time after boot."""
+        boot = _read_boot_time(self._unix)
+        if abs(boot - self._boot_unix_seconds) < CLOCK_STEP_SECONDS:
+            return
+        self._boot_unix_seconds = boot
+        self._vms = {key: replace(vm, start_time_seconds=self._find_start(key)) for key, vm in self._vms.items()}
+
+    def _find_start(self, key: VmKey) -> float:
+        return round(self._boot_unix_seconds + key.start_ticks / abi.USER_HZ, 2)
 
     def _is_alive(self, key: VmKey) -> bool:
         try:

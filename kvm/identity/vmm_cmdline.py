@@ -3,7 +3,8 @@
 Pure: text in, Owner out. Everything here is foreign text, chosen by whoever starts VMs. Decisions:
 
 * A value becomes fit for a label, a log line and a terminal (``clean_text``): what is not UTF-8 or not printable is
-  U+FFFD, at most 256 characters stay. Quotes and backslashes stay too: escaping belongs to the exposition.
+  U+FFFD, and at most 128 bytes of UTF-8 stay: Prometheus' ``label_value_length_limit`` counts bytes, 200 is a usual
+  limit, and one value over it costs the whole scrape. Quotes and backslashes stay: escaping belongs to the exposition.
 * The program is told by the name of its executable, which the kernel vouches for; where that is an interpreter, a
   loader or unreadable, by its first argument, and then by its process name.
 * An identity is only what was given on purpose. Firecracker's ``anonymous-instance`` and QEMU's UUID of zeros are what
@@ -18,9 +19,9 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 
-from kvm.model import Owner
+from kvm.model import CpuTopology, Owner
 
-LABEL_CHARACTERS = 256
+LABEL_BYTES = 128
 CMDLINE_ARGUMENTS = 8192
 
 # C0 and C1 controls and DEL, line and paragraph separators, bidirectional controls (they make a name read as another),
@@ -41,10 +42,12 @@ _QEMU_ELEMENT = re.compile(r"(?:([^=,]*)=)?([^,]*(?:,,[^,]*)*)(?:,|$)")
 
 
 def clean_text(text: str) -> str:
-    """Return foreign text as a label value: at most 256 characters, the last "…" where it was cut, none unprintable."""
-    if len(text) > LABEL_CHARACTERS:
-        text = text[: LABEL_CHARACTERS - 1] + "…"
-    return _UNFIT.sub("\ufffd", text)
+    """Return untrusted text as a label value: printable, at most 128 bytes of UTF-8, with "…" where it was cut."""
+    text = _UNFIT.sub("\ufffd", text[: LABEL_BYTES + 1])
+    encoded = text.encode()
+    if len(encoded) <= LABEL_BYTES:
+        return text
+    return encoded[: LABEL_BYTES - len("…".encode())].decode(errors="ignore") + "…"
 
 
 def parse_uuid(text: str) -> str:
@@ -73,6 +76,25 @@ def parse_qemu_list(text: str, implied: str) -> dict[str, str]:
         elif position == 0:
             options[implied] = value
     return options
+
+
+def parse_smp(text: str) -> CpuTopology | None:
+    """Return the topology that QEMU's ``-smp`` asks for; None where it does not tell how many cores a die has.
+
+    QEMU fills in what is left out (machine_parse_smp_config() in hw/core/machine-smp.c): threads and dies are 1, and
+    cores follow from maxcpus where sockets are given. Without both, its versions differ.
+    """
+    options = parse_qemu_list(text, "cpus")
+    numbers = {key: int(value) for key, value in options.items() if re.fullmatch(r"[1-9]\d{0,4}", value, re.ASCII)}
+    if len(numbers) != len(options) or any(numbers.get(level, 1) != 1 for level in ("modules", "clusters")):
+        return None
+    dies, threads, cores = numbers.get("dies", 1), numbers.get("threads", 1), numbers.get("cores", 0)
+    cpus = numbers.get("maxcpus") or numbers.get("cpus", 0)
+    if "threads" not in numbers and cores and "sockets" in numbers:
+        threads = max(1, cpus // (numbers["sockets"] * dies * cores))
+    if not cores and "sockets" in numbers:
+        cores = cpus // (numbers["sockets"] * dies * threads)
+    return CpuTopology(dies, cores, threads) if cores else None
 
 
 def parse_cloud_hypervisor_list(text: str) -> dict[str, str]:
@@ -138,8 +160,11 @@ def _find_options(args: Sequence[str], *names: str) -> Iterator[tuple[str, str]]
 
 def _parse_qemu(args: Sequence[str]) -> Owner:
     name = own_id = given_uuid = smbios_uuid = ""
-    for option, value in _find_options(args, "name", "uuid", "id", "smbios"):
+    topology = None
+    for option, value in _find_options(args, "name", "uuid", "id", "smbios", "smp"):
         match option:
+            case "smp":
+                topology = parse_smp(value)
             case "name":  # several -name add up (merge_lists in softmmu/vl.c), the last guest= wins
                 name = parse_qemu_list(value, "guest").get("guest", name)
             case "uuid":
@@ -149,7 +174,13 @@ def _parse_qemu(args: Sequence[str]) -> Owner:
             case "smbios":  # Proxmox VE and others give the UUID to the guest's firmware only
                 table = parse_qemu_list(value, "type")
                 smbios_uuid = parse_uuid(table.get("uuid", "")) if table.get("type") == "1" else smbios_uuid
-    return Owner(vmm="qemu", name=clean_text(name), uuid=given_uuid or smbios_uuid, own_id=clean_text(own_id))
+    return Owner(
+        vmm="qemu",
+        name=clean_text(name),
+        uuid=given_uuid or smbios_uuid,
+        own_id=clean_text(own_id),
+        cpu_topology=topology,
+    )
 
 
 def _parse_firecracker(args: Sequence[str]) -> Owner:

@@ -18,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from kvm.identity.vm_ids import name_vm
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
     Host,
+    Identity,
     Owner,
     Protection,
     Snapshot,
@@ -120,16 +122,17 @@ class SimulatedVcpu:
 
 
 def _libvirt(name: str, project: str) -> Owner:
-    return Owner(vmm="qemu", name=name, vmm_version="10.0.7", project=project)
+    return Owner(vmm="qemu", name=name, project=project, identity=Identity.LIBVIRT, uid=64055)
 
 
 _CAST: Final = (
     _Role(_libvirt("web", "shop"), 2, _ENABLED | _USER, 0, count_rare_exits),
     _Role(_libvirt("batch", "research"), 4, _ENABLED | _USER, 128_000, count_stuck_exits),
-    _Role(Owner(vmm="qemu", name="ci_runner", namespace="ci", vmm_version="9.1.2"), 2, _ENABLED | _USER, 0),
-    _Role(Owner(vmm="firecracker", own_id="function", vmm_version="1.13.1"), 1, 0),
-    _Role(Owner(vmm="cloud-hypervisor", name="gateway", vmm_version="48.0"), 2, 0),
-    _Role(Owner(vmm="homemade-vmm"), 2, None, sum_only=True),
+    # As in KubeVirt's virt-launcher, where libvirt and QEMU run as one user.
+    _Role(Owner("qemu", name="ci_runner", namespace="ci", identity=Identity.CLAIMED, uid=107), 2, _ENABLED | _USER, 0),
+    _Role(Owner(vmm="firecracker", own_id="function", identity=Identity.CGROUP, uid=1000), 1, 0),
+    _Role(Owner(vmm="cloud-hypervisor", name="gateway", identity=Identity.CMDLINE, uid=0), 2, 0),
+    _Role(Owner(vmm="homemade-vmm", uid=1001), 2, None, sum_only=True),
 )
 
 
@@ -213,9 +216,10 @@ def _make_member(number: int, made_unix_seconds: float, vcpu_count: int) -> tupl
         owner = replace(owner, name=f"{owner.name}-{nth}", uuid=f"5107a7ed-0000-4000-8000-{number + 1:012x}")
     if owner.own_id:
         owner = replace(owner, own_id=f"{owner.own_id}-{nth}")
+    key = VmKey(pid, 1_000 * (number + 1), 12)
     vm = Vm(
-        id=owner.uuid or owner.own_id or f"{owner.vmm}-{pid}",
-        key=VmKey(pid, 1_000 * (number + 1), 12),
+        id=name_vm(owner, key),
+        key=key,
         owner=owner,
         start_time_seconds=made_unix_seconds - _SECONDS_UP + 60.0 * number,
     )

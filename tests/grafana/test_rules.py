@@ -348,7 +348,7 @@ MUTANTS: Final = [
     Mutant("microcode:kvm_hosts_with_notify_exits:count1d", r"max by .job, instance, [^)]+\)"),
     Mutant("microcode:kvm_hosts_with_notify_exits:count1d", r"(?s)\s+and on.*>= 2"),
     Mutant("vm:kvm_vm_info:unique", "> 1", "> 9"),
-    Mutant("vm:kvm_vm_info:unique", "pid, "),
+    Mutant("vm:kvm_vm_info:unique", r"(?m)^max without .pid. .kvm_vm_info.$", "kvm_vm_info"),
     Mutant("vm:kvm_vm_info:unique", "by .job, instance, vm.", "by (job, vm)"),
     Mutant("KvmVcpuNoForwardProgress", r"on .job, instance, vm. group_left", "on (vm) group_left"),
     Mutant("KvmVcpuNoForwardProgress", REST.format("or on")),

@@ -23,7 +23,7 @@ EXPRESSIONS = {
         SYS_perf_event_open PERF_TYPE_TRACEPOINT PERF_SAMPLE_TIME PERF_SAMPLE_RAW PERF_SAMPLE_IDENTIFIER
         PERF_FLAG_FD_CLOEXEC PERF_EVENT_IOC_REFRESH PERF_EVENT_IOC_SET_OUTPUT
         PERF_EVENT_IOC_SET_FILTER PERF_EVENT_IOC_ID PERF_RECORD_LOST PERF_RECORD_SAMPLE PERF_RECORD_LOST_SAMPLES
-        KCMP_FILE RESOLVE_NO_MAGICLINKS RESOLVE_IN_ROOT NETLINK_KOBJECT_UEVENT
+        KCMP_FILE NS_GET_USERNS RESOLVE_NO_MAGICLINKS RESOLVE_IN_ROOT NETLINK_KOBJECT_UEVENT
         """.split()
     },
     "KVM_STATS_HEADER.size": "sizeof(struct kvm_stats_header)",
@@ -47,6 +47,7 @@ NOT_IN_HEADERS = {
     "NOTIFY_VM_CONTEXT_INVALID",
     "KOBJECT_UEVENT_GROUP_KERNEL",
     "PROC_PID_INIT_INO",
+    "PROC_USER_INIT_INO",
     "PIDFD_THREAD",
     "USER_HZ",
     "KVM_ISA_VMX",
@@ -84,6 +85,7 @@ HEADERS = """
 #include <linux/bpf.h>
 #include <linux/capability.h>
 #include <linux/kcmp.h>
+#include <linux/nsfs.h>
 #include <linux/openat2.h>
 #include <linux/netlink.h>
 #include <linux/perf_event.h>

@@ -20,6 +20,7 @@ from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
     Host,
+    Identity,
     Owner,
     Protection,
     Snapshot,
@@ -33,7 +34,7 @@ from kvm.model import (
 from kvm.simulated.host import SimulatedHost
 
 HOST = Host("6.12", "GenuineIntel", "6", "143", "8", "Xeon", "0x2b", "none", "kvm_intel", True)
-OWNER = Owner("qemu", "web", "uuid-1", "", "10.0", "shop", "")
+OWNER = Owner("qemu", "web", "uuid-1", project="shop", identity=Identity.LIBVIRT, uid=64055)
 NOW = 1_800_000_000.0
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -135,13 +136,26 @@ def test_what_a_vm_is() -> None:
         "uuid": "uuid-1",
         "vm": "a",
     }
-    assert find(series, "kvm_vm_info", vmm="qemu", vmm_version="10.0", **labels) == 1
+    assert find(series, "kvm_vm_info", vmm="qemu", identity="libvirt", uid="64055", **labels) == 1
+    assert find(series, "kvm_vm_claimed_info", vm="a", display_name="", namespace="", project="shop") is None
     assert find(series, "kvm_vm_source_info", vm="a", source="bpf") == 1
     assert find(series, "kvm_vm_start_time_seconds", vm="a") == NOW - 50.5
     assert find(series, "kvm_vm_vcpus", vm="a") == 2
     assert find(series, "kvm_vm_notify_window_cycles", vm="a") == 128_000
     states = {state: find(series, "kvm_vm_notify_protection", vm="a", state=state) for state in Protection}
     assert states == {"armed": 1, "off": 0, "unsupported": 0, "unknown": 0}
+
+
+@pytest.mark.parametrize("identity", [Identity.CMDLINE, Identity.CLAIMED])
+def test_what_nobody_vouches_for_says_not_whose_a_vm_is(identity: Identity) -> None:
+    reading = make_reading()
+    owner = replace(OWNER, identity=identity, uid=None, namespace="kube-system")
+    claimed = replace(reading, vm=replace(reading.vm, owner=owner))
+    series = parse_series(open_collector(make_snapshot(claimed)))
+    facts = {"name": "web", "uuid": "uuid-1", "vmm": "qemu", "pid": "100", "vm": "a"}
+    nothing = {"display_name": "", "namespace": "", "project": "", "uid": ""}
+    assert find(series, "kvm_vm_info", identity=str(identity), **nothing, **facts) == 1
+    assert find(series, "kvm_vm_claimed_info", vm="a", display_name="", namespace="kube-system", project="shop") == 1
 
 
 @pytest.mark.parametrize("protection", [Protection.OFF, Protection.UNKNOWN, Protection.UNSUPPORTED])

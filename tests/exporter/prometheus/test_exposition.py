@@ -212,7 +212,7 @@ def test_series_wants_every_label() -> None:
 
 
 def test_empty_family_is_left_out() -> None:
-    assert render_text([Family(VCPU_EXITS), build_ours(VM_INFO, [(tuple("abcdefghi"), 1)])]).startswith(
+    assert render_text([Family(VCPU_EXITS), build_ours(VM_INFO, [(tuple("abcdefghij"), 1)])]).startswith(
         "# HELP kvm_vm_info"
     )
 

@@ -21,6 +21,8 @@ from kvm.identity.libvirt_status import (
     read_domain_status,
 )
 
+# Files of a test belong to whoever runs it.
+IS_ROOT = os.geteuid() == 0
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "owners"
 UUID = "6c1b3a86-60c5-4d0a-9b22-1d7c5d8f6a01"
 
@@ -162,7 +164,7 @@ def test_any_name_comes_back(name: str) -> None:
 def test_read_finds_the_file_of_that_name_only(tmp_path: Path) -> None:
     (tmp_path / "qemu").mkdir()
     (tmp_path / "qemu" / "n.xml").write_bytes(domstatus(""))
-    assert read_domain_status(tmp_path, "qemu", "n") == DomainStatus(pid=7, name="n")
+    assert read_domain_status(tmp_path, "qemu", "n") == DomainStatus(pid=7, name="n", is_roots=IS_ROOT)
     assert read_domain_status(tmp_path, "nowhere", "n") is None
     assert read_domain_status(tmp_path / "nowhere", "qemu", "n") is None
     assert read_domain_status(tmp_path, "qemu/n.xml", "n") is None
@@ -189,7 +191,7 @@ def test_links_stay_below_the_root(tmp_path: Path) -> None:
     (root / "var").mkdir()
     (root / "var" / "run").symlink_to("/run")
     (root / "run" / "inner.xml").symlink_to("/secret.xml")
-    assert read_domain_status(root, "var/run", "inner") == DomainStatus(pid=7, name="n", uuid="inner")
+    assert read_domain_status(root, "var/run", "inner") == DomainStatus(pid=7, name="n", uuid="inner", is_roots=IS_ROOT)
 
 
 def test_no_fifo_and_no_directory_is_opened(tmp_path: Path) -> None:
@@ -218,3 +220,39 @@ def test_reading_leaves_no_file_open(tmp_path: Path) -> None:
         with pytest.raises(MalformedData):
             read_domain_status(tmp_path, ".", name)
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can make files of root's")
+@pytest.mark.parametrize("which", ["file", "directory"])
+@pytest.mark.parametrize("how", ["another's", "group can write", "all can write"])
+def test_a_file_that_others_can_write_is_not_roots(tmp_path: Path, which: str, how: str) -> None:
+    directory = tmp_path / "qemu"
+    directory.mkdir()
+    file = directory / "n.xml"
+    file.write_bytes(domstatus(""))
+    found = read_domain_status(tmp_path, "qemu", "n")
+    assert found is not None
+    assert found.is_roots
+    path = file if which == "file" else directory
+    if how == "another's":
+        os.chown(path, 64055, 64055)
+    else:
+        path.chmod(0o770 if how == "group can write" else 0o707)
+    found = read_domain_status(tmp_path, "qemu", "n")
+    assert found is not None
+    assert not found.is_roots
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        domstatus("<metadata " + " ".join(f"a{number}='1'" for number in range(60_000)) + "/>"),
+        domstatus("<a/>" * 20_000),
+    ],
+    ids=["too many attributes", "too many elements"],
+)
+def test_a_status_that_costs_too_much_is_refused(tmp_path: Path, document: bytes) -> None:
+    (tmp_path / "qemu").mkdir()
+    (tmp_path / "qemu" / "n.xml").write_bytes(document)
+    with pytest.raises(MalformedData, match="more than"):
+        read_domain_status(tmp_path, "qemu", "n")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvm.discovery.processes import read_stat
 from kvm.identity.owner_cache import OwnerCache
 from kvm.identity.owners import read_program
-from kvm.model import Owner
+from kvm.model import Identity, Owner
 from tests.capture_fixtures import imitated_vmm
-from tests.fake_proc import START_TICKS, FakeProc, owner_threads
+from tests.fake_proc import LATE, START_TICKS, UID, FakeProc
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 Errors = list[tuple[int, str, str]]
@@ -40,29 +43,44 @@ def errors() -> Errors:
     return []
 
 
-def make_cache(
-    proc: FakeProc, errors: Errors, clock: Callable[[], float] = time.monotonic, give_up_seconds: float = 10.0
-) -> OwnerCache:
-    return OwnerCache(
-        lambda *error: errors.append(error),
-        proc=proc.path,
-        libvirt_directories=(),
-        clock=clock,
-        give_up_seconds=give_up_seconds,
-    )
+TERMINA = Owner("crosvm", name="termina", identity=Identity.CMDLINE, uid=UID)
+# What is known of a QEMU whose command line cannot be read.
+FALLBACK = Owner("qemu", uid=UID)
+
+Make = Callable[..., OwnerCache]
 
 
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    yield
-    wait_until(lambda: not owner_threads())
+@pytest.fixture
+def make_cache(proc: FakeProc, errors: Errors) -> Iterator[Make]:
+    caches = []
+
+    def make(clock: Callable[[], float] = time.monotonic, give_up_seconds: float = 10.0) -> OwnerCache:
+        cache = OwnerCache(
+            lambda *error: errors.append(error),
+            proc=proc.path,
+            libvirt_directories=(),
+            clock=clock,
+            give_up_seconds=give_up_seconds,
+        )
+        caches.append(cache)
+        return cache
+
+    yield make
+    for cache in caches:
+        cache.close()
+    wait_until(lambda: not find_children(), "no look-up process stays")
 
 
-def test_cache_reads_once_and_forgets(proc: FakeProc, errors: Errors) -> None:
+def find_children() -> list[psutil.Process]:
+    """The look-up processes that live."""
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_cache_reads_once_and_forgets(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
     pid = proc.add("firecracker", 10)
-    cache = make_cache(proc, errors)
+    cache = make_cache()
     key = (pid, START_TICKS)
-    known = {key: Owner("firecracker", name="web-7", own_id="web-7")}
+    known = {key: Owner("firecracker", name="web-7", own_id="web-7", identity=Identity.CMDLINE, uid=UID)}
     assert cache.find({key: pid}, PATIENCE_SECONDS) == known
     proc.cmdline(pid).write_bytes(b"firecracker\0--id\0other\0")
     assert cache.find({key: pid}, 0.0) == known
@@ -71,41 +89,41 @@ def test_cache_reads_once_and_forgets(proc: FakeProc, errors: Errors) -> None:
     assert errors == []
 
 
-def test_many_processes_at_once(proc: FakeProc, errors: Errors) -> None:
+def test_many_processes_at_once(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
     for pid in range(100, 400):
         proc.add("crosvm", pid)
-    cache = make_cache(proc, errors)
+    cache = make_cache()
     wanted = {(pid, START_TICKS): pid for pid in range(100, 400)}
-    assert cache.find(wanted, PATIENCE_SECONDS) == dict.fromkeys(wanted, Owner("crosvm", name="termina"))
+    assert cache.find(wanted, PATIENCE_SECONDS) == dict.fromkeys(wanted, TERMINA)
 
 
-def test_hung_process_delays_nobody(proc: FakeProc, errors: Errors) -> None:
+def test_hung_process_delays_nobody(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
     clock = Clock()
-    cache = make_cache(proc, errors, clock)
+    cache = make_cache(clock)
     hung, well, later = proc.add("qemu", 10), proc.add("crosvm", 11), proc.add("firecracker", 12)
     hung_key, well_key, later_key = ((pid, START_TICKS) for pid in (hung, well, later))
     proc.hang(hung)
     wanted = {hung_key: hung, well_key: well}
-    wait_until(lambda: cache.find(wanted, 0.0) == {well_key: Owner("crosvm", name="termina")})
+    wait_until(lambda: cache.find(wanted, 0.0) == {well_key: TERMINA})
     answer = proc.hold(hung)
     wanted[later_key] = later
     clock.seconds += 9.9
     wait_until(lambda: cache.find(wanted, 0.0).keys() == {well_key, later_key})
     assert errors == []
     clock.seconds += 0.2
-    assert cache.find(wanted, 0.0)[hung_key] == Owner("qemu")
+    assert cache.find(wanted, 0.0)[hung_key] == FALLBACK
     assert [(pid, kind) for pid, kind, _ in errors] == [(hung, "hung")]
-    # It answers after all: what it is called does not change any more, and the thread ends.
-    wait_until(lambda: len(owner_threads()) == 1)
-    answer.write(b"qemu-system-x86_64\0-name\0late\0")
-    answer.close()
-    wait_until(lambda: not owner_threads())
-    assert cache.find(wanted, 0.0)[hung_key] == Owner("qemu")
+    # It would answer after all: what it is called does not change any more.
+    with contextlib.suppress(BrokenPipeError):
+        answer.write(LATE)
+        answer.close()
+    wait_until(lambda: len(find_children()) == 1)
+    assert cache.find(wanted, 0.0)[hung_key] == FALLBACK
     assert len(errors) == 1
 
 
-def test_hung_process_delays_only_its_first_look(proc: FakeProc, errors: Errors) -> None:
-    cache = make_cache(proc, errors)
+def test_hung_process_delays_only_its_first_look(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
+    cache = make_cache()
     pid = proc.add("qemu", 10)
     proc.hang(pid)
     wanted = {(pid, START_TICKS): pid}
@@ -119,12 +137,15 @@ def test_hung_process_delays_only_its_first_look(proc: FakeProc, errors: Errors)
     wait_until(lambda: cache.find(wanted, 0.0))
 
 
-def test_more_hung_processes_than_threads(proc: FakeProc, errors: Errors) -> None:
+def test_who_makes_look_ups_hang_holds_up_nobody_of_another_uid(
+    proc: FakeProc, errors: Errors, make_cache: Make
+) -> None:
     clock = Clock()
-    cache = make_cache(proc, errors, clock, give_up_seconds=1e6)
-    hung = list(range(100, 100 + OwnerCache.THREADS + 3))
+    cache = make_cache(clock, give_up_seconds=1e6)
+    hung = list(range(100, 133))
     for pid in hung:
         proc.add("qemu", pid)
+        proc.set_uid(pid, 1000)
         proc.hang(pid)
     wanted = {(pid, START_TICKS): pid for pid in hung}
 
@@ -132,46 +153,114 @@ def test_more_hung_processes_than_threads(proc: FakeProc, errors: Errors) -> Non
         clock.seconds += seconds
         return cache.find(wanted, 0.0)
 
-    wait_until(lambda: find_later(OwnerCache.STUCK_SECONDS) == {} and len(owner_threads()) == OwnerCache.THREADS)
-    assert find_later(OwnerCache.STUCK_SECONDS) == {}
-    assert len(owner_threads()) == OwnerCache.THREADS
-    # Each is given up on a while after it was begun with, and those that no thread is left for with them.
-    wait_until(lambda: find_later(1e6).keys() == wanted.keys())
+    for _ in range(20):
+        assert find_later(OwnerCache.STUCK_SECONDS) == {}
+        assert cache.children <= OwnerCache.CHILDREN_OF_A_UID
+    honest = proc.add("crosvm", 200)
+    wanted[honest, START_TICKS] = honest
+    wait_until(lambda: find_later(OwnerCache.STUCK_SECONDS))
+    assert find_later(0.0) == {(honest, START_TICKS): TERMINA}
+    # A look-up that has not begun is never given up on: let them answer, and each has its name.
+    assert errors == []
+    proc.release(*hung)
+    wait_until(lambda: find_later(OwnerCache.STUCK_SECONDS).keys() == wanted.keys())
+    names = {owner.name for (pid, _), owner in find_later(0.0).items() if pid != honest}
+    assert names == {"late"}
+    assert errors == []
+
+
+def test_many_uids_that_hang_leave_room_once_they_are_given_up_on(
+    proc: FakeProc, errors: Errors, make_cache: Make
+) -> None:
+    clock = Clock()
+    cache = make_cache(clock)
+    hung = list(range(100, 100 + OwnerCache.CHILDREN + 5))
+    for pid in hung:
+        proc.add("qemu", pid)
+        proc.set_uid(pid, 1000 + pid)
+        proc.hang(pid)
+    wanted = {(pid, START_TICKS): pid for pid in hung}
+
+    def find_later(seconds: float) -> dict[tuple[int, int], Owner]:
+        clock.seconds += seconds
+        return cache.find(wanted, 0.0)
+
+    wait_until(lambda: find_later(OwnerCache.STUCK_SECONDS) == {} and cache.children >= OwnerCache.CHILDREN)
+    assert cache.children == OwnerCache.CHILDREN
+    wait_until(lambda: find_later(1.0).keys() == wanted.keys())
     assert sorted(pid for pid, _, _ in errors) == hung
     assert {kind for _, kind, _ in errors} == {"hung"}
-    proc.release(*hung)
 
 
-def test_forgotten_while_it_hangs(proc: FakeProc, errors: Errors) -> None:
-    clock = Clock()
-    cache = make_cache(proc, errors, clock)
+def test_a_child_that_dies_is_replaced(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
+    cache = make_cache()
+    first, second = proc.add("crosvm", 10), proc.add("firecracker", 11)
+    assert cache.find({(first, START_TICKS): first}, PATIENCE_SECONDS)
+    (child,) = find_children()
+    child.kill()
+    wait_until(lambda: not find_children())
+    wanted = {(first, START_TICKS): first, (second, START_TICKS): second}
+    assert cache.find(wanted, PATIENCE_SECONDS).keys() == wanted.keys()
+    assert errors == []
+
+
+def test_a_process_that_kills_children_is_given_up_on(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
+    cache = make_cache()
+    pid = proc.add("qemu", 10)
+    proc.hang(pid)
+    wanted = {(pid, START_TICKS): pid}
+    for _ in range(OwnerCache.TRIES):
+        assert cache.find(wanted, 0.0) == {}
+        with proc.hold(pid):
+            (child,) = find_children()
+            child.kill()
+            wait_until(lambda: not find_children())
+    assert cache.find(wanted, 0.0) == {(pid, START_TICKS): FALLBACK}
+    assert [(told, kind) for told, kind, _ in errors] == [(pid, "unreadable")]
+
+
+def test_closing_waits_for_nothing_that_hangs(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
+    cache = make_cache()
     pid = proc.add("qemu", 10)
     proc.hang(pid)
     assert cache.find({(pid, START_TICKS): pid}, 0.0) == {}
-    wait_until(owner_threads)
-    assert cache.find({}, 0.0) == {}
-    clock.seconds += 100.0
-    assert cache.find({}, 0.0) == {}
-    proc.release(pid)
+    with proc.hold(pid):
+        began = time.monotonic()
+        cache.close()
+        assert time.monotonic() - began < PATIENCE_SECONDS / 10
     assert errors == []
 
 
-def test_another_process_of_the_same_number(proc: FakeProc, errors: Errors) -> None:
+def test_forgotten_while_it_hangs(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
+    clock = Clock()
+    cache = make_cache(clock)
+    pid = proc.add("qemu", 10)
+    proc.hang(pid)
+    assert cache.find({(pid, START_TICKS): pid}, 0.0) == {}
+    with proc.hold(pid):
+        assert cache.find({}, 0.0) == {}
+        clock.seconds += 100.0
+        assert cache.find({}, 0.0) == {}
+        wait_until(lambda: not find_children())
+    assert errors == []
+
+
+def test_another_process_of_the_same_number(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
     pid = proc.add("crosvm", 10)
-    cache = make_cache(proc, errors)
+    cache = make_cache()
     assert cache.find({(pid, START_TICKS - 1): pid}, PATIENCE_SECONDS) == {}
     key = (pid, START_TICKS)
-    assert cache.find({key: pid}, PATIENCE_SECONDS) == {key: Owner("crosvm", name="termina")}
+    assert cache.find({key: pid}, PATIENCE_SECONDS) == {key: TERMINA}
     assert errors == []
 
 
-def test_process_that_seems_to_be_ending_is_asked_again(proc: FakeProc, errors: Errors) -> None:
+def test_process_that_seems_to_be_ending_is_asked_again(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
     pid = proc.add("crosvm", 10)
     exe = proc.cmdline(pid).parent / "exe"
     target, content = exe.readlink(), proc.cmdline(pid).read_bytes()
     exe.unlink()
     proc.cmdline(pid).write_bytes(b"")
-    cache = make_cache(proc, errors)
+    cache = make_cache()
     wanted = {(pid, START_TICKS): pid}
     assert cache.find(wanted, PATIENCE_SECONDS) == {}
     exe.symlink_to(target)
@@ -180,10 +269,10 @@ def test_process_that_seems_to_be_ending_is_asked_again(proc: FakeProc, errors: 
     assert errors == []
 
 
-def test_problems_are_told_once(proc: FakeProc, errors: Errors) -> None:
+def test_problems_are_told_once(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
     pid = proc.add("libvirt-openstack")
     proc.add_status(pid, "libvirt-openstack", "instance-0000002a").write_bytes(b"<")
-    cache = make_cache(proc, errors)
+    cache = make_cache()
     wanted = {(pid, START_TICKS): pid}
     for _ in range(3):
         assert cache.find(wanted, PATIENCE_SECONDS)
@@ -192,8 +281,9 @@ def test_problems_are_told_once(proc: FakeProc, errors: Errors) -> None:
 
 def test_real_process_through_the_cache(tmp_path: Path, errors: Errors) -> None:
     cache = OwnerCache(lambda *error: errors.append(error), libvirt_directories=())
-    with imitated_vmm(tmp_path / "firecracker", ["./firecracker", "--id", "real"]) as pid:
+    with contextlib.closing(cache), imitated_vmm(tmp_path / "firecracker", ["./firecracker", "--id", "real"]) as pid:
         key = (pid, read_stat(Path("/proc"), pid).start_ticks)
         assert cache.find({key: pid}, PATIENCE_SECONDS)[key].own_id == "real"
+        assert cache.find({key: pid}, 0.0)[key].uid == os.getuid()
         assert read_program(Path("/proc"), pid, pid) == ("firecracker", str(tmp_path / "firecracker"))
     assert errors == []

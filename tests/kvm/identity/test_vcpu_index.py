@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.identity.vcpu_index import number_vcpus, parse_cgroup, parse_thread_name, read_index
+from kvm.identity.vcpu_index import find_cpu_index, number_vcpus, parse_cgroup, parse_thread_name, read_index
+from kvm.model import CpuTopology
 
 
 @pytest.mark.parametrize(
@@ -68,10 +69,35 @@ def test_own_indexes_win_over_ranks() -> None:
         ([100, 100], {100: 5}),  # one thread for two vCPUs
     ],
 )
-def test_ranks_where_indexes_do_not_tell_every_vcpu_apart(
+def test_vcpu_ids_where_indexes_do_not_tell_every_vcpu_apart(
     tids: list[int | None], indexes: dict[int, int | None]
 ) -> None:
-    assert [vcpu.index for vcpu in number_vcpus([8, 9], tids, indexes)] == [0, 1]
+    assert [vcpu.index for vcpu in number_vcpus([8, 9], tids, indexes)] == [8, 9]
+
+
+@pytest.mark.parametrize("plugged", [[0, 1, 2, 9], [0, 1, 2, 4, 9]])
+def test_a_number_does_not_pass_to_another_vcpu_when_one_is_plugged(plugged: list[int]) -> None:
+    """QEMU without debug-threads, ``-smp 3,maxcpus=9,sockets=3,cores=3,threads=1``: cpu-index 7 has APIC id 9."""
+    topology = CpuTopology(dies=1, cores=3, threads=1)
+    vcpus = number_vcpus(plugged, [None] * len(plugged), {}, topology)
+    assert {vcpu.vcpu_id: vcpu.index for vcpu in vcpus}[9] == 7
+    unknown = number_vcpus(plugged, [None] * len(plugged), {})
+    assert {vcpu.vcpu_id: vcpu.index for vcpu in unknown}[9] == 9
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
+def test_every_cpu_of_a_topology_has_its_index(sockets: int, cores: int, threads: int, dies: int) -> None:
+    topology = CpuTopology(dies, cores, threads)
+    widths = [(count - 1).bit_length() for count in (threads, cores, dies)]
+    apic_ids = [
+        (((socket << widths[2] | die) << widths[1] | core) << widths[0]) | thread
+        for socket in range(sockets)
+        for die in range(dies)
+        for core in range(cores)
+        for thread in range(threads)
+    ]
+    assert [find_cpu_index(apic_id, topology) for apic_id in apic_ids] == list(range(len(apic_ids)))
+    assert all(find_cpu_index(hole, topology) is None for hole in set(range(max(apic_ids))) - set(apic_ids))
 
 
 def test_an_index_is_read_from_the_name_and_then_from_the_cgroup(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvm.identity.vmm_cmdline import (
     CMDLINE_ARGUMENTS,
-    LABEL_CHARACTERS,
+    LABEL_BYTES,
     clean_text,
     parse_arguments,
     parse_cloud_hypervisor_list,
@@ -43,8 +44,9 @@ def test_captured_command_lines(fixture: str, owner: Owner) -> None:
     directory = FIXTURES / fixture
     args = parse_arguments((directory / "cmdline").read_bytes())
     comm = (directory / "comm").read_text().strip()
-    assert parse_cmdline(args, comm, (directory / "exe").read_text()) == owner
-    assert parse_cmdline(args, comm) == owner
+    found = parse_cmdline(args, comm, (directory / "exe").read_text())
+    assert replace(found, cpu_topology=None) == owner
+    assert parse_cmdline(args, comm) == found
 
 
 QEMU = "qemu-system-x86_64"
@@ -105,8 +107,9 @@ def test_awkward_names_become_labels() -> None:
     assert name('say "hi" \\ back') == 'say "hi" \\ back'
     assert name("two\nlines\x1b[31m\x7f\x85") == "two\ufffdlines\ufffd[31m\ufffd\ufffd"
     assert name("right\u202eleft\u2066") == "right\ufffdleft\ufffd"
-    assert name("x" * 65536) == "x" * (LABEL_CHARACTERS - 1) + "…"
-    assert name("x" * LABEL_CHARACTERS) == "x" * LABEL_CHARACTERS
+    assert name("x" * 65536) == "x" * (LABEL_BYTES - 3) + "…"
+    assert name("x" * LABEL_BYTES) == "x" * LABEL_BYTES
+    assert name("\U0001f600" * 300) == "\U0001f600" * ((LABEL_BYTES - 3) // 4) + "…"
     assert name("日本 👩‍💻") == "日本 👩‍💻"
     assert name("\udc80") == "\ufffd"
 
@@ -160,7 +163,7 @@ def test_any_list_is_parsed(text: str) -> None:
 @given(st.text(), st.text())
 def test_any_text_is_fit_for_a_label(text: str, more: str) -> None:
     cleaned = clean_text(text * 40 + more)
-    assert len(cleaned) <= LABEL_CHARACTERS
+    assert len(cleaned.encode()) <= LABEL_BYTES
     assert clean_text(cleaned) == cleaned
     assert not set(cleaned) & set("\n\r\t\0\x1b\x7f\x9b\u2028\u202e")
     assert cleaned.encode().decode() == cleaned
@@ -199,3 +202,24 @@ def test_long_lists_take_no_longer_than_their_length(piece: str) -> None:
     text = piece * (1 << 19)
     parse_qemu_list(text, "guest")
     parse_cloud_hypervisor_list(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "topology"),
+    [
+        ("3,maxcpus=9,sockets=3,cores=3,threads=1", (1, 3, 1)),
+        ("cpus=8,maxcpus=8,sockets=2,dies=1,clusters=1,cores=2,threads=2", (1, 2, 2)),
+        ("8,sockets=1,dies=2,cores=2,threads=2", (2, 2, 2)),
+        ("8,sockets=2", (1, 4, 1)),
+        ("8,sockets=2,cores=2", (1, 2, 2)),
+        ("6,cores=3", (1, 3, 1)),
+        ("6", None),  # QEMU before 6.2 makes sockets of them, and cores since
+        ("6,threads=2", None),
+        ("8,cores=2,clusters=2", None),
+        ("8,cores=many", None),
+        ("", None),
+    ],
+)
+def test_topologies(text: str, topology: tuple[int, int, int] | None) -> None:
+    found = parse_cmdline(["qemu-system-x86_64", "-smp", text], "qemu").cpu_topology
+    assert found == topology
