@@ -29,18 +29,19 @@ def can_read(snapshot: Snapshot) -> bool:
     return snapshot.complete and has_counters(snapshot)
 
 
-def render_check(snapshot: Snapshot, confinement: Privileges, vmx_flags: frozenset[str] | None) -> str:
-    """Render a report: a line a fact, sources in order of preference."""
+def render_check(snapshot: Snapshot, privileges: Privileges, vmx_flags: frozenset[str] | None, tracing: str) -> str:
+    """Render a report: a line a fact, sources in order of preference; ``tracing`` says whether exits can be traced."""
     host = snapshot.host
     rows = [
         ("host", f"Linux {host.kernel}, {describe_cpu(host)}"),
         ("kvm", describe_kvm(host)),
         ("notify exits", _describe_notify(host, vmx_flags)),
         ("lockdown", describe_lockdown(host)),
-        ("privileges", _describe_privileges(confinement)),
-        ("namespaces", _describe_namespaces(host, confinement)),
-        ("security", _describe_security(confinement)),
+        ("privileges", _describe_privileges(privileges)),
+        ("namespaces", _describe_namespaces(host, privileges)),
+        ("security", _describe_security(privileges)),
         *((f"source {source.source}", _describe_source(source)) for source in snapshot.sources),
+        ("stalls", tracing),
         ("VMs", _describe_vms(snapshot)),
         ("verdict", _describe_verdict(snapshot)),
     ]
@@ -51,7 +52,7 @@ def render_check(snapshot: Snapshot, confinement: Privileges, vmx_flags: frozens
 def describe_cpu(host: Host) -> str:
     """Say which CPU it is, down to its microcode."""
     if not host.cpu_vendor:
-        return "CPU unknown: /proc/cpuinfo cannot be read"
+        return "CPU unknown: /proc/cpuinfo cannot be read (in a unit: ProcSubset=pid)"
     numbers = f"family {host.cpu_family} model {host.cpu_model} stepping {host.cpu_stepping}"
     return f"{host.cpu_model_name or 'CPU'} ({host.cpu_vendor} {numbers}, microcode {host.microcode or 'unknown'})"
 
@@ -74,7 +75,9 @@ def _describe_notify(host: Host, vmx_flags: frozenset[str] | None) -> str:
         return "unknown: KVM cannot be asked"
     if host.notify_supported:
         return "supported (KVM_CAP_X86_NOTIFY_VMEXIT); whether a VM has them armed is its VMM's choice"
-    if vmx_flags is None:
+    if not host.cpu_vendor:
+        why = "why is not known, as /proc/cpuinfo cannot be read"
+    elif vmx_flags is None:
         why = "the CPU shows no VMX"
     elif "notify_vm_exiting" in vmx_flags:
         why = (
@@ -88,42 +91,43 @@ def _describe_notify(host: Host, vmx_flags: frozenset[str] | None) -> str:
 def describe_lockdown(host: Host) -> str:
     """Say what the kernel's lockdown closes."""
     texts = {
-        "": "unknown: securityfs is not mounted, or the kernel has no lockdown",
+        "": "unknown",
         "none": "none",
         "integrity": "integrity (usual with Secure Boot): counters in debugfs are closed, even to root",
         "confidentiality": "confidentiality: eBPF and traces are closed as well",
     }
-    return texts.get(host.lockdown, host.lockdown)
+    text = texts.get(host.lockdown, host.lockdown)
+    return f"{text}; {host.lockdown_note}" if host.lockdown_note else text
 
 
-def _describe_privileges(confinement: Privileges) -> str:
-    who = "root" if confinement.uid == 0 else f"uid {confinement.uid}"
-    missing = confinement.missing_capabilities
-    if missing is None:
+def _describe_privileges(privileges: Privileges) -> str:
+    who = "root" if privileges.uid == 0 else f"uid {privileges.uid}"
+    missing = privileges.missing_capabilities
+    if privileges.capabilities is None:
         return f"{who}, capabilities unknown: /proc/self/status cannot be read"
     if not missing:
         return f"{who}, with every capability that is needed"
     return f"{who}, without " + "; ".join(f"{name} ({NEEDED_CAPABILITIES[name]})" for name in missing)
 
 
-def _describe_namespaces(host: Host, confinement: Privileges) -> str:
+def _describe_namespaces(host: Host, privileges: Privileges) -> str:
     pid = {
         True: "pid: the host's",
         False: "pid: a container's, the host's processes are not visible: run with hostPID: true",
         None: "pid: unknown",
     }[host.initial_pid_namespace]
     user = {True: "user: the host's", False: "user: a container's, its root is not the host's", None: "user: unknown"}
-    return f"{pid}; {user[confinement.initial_user_namespace]}"
+    return f"{pid}; {user[privileges.initial_user_namespace]}"
 
 
-def _describe_security(confinement: Privileges) -> str:
-    modules = ",".join(confinement.security_modules) or "no module is shown"
+def _describe_security(privileges: Privileges) -> str:
+    modules = ",".join(privileges.security_modules) or "no module is shown"
     parts = [modules]
-    if confinement.label and confinement.label != "unconfined":
-        parts.append(f"this process is confined as {confinement.label!r}")
-    if confinement.selinux_enforcing:
+    if privileges.label and privileges.label != "unconfined":
+        parts.append(f"this process is confined as {privileges.label!r}")
+    if privileges.selinux_enforcing:
         parts.append("SELinux enforces: a denial is in the audit log")
-    if confinement.ptrace_scope == 3:
+    if privileges.ptrace_scope == 3:
         parts.append("yama's ptrace_scope=3 forbids borrowing statistics fds")
     return "; ".join(parts)
 

@@ -59,6 +59,9 @@ KVM_ISA_VMX = 1
 
 # arch/x86/include/asm/unistd_64.h ------------------------------------------------------------------------------------
 SYS_pidfd_open = 434
+SYS_fsopen = 430
+SYS_fsconfig = 431
+SYS_fsmount = 432
 SYS_openat2 = 437
 SYS_pidfd_getfd = 438
 SYS_kcmp = 312
@@ -69,6 +72,15 @@ PIDFD_THREAD = 0o200
 
 # include/uapi/linux/kcmp.h: enum kcmp_type
 KCMP_FILE = 0
+
+# include/uapi/linux/mount.h
+FSOPEN_CLOEXEC = 0x1
+FSCONFIG_CMD_CREATE = 6
+FSMOUNT_CLOEXEC = 0x1
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
 
 # include/uapi/linux/openat2.h: struct open_how: flags, mode, resolve
 OPEN_HOW = struct.Struct("=3Q")

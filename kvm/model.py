@@ -45,6 +45,7 @@ class Protection(StrEnum):
 class Host:
     """What this host is and offers; "" and None stand for what could not be read.
 
+    ``lockdown_note`` says how the mode was read where that is not by the mounted securityfs, or why it is not known.
     ``initial_pid_namespace`` is False where we run in a pid namespace of our own: a container without hostPID, whose
     /proc lacks the host's processes.
     """
@@ -61,6 +62,7 @@ class Host:
     notify_supported: bool | None
     notify_unknown_reason: str = ""
     initial_pid_namespace: bool | None = None
+    lockdown_note: str = ""
 
 
 class Identity(StrEnum):

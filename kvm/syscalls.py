@@ -61,6 +61,29 @@ def open_in_root(root_fd: int, path: str, flags: int) -> int:
     return _checked(result, "openat2")
 
 
+def fsopen(file_system: str, flags: int) -> int:
+    """Begin to make an instance of a file system, and return the fd of its context (fsopen(2)).
+
+    Raises OSError: EPERM without CAP_SYS_ADMIN, ENODEV where the kernel has no such file system.
+    """
+    return _checked(_syscall(abi.SYS_fsopen, ctypes.c_char_p(file_system.encode()), ctypes.c_uint(flags)), "fsopen")
+
+
+def fsconfig_create(context_fd: int) -> None:
+    """Make the instance (fsconfig(2) with FSCONFIG_CMD_CREATE); raises OSError."""
+    nothing = ctypes.c_void_p()
+    command = ctypes.c_uint(abi.FSCONFIG_CMD_CREATE)
+    _checked(
+        _syscall(abi.SYS_fsconfig, ctypes.c_int(context_fd), command, nothing, nothing, ctypes.c_int(0)), "fsconfig"
+    )
+
+
+def fsmount(context_fd: int, flags: int, attributes: int) -> int:
+    """Return the fd of a mount of the instance that is attached nowhere (fsmount(2)); raises OSError."""
+    arguments = (ctypes.c_int(context_fd), ctypes.c_uint(flags), ctypes.c_uint(attributes))
+    return _checked(_syscall(abi.SYS_fsmount, *arguments), "fsmount")
+
+
 def perf_event_open(attr: bytes, tid: int, flags: int) -> int:
     """Open a perf event of one thread, on whichever CPU it runs (perf_event_open(2)), and return its fd.
 

@@ -8,14 +8,28 @@ import sys
 
 from exporter.host_summary import can_read, render_check
 from exporter.wiring import ONE_LOOK_WAIT_SECONDS, PROC, SYSFS, open_host
-from kvm.host import facts
+from kvm.errors import SourceUnavailable
+from kvm.host.facts import read_vmx_flags
 from kvm.host.privileges import read_privileges
+from kvm.perf.notify_tracer import NotifyTracer
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Print what works on this host; 0 if counters can be read, else 1."""
     with contextlib.ExitStack() as stack:
         snapshot = open_host(arguments.sources, stack, ONE_LOOK_WAIT_SECONDS).read()
-    cpuinfo = (PROC / "cpuinfo").read_text(errors="replace")
-    sys.stdout.write(render_check(snapshot, read_privileges(PROC, SYSFS), facts.parse_vmx_flags(cpuinfo)))
+    tracing = try_tracing(NotifyTracer())
+    sys.stdout.write(render_check(snapshot, read_privileges(PROC, SYSFS), read_vmx_flags(PROC), tracing))
     return 0 if can_read(snapshot) else 1
+
+
+def try_tracing(tracer: NotifyTracer) -> str:
+    """Say whether notify exits can be traced: the tracer arms a thread of our own to find out."""
+    try:
+        with contextlib.closing(tracer):
+            tracer.open()
+            tracefs = tracer.tracefs
+            where = "a private instance of tracefs, as none is mounted" if tracefs and tracefs.is_private else "tracefs"
+            return f"can be told: exits can be traced, by {where}"
+    except SourceUnavailable as err:
+        return f"cannot be told from other notify exits: {err.reason}" + (f" -> {err.remedy}" if err.remedy else "")

@@ -107,7 +107,7 @@ class NotifyTrigger:
                 return self._open(library)
             except OSError as err:
                 self.close()
-                raise explain(err, library.messages.kept()) from err
+                raise explain(err, library.messages.kept(), attaches=True) from err
             except BaseException:
                 self.close()
                 raise

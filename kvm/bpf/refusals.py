@@ -9,24 +9,32 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvm import abi
 from kvm.errors import SourceUnavailable
+from kvm.host.lockdown import Lockdown, read_lockdown
+from kvm.host.privileges import Privileges, read_privileges
 
-_WHOLE_UID_RANGE = ["0", "0", "4294967295"]
 _VERIFIER_STATISTICS = ("processed ", "verification time", "stack depth", "mark_precise", "max_states")
-_FILTERED = re.compile(r"^Seccomp:\s*2", re.MULTILINE)
 
 
 def explain(
-    err: OSError, messages: Iterable[str], proc: Path = Path("/proc"), sys: Path = Path("/sys")
+    err: OSError,
+    messages: Iterable[str],
+    proc: Path = Path("/proc"),
+    sys: Path = Path("/sys"),
+    *,
+    attaches: bool = False,
+    read_mode: Callable[[Path], Lockdown] = read_lockdown,
 ) -> SourceUnavailable:
-    """Make a SourceUnavailable of an error of libbpf; ``messages`` are libbpf's last ones. Raises nothing."""
-    status = _read(proc / "self/status")
+    """Make a SourceUnavailable of an error of libbpf; ``messages`` are libbpf's last ones. Raises nothing.
+
+    ``attaches`` says that the programs attach to a function of KVM, for which they need its module's own types.
+    """
+    privileges = read_privileges(proc, sys)
     module = (sys / "module/kvm/initstate").exists()
-    missing = find_missing_capabilities(status, module=module)
+    missing = find_missing_capabilities(privileges, module=module and attaches)
     denied = err.errno in (errno.EPERM, errno.EACCES)
     refusal = find_refusal(messages)
     causes = (
@@ -42,17 +50,17 @@ def explain(
             "use a kernel with CONFIG_DEBUG_INFO_BTF; in a container, mount the host's /sys",
         ),
         (
-            "[confidentiality]" in _read(sys / "kernel/security/lockdown"),
+            read_mode(sys).mode == "confidentiality",
             "lockdown=confidentiality: BPF may not read kernel memory",
             "use lockdown=integrity",
         ),
         (
-            bool(missing) and (denied or module),
+            bool(missing) and (denied or (module and attaches)),
             f"missing capability: {', '.join(missing)}",
             "give it to the service or the container",
         ),
         (
-            denied and _read(proc / "self/uid_map").split() not in ([], _WHOLE_UID_RANGE),
+            denied and privileges.initial_user_namespace is False,
             "capabilities of a user namespace do not reach BPF",
             "run in the host's user namespace",
         ),
@@ -62,7 +70,7 @@ def explain(
             "use a kernel with CONFIG_DEBUG_INFO_BTF_MODULES",
         ),
         (
-            denied and _FILTERED.search(status) is not None,
+            denied and privileges.is_seccomp_filtered is True,
             f"{refusal or err}: perhaps a seccomp filter forbids bpf(2)",
             "let the container call bpf(2)",
         ),
@@ -78,19 +86,14 @@ def explain(
     return SourceUnavailable(refusal or str(err), "please report this with the kernel's version")
 
 
-def find_missing_capabilities(status: str, *, module: bool) -> tuple[str, ...]:
-    """Return what the process of this /proc/PID/status lacks; ``module`` says that KVM is one.
+def find_missing_capabilities(privileges: Privileges, *, module: bool) -> tuple[str, ...]:
+    """Return what a process lacks to load BPF programs; ``module`` says that they need the types of a module.
 
-    CAP_SYS_ADMIN implies the others (capable.h: bpf_capable, perfmon_capable). Types of a module are had through
-    BPF_BTF_GET_FD_BY_ID, which takes CAP_SYS_ADMIN itself (kernel/bpf/syscall.c).
+    Those are had through BPF_BTF_GET_FD_BY_ID, which takes CAP_SYS_ADMIN itself (kernel/bpf/syscall.c).
     """
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    if match is None:
+    if not privileges.lacks("CAP_SYS_ADMIN"):
         return ()
-    held = int(match[1], 16)
-    if held >> abi.CAP_SYS_ADMIN & 1:
-        return ()
-    names = [name for name, bit in (("CAP_BPF", abi.CAP_BPF), ("CAP_PERFMON", abi.CAP_PERFMON)) if not held >> bit & 1]
+    names = [name for name in ("CAP_BPF", "CAP_PERFMON") if privileges.lacks(name)]
     return (*names, *(("CAP_SYS_ADMIN (while loading, because kvm is a module)",) if module else ()))
 
 
@@ -119,10 +122,3 @@ def check_own_pid(tgid: int) -> None:
             f"this runs in a pid namespace of its own (pid {os.getpid()} here, {tgid} on the host)",
             "Kubernetes: hostPID: true; docker or podman: --pid=host",
         )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""  # what cannot be seen explains nothing

@@ -13,6 +13,7 @@ counters for everybody. ``mmu_rmaps_stat`` is never read: it takes KVM's locks.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -126,7 +127,7 @@ class DebugfsSource:
                 f"{self._kvm_directory} is not there", "mount -t debugfs none /sys/kernel/debug; load kvm"
             ) from err
         except PermissionError as err:
-            raise SourceUnavailable(*self._explain_refusal()) from err
+            raise SourceUnavailable(*_explain_refusal(err)) from err
         except OSError as err:
             raise SourceUnavailable(f"{path}: {err.strerror}") from err
 
@@ -158,10 +159,12 @@ class DebugfsSource:
         vcpu_ids = find_vcpu_ids(directory)
         return VmCounters(vcpu_ids, (None,) * len(vcpu_ids), {}, totals)
 
-    def _explain_refusal(self) -> tuple[str, str]:
-        if os.geteuid() != 0:
-            return "only root may read debugfs", "run as root"
+
+def _explain_refusal(err: OSError) -> tuple[str, str]:
+    """Tell lockdown from missing rights: debugfs_locked_down() in fs/debugfs/file.c gives EPERM, modes EACCES."""
+    if err.errno == errno.EPERM:
         return (
-            "the kernel's lockdown forbids reading counters in debugfs",
+            f"{err.strerror} for a file that this process may read: the kernel's lockdown forbids reading debugfs",
             "nothing to do under Secure Boot: bpf and stats_fd still work",
         )
+    return f"debugfs may not be looked into ({err.strerror})", "run as root or give CAP_DAC_READ_SEARCH"

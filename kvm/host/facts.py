@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from kvm.errors import SourceUnavailable
 from kvm.host.kvm_device import find_kvm_module, read_notify_supported
 from kvm.host.lockdown import read_lockdown
+from kvm.host.private_mount import PrivateMount
 from kvm.host.privileges import read_initial_pid_namespace
 from kvm.model import Host
 
@@ -39,7 +41,20 @@ def parse_vmx_flags(text: str) -> frozenset[str] | None:
     return frozenset.intersection(*(frozenset(line.split()) for line in lines)) if lines else None
 
 
-def read_host(proc: Path = Path("/proc"), sysfs: Path = Path("/sys"), device: Path = Path("/dev/kvm")) -> Host:
+def read_vmx_flags(proc: Path) -> frozenset[str] | None:
+    """Read the VMX flags of the CPU; None where it shows none, or where /proc/cpuinfo cannot be read."""
+    try:
+        return parse_vmx_flags((proc / "cpuinfo").read_text(errors="replace"))
+    except OSError:
+        return None
+
+
+def read_host(
+    proc: Path = Path("/proc"),
+    sysfs: Path = Path("/sys"),
+    device: Path = Path("/dev/kvm"),
+    open_private: Callable[[str], PrivateMount] = PrivateMount,
+) -> Host:
     """Read what the host is and offers; what cannot be read is "" or None. Raises nothing."""
     try:
         cpuinfo = parse_cpuinfo((proc / "cpuinfo").read_text(errors="replace"))
@@ -49,9 +64,11 @@ def read_host(proc: Path = Path("/proc"), sysfs: Path = Path("/sys"), device: Pa
         supported, reason = read_notify_supported(device), ""
     except SourceUnavailable as err:
         supported, reason = None, str(err)
+    lockdown = read_lockdown(sysfs, open_private)
     return Host(
         kernel=os.uname().release,
-        lockdown=read_lockdown(sysfs),
+        lockdown=lockdown.mode,
+        lockdown_note=lockdown.note,
         kvm_module=find_kvm_module(sysfs),
         notify_supported=supported,
         notify_unknown_reason=reason,

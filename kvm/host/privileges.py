@@ -1,4 +1,4 @@
-"""Says what this process may do: capabilities, namespaces, and the security modules that may stand in the way.
+"""Says what this process may do: capabilities, namespaces, seccomp, security modules. The one place that reads them.
 
 It predicts nothing: each source finds out by trying. This is for the person who asks why one did not work.
 """
@@ -14,28 +14,46 @@ from kvm import abi
 
 # What each capability is needed for, in words for a person.
 NEEDED_CAPABILITIES = {
-    "CAP_SYS_PTRACE": "to see and borrow other processes' fds",
     "CAP_BPF": "to load eBPF programs",
-    "CAP_PERFMON": "to trace the kernel",
-    "CAP_SYS_ADMIN": "to read the BTF of kernel modules",
+    "CAP_PERFMON": "to let them read kernel memory, and to trace",
+    "CAP_SYS_PTRACE": "to see and borrow other processes' fds",
+    "CAP_DAC_READ_SEARCH": "to read tracefs and libvirt's files",
+    "CAP_SYS_ADMIN": "for the trigger, and to trace where perf_event_paranoid is 3",
 }
+# include/linux/capability.h, bpf_capable() and perfmon_capable(): CAP_SYS_ADMIN will do as well.
+_IMPLIED_BY_SYS_ADMIN = ("CAP_BPF", "CAP_PERFMON")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Privileges:
     """What a process may do. None and "" stand for what could not be read.
 
-    ``missing_capabilities`` are those of NEEDED_CAPABILITIES that are not effective; ``label`` is the process's
-    AppArmor profile or SELinux context; ``ptrace_scope`` is yama's (3 forbids borrowing fds altogether).
+    ``capabilities`` is the set of effective ones, a bit each; ``label`` is the process's AppArmor profile or SELinux
+    context; ``ptrace_scope`` is yama's (3 forbids borrowing fds altogether), ``perf_event_paranoid`` the sysctl of that
+    name. ``is_seccomp_filtered`` says that a filter may refuse system calls.
     """
 
     uid: int
-    missing_capabilities: tuple[str, ...] | None
-    security_modules: tuple[str, ...]
-    label: str
-    selinux_enforcing: bool
-    ptrace_scope: int | None
-    initial_user_namespace: bool | None
+    capabilities: int | None = None
+    security_modules: tuple[str, ...] = ()
+    label: str = ""
+    selinux_enforcing: bool = False
+    ptrace_scope: int | None = None
+    perf_event_paranoid: int | None = None
+    initial_user_namespace: bool | None = None
+    is_seccomp_filtered: bool | None = None
+
+    def lacks(self, capability: str) -> bool:
+        """Tell whether the process is known to lack a capability, and one that implies it."""
+        if self.capabilities is None:
+            return False
+        names = (capability, "CAP_SYS_ADMIN") if capability in _IMPLIED_BY_SYS_ADMIN else (capability,)
+        return not any(self.capabilities >> getattr(abi, name) & 1 for name in names)
+
+    @property
+    def missing_capabilities(self) -> tuple[str, ...]:
+        """Those of NEEDED_CAPABILITIES that it lacks."""
+        return tuple(name for name in NEEDED_CAPABILITIES if self.lacks(name))
 
 
 def parse_effective_capabilities(status: str) -> int | None:
@@ -44,11 +62,10 @@ def parse_effective_capabilities(status: str) -> int | None:
     return int(match[1], 16) if match else None
 
 
-def find_missing_capabilities(effective: int | None) -> tuple[str, ...] | None:
-    """Return the names of the needed capabilities that a bit set lacks, None where there is no bit set."""
-    if effective is None:
-        return None
-    return tuple(name for name in NEEDED_CAPABILITIES if not effective >> getattr(abi, name) & 1)
+def parse_seccomp(status: str) -> bool | None:
+    """Tell from a /proc/PID/status whether a seccomp filter is in force (mode 2), None where it does not tell."""
+    match = re.search(r"^Seccomp:\s*(\d)$", status, re.MULTILINE)
+    return match[1] == "2" if match else None
 
 
 def parse_initial_user_namespace(uid_map: str) -> bool:
@@ -56,27 +73,21 @@ def parse_initial_user_namespace(uid_map: str) -> bool:
     return uid_map.split() == ["0", "0", str(2**32 - 1)]
 
 
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip("\0\n ")
-    except OSError:
-        return None
-
-
 def read_privileges(proc: Path = Path("/proc"), sysfs: Path = Path("/sys")) -> Privileges:
     """Read what this process may do; raises nothing."""
-    effective = parse_effective_capabilities(_read_text(proc / "self/status") or "")
+    status = _read_text(proc / "self/status") or ""
     modules = _read_text(sysfs / "kernel/security/lsm")
-    scope = _read_text(proc / "sys/kernel/yama/ptrace_scope")
     uid_map = _read_text(proc / "self/uid_map")
     return Privileges(
         uid=os.geteuid(),
-        missing_capabilities=find_missing_capabilities(effective),
+        capabilities=parse_effective_capabilities(status),
         security_modules=tuple(modules.split(",")) if modules else (),
         label=_read_text(proc / "self/attr/current") or "",
         selinux_enforcing=_read_text(sysfs / "fs/selinux/enforce") == "1",
-        ptrace_scope=int(scope) if scope and scope.isdigit() else None,
+        ptrace_scope=_parse_number(_read_text(proc / "sys/kernel/yama/ptrace_scope")),
+        perf_event_paranoid=_parse_number(_read_text(proc / "sys/kernel/perf_event_paranoid")),
         initial_user_namespace=parse_initial_user_namespace(uid_map) if uid_map else None,
+        is_seccomp_filtered=parse_seccomp(status),
     )
 
 
@@ -84,5 +95,16 @@ def read_initial_pid_namespace(proc: Path) -> bool | None:
     """Tell whether our processes are numbered as the host numbers them; None where that cannot be read."""
     try:
         return (proc / "self/ns/pid").stat().st_ino == abi.PROC_PID_INIT_INO
+    except OSError:
+        return None
+
+
+def _parse_number(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch(r"-?[0-9]{1,4}", text) else None
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip("\0\n ")
     except OSError:
         return None

@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvm.errors import KvmReadError, MalformedData, SourceUnavailable, VmGone
+from kvm.host.private_mount import PrivateMount
 from kvm.host.privileges import read_privileges
 from kvm.model import NotifyExit
 from kvm.perf import event as perf_event
 from kvm.perf.notify_records import FIELDS, NOTIFY_FILTER, TraceRecords, decode_notify_exit
 from kvm.perf.refusals import explain
-from kvm.perf.tracefs import find_tracefs, read_tracepoint
+from kvm.perf.tracefs import Tracefs, open_tracefs, read_tracepoint
 from kvm.perf.tracepoint_format import Tracepoint
 
 TRACEFS = Path("/sys/kernel/tracing")
@@ -195,7 +196,7 @@ class NotifyTracer:
     """Arms threads; one for the agent.
 
     ``allowance`` is how many records a thread may make before `ArmedThread.refresh`; ``pages`` how many pages its ring
-    has, None for as many as that takes. The attribute ``tracefs`` is where tracefs was found, None while not open. The
+    has, None for as many as that takes. The attribute ``tracefs`` is what tracefs was found, None while not open. The
     methods may be called from several threads.
     """
 
@@ -207,10 +208,12 @@ class NotifyTracer:
         sysfs: Path = Path("/sys"),
         allowance: int = RECORDS_A_LOOK,
         pages: int | None = None,
+        open_private: Callable[[str], PrivateMount] = PrivateMount,
     ) -> None:
+        self._open_private = open_private
         self._preferred, self._proc, self._sysfs = tracefs, proc, sysfs
         self._allowance, self._pages = allowance, pages
-        self.tracefs: Path | None = None
+        self.tracefs: Tracefs | None = None
         self._lock = threading.Lock()
         self._warm_fd = -1
 
@@ -219,11 +222,12 @@ class NotifyTracer:
 
         May be called again to try again. Raises SourceUnavailable, which says what is missing.
         """
-        self.tracefs = find_tracefs(self._preferred, self._proc, self._sysfs)
+        self._close_tracefs()
+        self.tracefs = open_tracefs(self._preferred, self._proc, self._sysfs, self._open_private)
         try:
             self.arm(os.getpid()).disarm()
         except BaseException:
-            self.tracefs = None
+            self._close_tracefs()
             raise
 
     def arm(self, tid: int) -> ArmedThread:
@@ -266,7 +270,12 @@ class NotifyTracer:
     def close(self) -> None:
         """Give back what the tracer holds; armed threads are their owners' to disarm."""
         self.release_warm()
-        self.tracefs = None
+        self._close_tracefs()
+
+    def _close_tracefs(self) -> None:
+        tracefs, self.tracefs = self.tracefs, None
+        if tracefs is not None:
+            tracefs.close()
 
     def _explain(self, err: OSError, tid: int) -> KvmReadError:
         return explain(err, tid, read_privileges(self._proc, self._sysfs))
@@ -275,14 +284,15 @@ class NotifyTracer:
         # Read each time: when the module kvm is loaded anew, its tracepoints get other numbers.
         if self.tracefs is None:
             raise SourceUnavailable("the tracer is not open")
+        tracefs = self.tracefs.path
         try:
-            tracepoint = read_tracepoint(self.tracefs, SYSTEM, NAME)
+            tracepoint = read_tracepoint(tracefs, SYSTEM, NAME)
         except FileNotFoundError as err:
-            reason = f"{self.tracefs} has no tracepoint {SYSTEM}:{NAME}: the module kvm is not loaded"
+            reason = f"{tracefs} has no tracepoint {SYSTEM}:{NAME}: the module kvm is not loaded"
             raise SourceUnavailable(reason, "load kvm_intel or kvm_amd") from err
         except OSError as err:
             remedy = "run as root or give CAP_DAC_READ_SEARCH"
-            raise SourceUnavailable(f"{self.tracefs}/events/{SYSTEM}/{NAME}: {err.strerror}", remedy) from err
+            raise SourceUnavailable(f"{tracefs}/events/{SYSTEM}/{NAME}: {err.strerror}", remedy) from err
         except MalformedData as err:
             raise SourceUnavailable(str(err), "please report this with the kernel's version") from err
         if missing := tracepoint.find_missing(FIELDS):

@@ -1,16 +1,18 @@
 """Finds tracefs, wherever it is mounted, and reads what tracepoints say about themselves; explains what is missing.
 
-Nothing is mounted and nothing is written: tracefs is only where the kernel keeps a tracepoint's number and format.
+Nothing is mounted where anybody sees it and nothing is written: tracefs is only where the kernel keeps a tracepoint's
+number and format.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvm.errors import SourceUnavailable
 from kvm.host.lockdown import read_lockdown
+from kvm.host.private_mount import PrivateMount
 from kvm.perf.tracepoint_format import Tracepoint, parse_format
 
 # Fields 5 and, behind the dash, 9 of a line of /proc/PID/mountinfo: mount point and type (proc_pid_mountinfo(5)).
@@ -34,23 +36,57 @@ def find_places(preferred: Path, proc: Path, sysfs: Path) -> Iterator[Path]:
     yield from parse_tracefs_mounts(mountinfo)
 
 
-def find_tracefs(preferred: Path, proc: Path = Path("/proc"), sysfs: Path = Path("/sys")) -> Path:
-    """Return a place where tracefs is and may be looked into; raises SourceUnavailable."""
+class Tracefs:
+    """Where tracefs is; ``is_private`` where it is an instance of our own, which ends when this is closed."""
+
+    def __init__(self, path: Path, private: PrivateMount | None = None) -> None:
+        self.path = path
+        self._private = private
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody else sees this instance."""
+        return self._private is not None
+
+    def close(self) -> None:
+        """Give back what is held; may be called twice."""
+        if self._private is not None:
+            self._private.close()
+
+
+def open_tracefs(
+    preferred: Path,
+    proc: Path = Path("/proc"),
+    sysfs: Path = Path("/sys"),
+    open_private: Callable[[str], PrivateMount] = PrivateMount,
+) -> Tracefs:
+    """Return a place where tracefs is and may be looked into; raises SourceUnavailable.
+
+    Where it is mounted nowhere, it is opened as a private instance, which takes CAP_SYS_ADMIN.
+    """
     refused: list[str] = []
     for place in find_places(preferred, proc, sysfs):
         try:
             if (place / "events").is_dir():
-                return place
+                return Tracefs(place)
         except OSError as err:
             refused.append(f"{place}: {err.strerror}")
-    if read_lockdown(sysfs) == "confidentiality":
+    if read_lockdown(sysfs, open_private).mode == "confidentiality":
         # fs/tracefs/inode.c makes no files where lockdown forbids LOCKDOWN_TRACEFS from the start.
         raise SourceUnavailable("lockdown=confidentiality: the kernel offers no tracefs", "use lockdown=integrity")
     if refused:
         remedy = "run as root, give CAP_DAC_READ_SEARCH, or mount tracefs with gid=; in a container, mount the host's"
         raise SourceUnavailable("; ".join(refused), remedy)
-    remedy = f"mount -t tracefs tracefs {preferred}; in a container, mount the host's"
-    raise SourceUnavailable(f"tracefs is not mounted at {preferred} or anywhere else", remedy)
+    remedy = f"mount -t tracefs tracefs {preferred}, or give CAP_SYS_ADMIN; in a container, mount the host's"
+    nowhere = f"tracefs is not mounted at {preferred} or anywhere else"
+    try:
+        private = open_private("tracefs")
+    except OSError as err:
+        raise SourceUnavailable(f"{nowhere}, and this process may not open it ({err.strerror})", remedy) from err
+    if (private.path / "events").is_dir():
+        return Tracefs(private.path, private)
+    private.close()
+    raise SourceUnavailable(f"{nowhere}, and a private instance of it has no events", remedy)
 
 
 def read_tracepoint(tracefs: Path, system: str, name: str) -> Tracepoint:

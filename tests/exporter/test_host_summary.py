@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from exporter.host_summary import can_read, render_check
 from kvm.host.privileges import (
     Privileges,
-    find_missing_capabilities,
     parse_effective_capabilities,
     parse_initial_user_namespace,
     read_privileges,
@@ -19,13 +18,22 @@ from kvm.host.privileges import (
 from kvm.model import SourceReport
 from tests.snapshots import CLOSED, INTEL, UP, make_reading, make_snapshot, make_unread
 
-ROOT = Privileges(0, (), ("lockdown", "capability", "yama"), "unconfined", False, 1, True)
+ALL = 2**41 - 1
+ROOT = Privileges(
+    uid=0,
+    capabilities=ALL,
+    security_modules=("lockdown", "capability", "yama"),
+    label="unconfined",
+    ptrace_scope=1,
+    initial_user_namespace=True,
+)
+TRACING = "can be told: exits can be traced, by tracefs"
 NO_VMX = replace(INTEL, kvm_module="kvm_pvm", notify_supported=False)
 
 
 def test_a_good_host_is_told_so() -> None:
     snapshot = make_snapshot(make_reading(), make_unread())
-    text = render_check(snapshot, ROOT, frozenset({"notify_vm_exiting"}))
+    text = render_check(snapshot, ROOT, frozenset({"notify_vm_exiting"}), TRACING)
     lines = dict(line.split("  ", 1) for line in text.splitlines())
     assert lines["source stats_fd"].strip().startswith("works: every vCPU")
     assert lines["source debugfs"].strip() == "does not work: the kernel's lockdown forbids it -> nothing to do"
@@ -47,28 +55,33 @@ def test_a_good_host_is_told_so() -> None:
             ["/dev/kvm does not exist; load kvm_intel", "unknown: KVM cannot be asked"],
         ),
         (replace(INTEL, lockdown="confidentiality"), None, ["eBPF and traces are closed"]),
-        (replace(INTEL, lockdown=""), None, ["securityfs is not mounted"]),
+        (
+            replace(INTEL, lockdown="", lockdown_note="securityfs is not mounted"),
+            None,
+            ["unknown; securityfs is not mounted"],
+        ),
         (replace(INTEL, initial_pid_namespace=False), None, ["hostPID: true"]),
         (replace(INTEL, cpu_vendor=""), None, ["CPU unknown"]),
+        (replace(NO_VMX, cpu_vendor=""), None, ["why is not known"]),
     ],
 )
 def test_each_obstacle_is_named(host: object, flags: frozenset[str] | None, words: list[str]) -> None:
-    text = render_check(make_snapshot(host=host), ROOT, flags)  # type: ignore[arg-type]
+    text = render_check(make_snapshot(host=host), ROOT, flags, TRACING)  # type: ignore[arg-type]
     assert [word for word in words if word not in text] == []
 
 
 @pytest.mark.parametrize(
-    ("confinement", "words"),
+    ("privileges", "words"),
     [
-        (replace(ROOT, uid=1000, missing_capabilities=("CAP_SYS_PTRACE",)), ["uid 1000, without CAP_SYS_PTRACE"]),
+        (replace(ROOT, uid=1000, capabilities=ALL & ~(1 << 19)), ["uid 1000, without CAP_SYS_PTRACE"]),
         (replace(ROOT, label="snap.agent (enforce)"), ["confined as 'snap.agent (enforce)'"]),
         (replace(ROOT, selinux_enforcing=True), ["SELinux enforces"]),
         (replace(ROOT, ptrace_scope=3), ["ptrace_scope=3 forbids"]),
         (replace(ROOT, initial_user_namespace=False), ["its root is not the host's"]),
     ],
 )
-def test_what_confines_the_process_is_named(confinement: Privileges, words: list[str]) -> None:
-    text = render_check(make_snapshot(), confinement, None)
+def test_what_confines_the_process_is_named(privileges: Privileges, words: list[str]) -> None:
+    text = render_check(make_snapshot(), privileges, None, TRACING)
     assert [word for word in words if word not in text] == []
 
 
@@ -89,18 +102,33 @@ def test_the_verdict(sources: tuple[SourceReport, ...], complete: bool, expected
 def test_a_host_whose_vms_nobody_can_read_is_not_told_that_all_is_well() -> None:
     snapshot = make_snapshot(make_unread(), make_unread(pid=4344))
     assert not can_read(snapshot)
-    text = render_check(snapshot, ROOT, None)
+    text = render_check(snapshot, ROOT, None, TRACING)
     assert "2 of 2 VMs cannot be read: its VMM holds no statistics fds (2)" in text
     partly = make_snapshot(make_reading(), make_unread())
     assert can_read(partly)
-    assert "1 of 2 VMs cannot be read" in render_check(partly, ROOT, None)
+    assert "1 of 2 VMs cannot be read" in render_check(partly, ROOT, None, TRACING)
 
 
 def test_capabilities_are_read_from_the_bit_set() -> None:
     assert parse_effective_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n") == 0x1FFFFFFFFFF
-    assert find_missing_capabilities(0x1FFFFFFFFFF) == ()
-    assert find_missing_capabilities(None) is None
-    assert find_missing_capabilities(1 << 19 | 1 << 39) == ("CAP_PERFMON", "CAP_SYS_ADMIN")
+
+
+@pytest.mark.parametrize(
+    ("held", "missing"),
+    [
+        (ALL, ()),
+        (None, ()),
+        (1 << 19 | 1 << 39, ("CAP_PERFMON", "CAP_DAC_READ_SEARCH", "CAP_SYS_ADMIN")),
+        (1 << 21, ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")),  # CAP_SYS_ADMIN implies CAP_BPF and CAP_PERFMON
+    ],
+)
+def test_capabilities_that_are_missing(held: int | None, missing: tuple[str, ...]) -> None:
+    assert Privileges(uid=0, capabilities=held).missing_capabilities == missing
+
+
+def test_root_without_cap_bpf_is_not_told_that_it_lacks_what_it_does_not_need() -> None:
+    text = render_check(make_snapshot(), replace(ROOT, capabilities=ALL & ~(1 << 39)), None, TRACING)
+    assert "with every capability that is needed" in text
 
 
 @given(st.text())
@@ -110,6 +138,6 @@ def test_foreign_text_parses(text: str) -> None:
 
 
 def test_the_machine_itself_can_be_read() -> None:
-    confinement = read_privileges()
-    assert confinement.initial_user_namespace is not None
-    assert "capability" in confinement.security_modules or confinement.security_modules == ()
+    privileges = read_privileges()
+    assert privileges.initial_user_namespace is not None
+    assert "capability" in privileges.security_modules or privileges.security_modules == ()

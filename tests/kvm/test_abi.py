@@ -17,7 +17,9 @@ EXPRESSIONS = {
         for name in """
         KVM_GET_API_VERSION KVM_CREATE_VM KVM_CHECK_EXTENSION KVM_GET_VCPU_MMAP_SIZE KVM_CREATE_VCPU KVM_GET_STATS_FD
         KVM_CAP_BINARY_STATS_FD KVM_CAP_X86_NOTIFY_VMEXIT KVM_EXIT_NOTIFY KVM_NOTIFY_CONTEXT_INVALID
-        KVM_STATS_TYPE_MASK EXIT_REASON_NOTIFY SYS_pidfd_open SYS_openat2 SYS_pidfd_getfd SYS_kcmp
+        KVM_STATS_TYPE_MASK EXIT_REASON_NOTIFY SYS_pidfd_open SYS_openat2 SYS_pidfd_getfd
+        SYS_fsopen SYS_fsconfig SYS_fsmount FSOPEN_CLOEXEC FSCONFIG_CMD_CREATE FSMOUNT_CLOEXEC
+        MOUNT_ATTR_RDONLY MOUNT_ATTR_NOSUID MOUNT_ATTR_NODEV MOUNT_ATTR_NOEXEC SYS_kcmp
         CAP_DAC_READ_SEARCH CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_PERFMON CAP_BPF
         BPF_PROG_TYPE_RAW_TRACEPOINT BPF_FUNC_loop
         SYS_perf_event_open PERF_TYPE_TRACEPOINT PERF_SAMPLE_TIME PERF_SAMPLE_RAW PERF_SAMPLE_IDENTIFIER
@@ -85,6 +87,7 @@ HEADERS = """
 #include <linux/bpf.h>
 #include <linux/capability.h>
 #include <linux/kcmp.h>
+#include <linux/mount.h>
 #include <linux/nsfs.h>
 #include <linux/openat2.h>
 #include <linux/netlink.h>

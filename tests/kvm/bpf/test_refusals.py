@@ -10,6 +10,7 @@ import pytest
 
 from kvm.bpf.refusals import check_own_pid, explain, find_missing_capabilities, find_refusal
 from kvm.errors import SourceUnavailable
+from kvm.host.privileges import Privileges
 
 ALL = 0x1FFFFFFFFFF
 SYS_ADMIN, PERFMON, BPF = 1 << 21, 1 << 38, 1 << 39
@@ -46,8 +47,8 @@ class Roots:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
-    def explain(self, err: OSError, messages: list[str] | None = None) -> str:
-        found = explain(err, messages or [], self.proc, self.sys)
+    def explain(self, err: OSError, messages: list[str] | None = None, *, attaches: bool = False) -> str:
+        found = explain(err, messages or [], self.proc, self.sys, attaches=attaches)
         assert found.remedy
         return found.reason
 
@@ -72,10 +73,13 @@ def test_a_missing_capability(roots: Roots) -> None:
     assert roots.explain(EPERM) == "missing capability: CAP_PERFMON"
 
 
-def test_where_kvm_is_a_module_loading_takes_more(roots: Roots) -> None:
+def test_where_kvm_is_a_module_attaching_takes_more(roots: Roots) -> None:
     roots.write("proc/self/status", f"CapEff:\t{BPF | PERFMON:016x}\n")
     roots.write("sys/module/kvm/initstate", "live\n")
-    assert roots.explain(EINVAL) == "missing capability: CAP_SYS_ADMIN (while loading, because kvm is a module)"
+    roots.write("sys/kernel/btf/kvm", "")
+    wanted = "missing capability: CAP_SYS_ADMIN (while loading, because kvm is a module)"
+    assert roots.explain(EINVAL, attaches=True) == wanted
+    assert "capability" not in roots.explain(EINVAL)
 
 
 def test_a_module_without_types(roots: Roots) -> None:
@@ -119,11 +123,11 @@ def test_files_that_cannot_be_read_explain_nothing(tmp_path: Path, roots: Roots)
     ],
 )
 def test_capabilities(held: int, module: bool, missing: tuple[str, ...]) -> None:
-    assert find_missing_capabilities(f"Name:\tx\nCapEff:\t{held:016x}\n", module=module) == missing
+    assert find_missing_capabilities(Privileges(uid=0, capabilities=held), module=module) == missing
 
 
 def test_a_status_without_capabilities_accuses_nobody() -> None:
-    assert find_missing_capabilities("Name:\tx\n", module=True) == ()
+    assert find_missing_capabilities(Privileges(uid=0), module=True) == ()
 
 
 def test_without_messages_there_is_no_refusal() -> None:

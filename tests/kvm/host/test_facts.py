@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvm.errors import SourceUnavailable
 from kvm.host import facts, kvm_device, lockdown
+from kvm.host.private_mount import PrivateMount
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "host"
 
@@ -48,7 +49,10 @@ def test_lockdown(text: str, mode: str) -> None:
 
 
 def test_a_host_without_anything_readable_is_unknown_and_not_unsupported(tmp_path: Path) -> None:
-    found = facts.read_host(tmp_path, tmp_path, tmp_path / "kvm")
+    def refuse(file_system: str) -> PrivateMount:
+        raise PermissionError(file_system)
+
+    found = facts.read_host(tmp_path, tmp_path, tmp_path / "kvm", refuse)
     assert found.notify_supported is None
     assert "does not exist" in found.notify_unknown_reason
     assert (found.cpu_vendor, found.microcode, found.lockdown, found.kvm_module) == ("", "", "", "")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm.errors import SourceUnavailable, VmGone
+from kvm.host.private_mount import PrivateMount
 from kvm.host.privileges import Privileges
 from kvm.model import NotifyExit
 from kvm.perf.event import count_pages, open_event
@@ -18,14 +19,15 @@ from kvm.perf.notify_records import NOTIFY_FILTER, build_mask_filter, decode_not
 from kvm.perf.notify_tracer import NotifyTracer
 from kvm.perf.refusals import explain
 from kvm.perf.ring import Sample
-from kvm.perf.tracefs import find_tracefs, parse_tracefs_mounts
+from kvm.perf.tracefs import open_tracefs, parse_tracefs_mounts
 from kvm.perf.tracepoint_format import Tracepoint, parse_format
 
 CAPTURES = Path(__file__).parents[2] / "fixtures" / "tracepoints"
 KERNELS = sorted(path.stem for path in CAPTURES.glob("*.format"))
 NOTIFY, VMX, SVM = 75, 1, 2
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
-ALL_RIGHTS = Privileges(0, (), (), "", selinux_enforcing=False, ptrace_scope=0, initial_user_namespace=True)
+ALL_RIGHTS = Privileges(uid=0, capabilities=2**41 - 1, perf_event_paranoid=3, initial_user_namespace=True)
+SYS_ADMIN, PERFMON = 1 << 21, 1 << 38
 
 
 def read_tracepoint(kernel: str) -> Tracepoint:
@@ -116,6 +118,10 @@ MOUNTINFO = """\
 """
 
 
+def refuse_mount(file_system: str) -> PrivateMount:
+    raise OSError(errno.EPERM, "Operation not permitted", file_system)
+
+
 class FakeHost:
     """Roots of a made-up host."""
 
@@ -139,11 +145,11 @@ class FakeHost:
         (directory / "format").write_text(text)
 
     def find(self) -> Path:
-        return find_tracefs(self.tracefs, self.proc, self.sysfs)
+        return open_tracefs(self.tracefs, self.proc, self.sysfs, refuse_mount).path
 
     def refuse(self) -> SourceUnavailable:
         with pytest.raises(SourceUnavailable) as caught:
-            NotifyTracer(self.tracefs, proc=self.proc, sysfs=self.sysfs).open()
+            NotifyTracer(self.tracefs, proc=self.proc, sysfs=self.sysfs, open_private=refuse_mount).open()
         return caught.value
 
 
@@ -166,8 +172,9 @@ def test_tracefs_is_found_wherever_it_is(host: FakeHost, tmp_path: Path) -> None
 
 def test_no_tracefs(host: FakeHost) -> None:
     problem = host.refuse()
-    assert problem.reason == f"tracefs is not mounted at {host.tracefs} or anywhere else"
-    assert problem.remedy.startswith(f"mount -t tracefs tracefs {host.tracefs}")
+    nowhere = f"tracefs is not mounted at {host.tracefs} or anywhere else"
+    assert problem.reason == f"{nowhere}, and this process may not open it (Operation not permitted)"
+    assert problem.remedy.startswith(f"mount -t tracefs tracefs {host.tracefs}, or give CAP_SYS_ADMIN")
 
 
 def test_without_proc_the_usual_places_are_tried(host: FakeHost) -> None:
@@ -221,24 +228,29 @@ def test_fields_that_are_needed_and_missing(host: FakeHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("err", "confinement", "words"),
+    ("err", "privileges", "words"),
     [
         (OSError(errno.ENOSYS, "x"), {}, "this kernel has no perf events; use a kernel with CONFIG_PERF_EVENTS"),
-        (OSError(errno.EACCES, "x"), {"missing_capabilities": ("CAP_PERFMON", "CAP_SYS_ADMIN")}, "CAP_PERFMON"),
-        (OSError(errno.EPERM, "x"), {"missing_capabilities": ("CAP_PERFMON",)}, "although no capability is missing"),
+        (OSError(errno.EACCES, "x"), {"capabilities": 0}, "missing capability: CAP_PERFMON"),
+        (OSError(errno.EPERM, "x"), {"capabilities": SYS_ADMIN}, "although no capability is missing"),
+        (
+            OSError(errno.EACCES, "x"),
+            {"capabilities": PERFMON},
+            "perf_event_paranoid is 3 or more: tracing takes",
+        ),
+        (OSError(errno.EPERM, "x"), {"is_seccomp_filtered": True}, "perhaps a seccomp filter forbids perf_event_open"),
         (OSError(errno.EPERM, "x"), {"initial_user_namespace": False}, "run in the host's user namespace"),
         (OSError(errno.EPERM, "x", "mmap"), {}, "perf_event_mlock_kb"),
         (OSError(errno.EACCES, "x"), {"selinux_enforcing": True, "label": "svirt_t"}, "SELinux may .* svirt_t"),
-        (OSError(errno.EPERM, "x"), {}, "perhaps a seccomp filter"),
         (OSError(errno.EINVAL, "x"), {}, "does not know the tracepoint any more"),
         (OSError(errno.EMFILE, "x"), {}, "LimitNOFILE"),
         (OSError(errno.ENOMEM, "no memory"), {}, "no memory"),
     ],
     ids=str,
 )
-def test_refusals_are_explained(err: OSError, confinement: dict[str, object], words: str) -> None:
+def test_refusals_are_explained(err: OSError, privileges: dict[str, object], words: str) -> None:
     allowed = {name: getattr(ALL_RIGHTS, name) for name in ALL_RIGHTS.__slots__}
-    problem = explain(err, 7, Privileges(**{**allowed, **confinement}))
+    problem = explain(err, 7, Privileges(**{**allowed, **privileges}))
     assert isinstance(problem, SourceUnavailable)
     with pytest.raises(SourceUnavailable, match=words):
         raise problem
