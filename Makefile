@@ -11,7 +11,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev
 
-.PHONY: run demo test lab bench bpf clean test-packages run-packages
+.PHONY: run demo test unit lab bench bpf clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m pytest
+
+# Everything that needs neither root nor /dev/kvm, nor a package that is not there: for while you write.
+unit: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not live and not lab and not slow"
 
 bench: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.bench

@@ -61,6 +61,13 @@ class AgentProcess:
         with self._news:
             return self._news.wait_for(find, seconds)
 
+    def get_json(self, path: str) -> dict[str, object]:
+        """Ask once for JSON."""
+        status, _headers, body = self.get(path)
+        assert status == 200
+        document: dict[str, object] = json.loads(body)
+        return document
+
     def get(self, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], bytes]:
         """Ask once: status, headers in lower case, body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -97,9 +104,9 @@ class AgentProcess:
 
 
 @contextmanager
-def open_agent(*flags: str, command: str = "serve") -> Iterator[AgentProcess]:
-    """Run the agent on a free port until it is ready; end it on the way out."""
-    words = [sys.executable, "-m", "exporter", command, "--web.listen-address=127.0.0.1:0", *flags]
+def open_agent(*flags: str, command: str = "serve", prefix: Sequence[str] = ()) -> Iterator[AgentProcess]:
+    """Run the agent on a free port until it is ready; end it on the way out. ``prefix`` is a command that runs it."""
+    words = [*prefix, sys.executable, "-m", "exporter", command, "--web.listen-address=127.0.0.1:0", *flags]
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         agent = AgentProcess(process)
         try:
@@ -109,11 +116,10 @@ def open_agent(*flags: str, command: str = "serve") -> Iterator[AgentProcess]:
             agent.close()
 
 
-def run_agent(*words: str, expect: Sequence[int] = (0,)) -> str:
-    """Run a command of the agent to its end; returns what it prints."""
-    run = subprocess.run(
-        [sys.executable, "-m", "exporter", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def run_agent(*words: str, expect: Sequence[int] = (0,), prefix: Sequence[str] = ()) -> str:
+    """Run a command of the agent to its end; returns what it prints. ``prefix`` is a command that runs it."""
+    command = [*prefix, sys.executable, "-m", "exporter", *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode in expect, (run.returncode, run.stdout, run.stderr)
     assert "Traceback" not in run.stderr
     return run.stdout

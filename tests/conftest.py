@@ -1,5 +1,7 @@
 """What every test may use, and the rule about skips: a reason always, and none at all where KVM_TESTS_MUST_RUN=1.
 
+A run has a mount namespace of its own, and fails if the machine's has changed (``tests/own_mounts.py``).
+
 Figures that a reader of the run shall see go through the fixture ``tell``; they are printed when all tests have run.
 """
 
@@ -10,8 +12,30 @@ from collections.abc import Callable, Generator
 
 import pytest
 
+from tests import own_mounts
+
 MUST_RUN = os.environ.get("KVM_TESTS_MUST_RUN") == "1"
 _FIGURES = pytest.StashKey[list[str]]()
+_OUTER_MOUNTS = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_OUTER_MOUNTS] = own_mounts.read_mounts(str(os.getppid()))
+    own_mounts.enter()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    before, after = session.config.stash[_OUTER_MOUNTS], own_mounts.read_mounts(str(os.getppid()))
+    if after != before:
+        print(f"\nthe tests have changed what is mounted on this machine: {before} -> {after}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/live/" in item.nodeid:
+            item.add_marker(pytest.mark.live)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -471,6 +471,7 @@ def write_unit_tests(directory: Path, names: set[str], broken: str) -> list[Path
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.rule}-{mutant.part}-{mutant.new or 'without'}")
 def test_unit_tests_notice_a_broken_rule(mutant: Mutant, tmp_path: Path) -> None:
     concerned = find_concerned(mutant.rule)
@@ -608,7 +609,9 @@ def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Ca
     series = [line for line in text.splitlines() if not line.startswith("#")]
     notified = len(reports)
     assert notified == 32
-    assert len(series) == 13 + 22 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified
+    claims = sum(line.startswith("kvm_vm_claimed_info{") for line in series)  # of VMs for which nobody vouches
+    assert claims == vms // 3
+    assert len(series) == claims + 13 + 22 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified
     tell(f"--vcpu-series={mode}: {len(series)} series of {vms} VMs, {vms * vcpus} vCPUs, {notified} with notify exits")
 
 

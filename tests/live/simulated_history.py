@@ -1,4 +1,4 @@
-"""Two days of made-up history, for rules that no test can wait for and for faults that no agent here can have.
+"""Two days of simulated history, for rules that no test can wait for and for faults that no agent here can have.
 
 ``SERIES`` is a table of samples by `exporter.prometheus.metrics`: a name or a label that is not declared there raises.
 It is written into the data of a Prometheus as blocks. What recording rules would have made of it is asked of the
@@ -84,6 +84,8 @@ def _make_vm(instance: str, vm: str, name: str) -> Iterator[Series]:
     info |= {"vm": vm, "uuid": vm, "name": name, "project": "research", "vmm": "qemu", "pid": "5000"}
     yield Series(m.VM_INFO, instance, always(1), info)
     yield Series(m.VM_NOTIFY_WINDOW, instance, always(128_000), {"vm": vm})
+    claims = {"vm": vm, "display_name": "", "project": "somebody-else", "namespace": "kube-system"}
+    yield Series(m.VM_CLAIMED_INFO, instance, always(1), claims)
 
 
 def _make_host(instance: str, armed_vcpus: int) -> Iterator[Series]:

@@ -44,12 +44,14 @@ SCENARIOS: Mapping[str, str] = {
 
 _NO_INTEL = "takes an Intel CPU that loses the state of a guest"
 _NOTHING_LOST = "the simulated host loses no records, and no guest here takes notify exits"
+_NO_CLAIM = "the VM that the boards are asked about has its owner from libvirt, so its user claims nothing"
 _NO_FAULT = "a collector fails if it has a bug, or the kernel one"
 _TRACED = "no agent here has vCPUs that are armed and cannot be traced: that takes an Intel host under confidentiality"
 _TOO_SHORT = "two stalls in a minute and a half are too few"
 # What the made-up history has to answer: (place, metric) and why. "" stands for any.
 MADE_UP: Mapping[tuple[str, str], str] = {
     ("", "kvm_vcpu_notify_context_invalid_exits_total"): _NO_INTEL,
+    ("kvm-notify-vm: Who it is", "kvm_vm_claimed_info"): _NO_CLAIM,
     ("alert KvmNotifyTraceRecordsLost", ""): _NOTHING_LOST,
     ("kvm-notify-fleet: Agents with problems", "kvm_exporter_trace_lost_records_total"): _NOTHING_LOST,
     ("alert KvmNotifyTraceBudgetExhausted", ""): _TOO_SHORT,

@@ -21,7 +21,7 @@ from kvm.discovery.uevents import open_uevents, parse_uevent, read_uevent
 from kvm.discovery.vm_discovery import Discovery, HeldVm
 from kvm.errors import SourceUnavailable
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VmKey
-from tests.live import open_guest_process
+from tests.live import OTHER_EXITS, open_guest_process
 
 pytestmark = pytest.mark.live
 
@@ -53,11 +53,8 @@ def find_held(discovery: Discovery, pid: int) -> list[HeldVm]:
 
 
 def test_a_known_number_of_port_writes_is_counted(discovery: Discovery, stats_fd: StatsFdSource) -> None:
-    """Each port write is an exit, and few others are on kvm_pvm: the halt at the end, entering KVM_RUN anew.
-
-    With SVM nested page faults and host interrupts count too.
-    """
-    few = 10 if Path("/sys/module/kvm_pvm").exists() else 10_000
+    """Each port write is an exit. With SVM nested page faults count too."""
+    few = OTHER_EXITS if Path("/sys/module/kvm_pvm").exists() else 10_000
     with open_guest_process(vcpus=3, stats_fds=True, port_writes=PORT_WRITES) as guest:
         (vm,) = find_held(discovery, guest.pid)
         assert vm.vcpu_ids == (0, 1, 2)

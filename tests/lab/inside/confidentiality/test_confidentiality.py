@@ -46,4 +46,4 @@ def test_stats_fds_work(guest: GuestProcess) -> None:
 
 def test_the_agent_reads_stats_fds(guest: GuestProcess) -> None:
     text = run_once("--format=prometheus")
-    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", UUID) == {"0": 0, "1": 0}
+    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", f"{UUID}-{guest.pid}") == {"0": 0, "1": 0}

@@ -44,9 +44,9 @@ def test_tracepoints_work(guest: GuestProcess) -> None:
 
 def test_the_agent_reads_stats_fds(guest: GuestProcess) -> None:
     text = run_once("--format=prometheus", "--collector.source=stats_fd")
-    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", UUID) == {"0": 0, "1": 0}
+    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", f"{UUID}-{guest.pid}") == {"0": 0, "1": 0}
     exits = {str(vcpu.index): read_vcpu_statistics(guest, vcpu)["exits"] for vcpu in guest.vcpus}
-    assert find_per_vcpu(text, "kvm_vcpu_exits_total", UUID) == exits
+    assert find_per_vcpu(text, "kvm_vcpu_exits_total", f"{UUID}-{guest.pid}") == exits
 
 
 def test_a_module_without_signature_is_refused() -> None:

@@ -85,16 +85,16 @@ def test_its_vcpu_threads_have_names(qemu: Qemu) -> None:
 def test_the_agent_reads_what_qemu_reads(qemu: Qemu) -> None:
     text = run_once("--format=prometheus", "--collector.source=stats_fd")
     exits = read_qmp_statistic(qemu, "exits")
-    assert find_per_vcpu(text, "kvm_vcpu_exits_total", UUID) == exits
+    assert find_per_vcpu(text, "kvm_vcpu_exits_total", f"{UUID}-{qemu.pid}") == exits
     assert max(exits.values()) > 0
     notify = read_qmp_statistic(qemu, "notify_window_exits")
-    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", UUID) == notify
+    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", f"{UUID}-{qemu.pid}") == notify
 
 
 def test_the_agent_knows_who_it_is(qemu: Qemu) -> None:
     text = run_once("--format=prometheus", "--collector.source=stats_fd")
-    ((labels, _),) = find_labels(text, "kvm_vm_info", UUID)
+    ((labels, _),) = find_labels(text, "kvm_vm_info", f"{UUID}-{qemu.pid}")
     expected = {"name": "real", "uuid": UUID, "vmm": "qemu", "pid": str(qemu.pid)}
     assert {name: labels[name] for name in expected} == expected
-    ((_, vcpus),) = find_labels(text, "kvm_vm_vcpus", UUID)
+    ((_, vcpus),) = find_labels(text, "kvm_vm_vcpus", f"{UUID}-{qemu.pid}")
     assert vcpus == VCPUS

@@ -55,14 +55,15 @@ def test_stats_fd_and_debugfs(made: Made) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_agent_by_each_source(made: Made, source: str) -> None:
     text = run_once("--format=prometheus", f"--collector.source={source}")
-    assert [value for _, value in find_labels(text, "kvm_vm_notify_window_exits_total", UUID)] == [THOUSAND]
+    vm = f"{UUID}-{made.guest.pid}"
+    assert [value for _, value in find_labels(text, "kvm_vm_notify_window_exits_total", vm)] == [THOUSAND]
     # debugfs has the VM's sum only: the vCPUs' counts are then not known, and not 0.
     per_vcpu = {} if source == "debugfs" else {"0": THOUSAND, "1": 0}
-    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", UUID) == per_vcpu
+    assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", vm) == per_vcpu
 
 
 def test_the_agent_as_json(made: Made) -> None:
-    (vm,) = (vm for vm in json.loads(run_once("--format=json", FAST))["vms"] if vm["vm"] == UUID)
+    (vm,) = (vm for vm in json.loads(run_once("--format=json", FAST))["vms"] if vm["uuid"] == UUID)
     seen = {(vcpu["vcpu"], vcpu["vcpu_id"], vcpu["tid"], vcpu["notify_window_exits"]) for vcpu in vm["vcpus"]}
     expected = zip(made.guest.vcpus, (THOUSAND, 0), strict=True)
     assert seen == {(vcpu.index, vcpu.vcpu_id, vcpu.tid, count) for vcpu, count in expected}
@@ -71,5 +72,5 @@ def test_the_agent_as_json(made: Made) -> None:
 def test_the_agent_as_a_table(made: Made) -> None:
     rows = [row.split() for row in run_once("--format=table", FAST).splitlines()]
     tids = [str(vcpu.tid) for vcpu in made.guest.vcpus]
-    counts = {row[-5]: int(row[-4]) for row in rows if row and row[0] == UUID}
+    counts = {row[-5]: int(row[-4]) for row in rows if row and row[0] == f"{UUID}-{made.guest.pid}"}
     assert counts == {tids[0]: THOUSAND, tids[1]: 0}
