@@ -18,17 +18,24 @@
  *                                    isa 1 (VMX), info1, info2, guest_rip
  *   kprobe on kvm_arch_vcpu_destroy  forget what is remembered of a vCPU
  *
+ * A KVM with this project's patches (kvm/patches) has one handler of notify exits
+ * for all vendors, kvm_handle_notify_exit(). Where it is there, it is called, and
+ * whatever it does is real: nothing is counted here.
+ *
  * THE GUEST'S SIDE. "out %al, $0x75" with:
  *
  *   R8   exit qualification: info1 of the record. With bit 0 (context invalid)
  *        the vCPU leaves KVM_RUN with KVM_EXIT_NOTIFY, as handle_notify() does.
  *   R9   IDT-vectoring information: info2 of the record
  *   R10  flags:
- *        1  hide the RIP: guest_rip of the record is 0, as with protected guests
+ *        1  hide the RIP: guest_rip of the record is 0, as with protected guests,
+ *           and a handler that asks is told that it is not known
  *        2  count in RCX: each exit takes one from RCX and leaves RIP where it
  *           is, as REP does; with the last one the instruction is over
  *        4  every exit leaves KVM_RUN with KVM_EXIT_NOTIFY, as for a VMM that
  *           asked for KVM_X86_NOTIFY_VMEXIT_USER
+ *        8  from within an SGX enclave: exit_reason of the record has bit 27, and
+ *           a handler that asks is told that RIP is not the guest's
  *   R11  how many notify exits are made before the instruction is over, all at
  *        its RIP with nothing executed in between; 0: for ever
  *
@@ -50,11 +57,17 @@
 #define FLAG_HIDE_RIP		1
 #define FLAG_COUNT_IN_RCX	2
 #define FLAG_TO_USER		4
+#define FLAG_ENCLAVE		8
+#define EXIT_REASON_ENCLAVE	BIT(27)
 
-/* An instruction that is not over: how many exits it has made so far. */
+/*
+ * An instruction that is not over: how many exits it has made so far, and whether
+ * what comes next is the port write that it ends with.
+ */
 struct stream {
 	struct kvm_vcpu *vcpu;
 	u64 made;
+	bool ending;
 };
 
 #define STREAMS 1024
@@ -71,6 +84,20 @@ static struct stream *find_stream(struct kvm_vcpu *vcpu)
 	return NULL;
 }
 
+static struct stream *get_stream(struct kvm_vcpu *vcpu)
+{
+	struct stream *stream = find_stream(vcpu);
+
+	if (stream)
+		return stream;
+	stream = find_stream(NULL);
+	if (stream)
+		*stream = (struct stream){ .vcpu = vcpu };
+	else
+		pr_err_ratelimited("notify_inject: more than %d streams\n", STREAMS);
+	return stream;
+}
+
 /* Counts an exit of a stream; true when it was the last of as many as wanted. */
 static bool count_in_stream(struct kvm_vcpu *vcpu, u64 wanted)
 {
@@ -83,16 +110,7 @@ static bool count_in_stream(struct kvm_vcpu *vcpu, u64 wanted)
 	if (wanted == 0)
 		return false;
 	raw_spin_lock_irqsave(&streams_lock, flags);
-	stream = find_stream(vcpu);
-	if (!stream) {
-		stream = find_stream(NULL);
-		if (stream) {
-			stream->vcpu = vcpu;
-			stream->made = 0;
-		} else {
-			pr_err_ratelimited("notify_inject: more than %d streams\n", STREAMS);
-		}
-	}
+	stream = get_stream(vcpu);
 	if (stream) {
 		last = ++stream->made >= wanted;
 		if (last)
@@ -133,6 +151,71 @@ static int return_instead(struct pt_regs *probed, int (*function)(void))
 	return 1;
 }
 
+/* How many streams are ending: while there is none, no exit searches for its own. */
+static atomic_t ending;
+
+static bool begin_end(struct kvm_vcpu *vcpu)
+{
+	struct stream *stream;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&streams_lock, flags);
+	stream = get_stream(vcpu);
+	if (stream) {
+		stream->ending = true;
+		atomic_inc(&ending);
+	}
+	raw_spin_unlock_irqrestore(&streams_lock, flags);
+	return stream;
+}
+
+/* True when the port write is the one that a stream ends with; it is taken then, and the stream forgotten. */
+static bool take_end(struct kvm_vcpu *vcpu)
+{
+	struct stream *stream;
+	unsigned long flags;
+	bool taken = false;
+
+	if (!atomic_read(&ending))
+		return false;
+	raw_spin_lock_irqsave(&streams_lock, flags);
+	stream = find_stream(vcpu);
+	if (stream && stream->ending) {
+		stream->vcpu = NULL;
+		stream->ending = false;
+		atomic_dec(&ending);
+		taken = true;
+	}
+	raw_spin_unlock_irqrestore(&streams_lock, flags);
+	return taken;
+}
+
+static int (*handle_notify_exit)(struct kvm_vcpu *vcpu, unsigned long exit_qual, u32 vectoring_info, bool rip_known);
+static int (*fast_pio)(struct kvm_vcpu *vcpu, int size, unsigned short port, int in);
+
+/*
+ * What runs instead of the probed function where KVM has a handler. It is not
+ * called from the probe: it reads guest memory, which may sleep.
+ */
+static noinline notrace int call_handler(struct kvm_vcpu *vcpu, int size, unsigned short port, int in)
+{
+	unsigned long *regs = vcpu->arch.regs;
+	u64 flags = regs[VCPU_REGS_R10];
+
+	if (!handle_notify_exit(vcpu, regs[VCPU_REGS_R8], regs[VCPU_REGS_R9],
+				!(flags & (FLAG_HIDE_RIP | FLAG_ENCLAVE))))
+		return 0;
+	/* The handler asks the VM for this, here each instruction has its own answer. */
+	if (flags & FLAG_TO_USER) {
+		vcpu->run->exit_reason = KVM_EXIT_NOTIFY;
+		vcpu->run->notify.flags = 0;
+		return 0;
+	}
+	if (!is_over(vcpu) || !begin_end(vcpu))
+		return 1;
+	return fast_pio(vcpu, size, port, in);
+}
+
 /* int kvm_fast_pio(struct kvm_vcpu *vcpu, int size, unsigned short port, int in) */
 static int on_fast_pio(struct kprobe *probe, struct pt_regs *probed)
 {
@@ -141,6 +224,12 @@ static int on_fast_pio(struct kprobe *probe, struct pt_regs *probed)
 
 	if ((u16)probed->dx != INJECT_PORT || probed->cx)
 		return 0;
+	if (handle_notify_exit) {
+		if (take_end(vcpu))
+			return 0;
+		probed->ip = (unsigned long)call_handler;
+		return 1;
+	}
 	vcpu->stat.notify_window_exits++;
 	qualification = vcpu->arch.regs[VCPU_REGS_R8];
 	if ((qualification & NOTIFY_VM_CONTEXT_INVALID) ||
@@ -173,8 +262,11 @@ static int on_vcpu_destroy(struct kprobe *probe, struct pt_regs *probed)
 
 	raw_spin_lock_irqsave(&streams_lock, flags);
 	stream = find_stream((struct kvm_vcpu *)probed->di);
-	if (stream)
+	if (stream) {
+		if (stream->ending)
+			atomic_dec(&ending);
 		stream->vcpu = NULL;
+	}
 	raw_spin_unlock_irqrestore(&streams_lock, flags);
 	return 0;
 }
@@ -225,6 +317,8 @@ static int leave_exit_info(struct kretprobe_instance *instance, struct pt_regs *
 	if (record->exit_reason != SVM_EXIT_IOIO || record->info1 >> 16 != INJECT_PORT || record->info1 & 1)
 		return 0;
 	record->exit_reason = EXIT_REASON_NOTIFY;
+	if (regs[VCPU_REGS_R10] & FLAG_ENCLAVE)
+		record->exit_reason |= EXIT_REASON_ENCLAVE;
 	record->isa = ISA_VMX;
 	record->info1 = regs[VCPU_REGS_R8];
 	record->info2 = regs[VCPU_REGS_R9];
@@ -241,10 +335,25 @@ static struct kretprobe exit_info_probe = {
 	.maxactive = 64,
 };
 
+/* Returns where a function is that is not exported to us, or NULL: a probe knows, and goes again at once. */
+static void *find_function(const char *name)
+{
+	struct kprobe probe = { .symbol_name = name };
+	void *address;
+
+	if (register_kprobe(&probe))
+		return NULL;
+	address = probe.addr;
+	unregister_kprobe(&probe);
+	return address;
+}
+
 static int __init notify_inject_init(void)
 {
 	int err;
 
+	fast_pio = find_function("kvm_fast_pio");
+	handle_notify_exit = find_function("kvm_handle_notify_exit");
 	err = register_kprobe(&fast_pio_probe);
 	if (err)
 		return err;

@@ -12,7 +12,8 @@ from tests.waiting import wait_until
 NOTIFY = "exit_reason == 75 && isa == 1"
 EXIT_REASON_NOTIFY, ISA_VMX, ISA_SVM, KVM_EXIT_NOTIFY = 75, 1, 2, 37
 SVM_EXIT_IOIO, SVM_EXIT_HLT = 0x7B, 0x78
-HIDE_RIP, COUNT_IN_RCX, TO_USER = 1, 2, 4
+HIDE_RIP, COUNT_IN_RCX, TO_USER, FROM_ENCLAVE = 1, 2, 4, 8
+ENCLAVE_BIT = 1 << 27
 
 pytestmark = pytest.mark.usefixtures("injector")
 
@@ -118,6 +119,16 @@ def test_the_rip_can_be_hidden(guest: GuestProcess) -> None:
         guest.wait_for("done")
         records = reader.read()
     assert [record["guest_rip"] for record in records] == [0, 0, 0]
+
+
+def test_an_exit_can_come_from_an_enclave(guest: GuestProcess) -> None:
+    before = count_notify_exits(guest)
+    event_filter = f"exit_reason == {EXIT_REASON_NOTIFY | ENCLAVE_BIT}"
+    with open_perf_reader("kvm/kvm_exit", guest.vcpus[0].tid, event_filter) as reader:
+        guest.notify(0, exits=3, flags=FROM_ENCLAVE)
+        guest.wait_for("done")
+        assert [record["isa"] for record in reader.read()] == [ISA_VMX] * 3
+    assert count_notify_exits(guest) == before + 3
 
 
 @pytest.mark.parametrize(("keys", "info1"), [({"qualification": 1}, 1), ({"flags": TO_USER}, 0)], ids=str)
