@@ -9,9 +9,9 @@ RUN_PACKAGES := python3-venv libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	prometheus prometheus-alertmanager chromium \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
-	clang-14 llvm-14 libbpf-dev
+	clang-14 llvm-14 libbpf-dev patch perl
 
-.PHONY: run demo test unit lab bench bpf clean test-packages run-packages
+.PHONY: run demo test unit lab bench bpf kernel clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
@@ -30,7 +30,12 @@ bench: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.bench
 
 lab: $(VENV)/.installed-dev test-packages
-	$(BIN)/python -m tests.lab $(if $(KERNEL),--kernel $(KERNEL))
+	$(BIN)/python -m tests.lab $(if $(KERNEL),--kernel $(KERNEL)) $(if $(PATCHED),--patched)
+
+# KVM's modules with kvm/patches, for Debian's kernel of a series; prints where they are.
+kernel: SERIES ?= 6.12
+kernel: $(VENV)/.installed-dev test-packages
+	$(BIN)/python -m tests.lab.patched --series $(SERIES)
 
 bpf: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.build_bpf

@@ -50,6 +50,8 @@ class Kernel:
     release: str
     version: str
     tree: Path
+    # Where modules are that take the place of the kernel's own.
+    patched: Path | None = None
 
     @property
     def image(self) -> Path:
@@ -104,8 +106,8 @@ def open_kernel(series: str) -> Kernel:
 
 def open_compilers() -> Tree:
     """Returns a tree to chroot into that can build modules for every series."""
-    packages = ["gcc-14", "gcc-12", "make", "libelf1t64", "libssl3t64", "dash", "coreutils", "sed", "gawk", "grep"]
-    return open_closure("compilers", TRIXIE, [*packages, "findutils", "diffutils"])
+    packages = ["gcc-14", "gcc-12", "make", "pahole", "libelf1t64", "libssl3t64", "dash", "coreutils", "sed", "gawk"]
+    return open_closure("compilers", TRIXIE, [*packages, "grep", "findutils", "diffutils"])
 
 
 def open_userland() -> Tree:

@@ -186,7 +186,8 @@ def build_modules_layer(kernel: Kernel) -> Path:
         writer.add_file("lab/modules/order", "\n".join(modules).encode() + b"\n")
         writer.add_file("lab/modules/notify_inject.ko", injector.read_bytes())
 
-    return build_layer(f"modules-{kernel.series}", [kernel.tree.name, injector.name], fill)
+    patched = [] if kernel.patched is None else [kernel.patched.name]
+    return build_layer(f"modules-{kernel.series}", [kernel.tree.name, injector.name, *patched], fill)
 
 
 def add_project(writer: CpioWriter, userland: Tree) -> None:

@@ -15,30 +15,33 @@ import lzma
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.lab.apt import CACHE, LabError, Tree, hold_lock, run, say
+from tests.lab.apt import CACHE, LabError, hold_lock, run, say
 from tests.lab.debian import Kernel, open_compilers
 
 SOURCE = Path(__file__).with_name("notify_inject")
 # Virtio for the channel to the host; some kernels have it built in.
 WANTED = ("virtio_pci", "virtio_console", "kvm", "kvm-amd")
 
-# KERNEL, COMPILERS and WORK are directories; the rest is what make shall do.
+# KERNEL, COMPILERS, HEADERS and WORK are directories, OPTIONS are words for make.
 BUILD_SCRIPT = r"""
 mkdir -p "$COMPILERS/usr/src" "$COMPILERS/work" "$COMPILERS/proc" "$COMPILERS/dev" "$COMPILERS/tmp"
+mkdir -p "$COMPILERS/usr/lib/$KBUILD"
 # A link that only gawk's maintainer script would make.
 ln -sf gawk "$COMPILERS/usr/bin/awk"
 touch "$COMPILERS/dev/null"
 mount --bind /dev/null "$COMPILERS/dev/null"
-mount --bind "$KERNEL/usr/src" "$COMPILERS/usr/src"
+mount --bind "$HEADERS" "$COMPILERS/usr/src"
 mount --bind "$KERNEL/usr/lib/$KBUILD" "$COMPILERS/usr/lib/$KBUILD"
 mount --bind "$WORK" "$COMPILERS/work"
 # objtool finds its own program through /proc.
 mount -t proc proc "$COMPILERS/proc"
-# Module BTF needs pahole, and the injector needs no BTF.
-exec chroot "$COMPILERS" /usr/bin/env -i PATH=/usr/bin:/usr/sbin LC_ALL=C \
-    make -s -C "/usr/src/linux-headers-$RELEASE" M=/work CONFIG_DEBUG_INFO_BTF_MODULES= modules
+# What BTF was made from has done its work then, and is ten times as large as the rest.
+exec chroot "$COMPILERS" /usr/bin/env -i PATH=/usr/bin:/usr/sbin LC_ALL=C sh -ec "
+    make -s -C /usr/src/linux-headers-$RELEASE $OPTIONS modules
+    find /work -name '*.ko' -exec strip --strip-debug {} +"
 """
 
 
@@ -50,23 +53,29 @@ def build_injector(kernel: Kernel) -> Path:
     with hold_lock(f"build-{kernel.series}"):
         if not built.exists():
             say(f"building notify_inject for {kernel.release}")
-            compile_injector(kernel, open_compilers(), sources, built)
+            compile_injector(kernel, sources, built)
     return built
 
 
-def compile_injector(kernel: Kernel, compilers: Tree, sources: list[Path], built: Path) -> None:
+def make_modules(kernel: Kernel, headers: Path, work: Path, options: Sequence[str]) -> None:
+    """Runs ``make modules`` in the compilers' tree, with `headers` as its /usr/src and `work` as its /work."""
+    (kbuild,) = (path.name for path in (kernel.tree / "usr" / "lib").glob("linux-kbuild-*"))
+    places = {"KERNEL": kernel.tree, "COMPILERS": open_compilers().path, "HEADERS": headers, "WORK": work}
+    variables = {**places, "KBUILD": kbuild, "RELEASE": kernel.release, "OPTIONS": " ".join(options)}
+    words = [f"{name}={value}" for name, value in variables.items()]
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    run(["unshare", *as_root, "--mount", "--pid", "--fork", "env", *words, "sh", "-ec", BUILD_SCRIPT])
+
+
+def compile_injector(kernel: Kernel, sources: list[Path], built: Path) -> None:
     """Compiles the injector and puts it at `built`."""
     work = built.parent / f"work-{kernel.release}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     for source in sources:
         shutil.copy(source, work)
-    (kbuild,) = (path.name for path in (kernel.tree / "usr" / "lib").glob("linux-kbuild-*"))
-    (compilers.path / "usr" / "lib" / kbuild).mkdir(exist_ok=True)
-    places = {"KERNEL": kernel.tree, "COMPILERS": compilers.path, "WORK": work, "KBUILD": kbuild}
-    words = [f"{name}={value}" for name, value in {**places, "RELEASE": kernel.release}.items()]
-    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    run(["unshare", *as_root, "--mount", "--pid", "--fork", "env", *words, "sh", "-ec", BUILD_SCRIPT])
+    # Module BTF takes time, and the injector needs none.
+    make_modules(kernel, kernel.tree / "usr" / "src", work, ["M=/work", "CONFIG_DEBUG_INFO_BTF_MODULES="])
     (work / "notify_inject.ko").rename(built)
     shutil.rmtree(work)
 
@@ -80,7 +89,9 @@ def parse_depends(module: bytes) -> list[str]:
 
 
 def read_module(kernel: Kernel, name: str) -> bytes:
-    """Reads one module of a kernel, decompressed."""
+    """Reads one module of a kernel, decompressed; the patched one where there is one."""
+    if kernel.patched is not None and (kernel.patched / f"{name}.ko").exists():
+        return (kernel.patched / f"{name}.ko").read_bytes()
     # A module's name and its file's name may differ in - and _.
     pattern = re.sub("[-_]", "[-_]", name)
     found = [path for path in kernel.modules.rglob(f"{pattern}.ko*") if path.suffix in (".ko", ".xz")]

@@ -1,7 +1,7 @@
 """The lab as a part of the test suite: real kernels with the tests inside, and what the lab says of kernels that fail.
 
-LAB_KERNELS says which series are booted ("6.1 6.12 7", or "all"); one without it. All boots are started
-together and run two at a time; each test waits for its own.
+LAB_KERNELS says which series are booted ("6.1 6.12 7", or "all"); one without it. LAB_PATCHED_KERNELS says the same of
+kernels with the project's patches. All boots are started together and run two at a time; each test waits for its own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import pytest
 
 from tests.lab.boot import Limits, Run, RunLost, run_in_kernel
 from tests.lab.debian import Kernel, open_kernel
-from tests.lab.plan import BOOTS, Boots, open_executor, read_series, start_boots
+from tests.lab.patched import open_patched_kernel
+from tests.lab.plan import BOOTS, PATCHED, Boots, Outcome, open_executor, read_series, start_boots
 
 pytestmark = pytest.mark.lab
 
 SERIES = read_series(os.environ)
+PATCHED_SERIES = read_series(os.environ, "LAB_PATCHED_KERNELS")
 ENVIRONMENT = {"GREETING": "hello"}
 FILES = ("/tmp/file", "/tmp/no-such-file")
 # What is booted to see what the lab says of it: the command, and how it is booted.
@@ -55,6 +57,12 @@ def boots(executor: ThreadPoolExecutor) -> Boots:
 
 
 @pytest.fixture(scope="module")
+def patched_boots(executor: ThreadPoolExecutor) -> Boots:
+    """The boots with a patched KVM, under way."""
+    return start_boots(executor, PATCHED_SERIES, [PATCHED], open_one=open_patched_kernel)
+
+
+@pytest.fixture(scope="module")
 def trials(executor: ThreadPoolExecutor) -> dict[str, Future[Run]]:
     """All trials, under way."""
     kernel = open_kernel(SERIES[0])
@@ -68,16 +76,28 @@ def read_failure(trial: Future[Run]) -> str:
     return str(lost.value)
 
 
-@pytest.mark.parametrize("boot", [boot.name for boot in BOOTS])
-@pytest.mark.parametrize("series", SERIES)
-def test_inside(boots: Boots, trials: object, series: str, boot: str, tell: Callable[[str], None]) -> None:
-    outcome = boots.futures[series, boot].result()
-    run = outcome.run
+def check_outcome(outcome: Outcome, tell: Callable[[str], None]) -> None:
+    """Tells what came of a boot's tests; fails unless all ran and passed, and the kernel had no complaint."""
+    boot, run = outcome.boot.name, outcome.run
     tell(f"{run.release} {boot}: {outcome.tests} tests, {outcome.skipped} skipped, {run.seconds:.0f} s")
     for figure in outcome.figures:
         tell(f"{run.release} {boot}: {figure}")
     assert not outcome.rate_limited_log, f"{run.release} complained:\n{run.console}"
     assert outcome.passed, f"{run.release}, {outcome.failed} of {outcome.tests} tests failed inside:\n{run.output}"
+
+
+# First, so that the patched modules are built while the other kernels boot.
+@pytest.mark.parametrize("series", PATCHED_SERIES)
+def test_inside_with_patches(
+    boots: object, trials: object, patched_boots: Boots, series: str, tell: Callable[[str], None]
+) -> None:
+    check_outcome(patched_boots.futures[series, PATCHED.name].result(), tell)
+
+
+@pytest.mark.parametrize("boot", [boot.name for boot in BOOTS])
+@pytest.mark.parametrize("series", SERIES)
+def test_inside(boots: Boots, trials: object, series: str, boot: str, tell: Callable[[str], None]) -> None:
+    check_outcome(boots.futures[series, boot].result(), tell)
 
 
 def test_a_job_brings_back_its_output_files_and_status(trials: dict[str, Future[Run]]) -> None:
