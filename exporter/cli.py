@@ -93,7 +93,19 @@ def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments = parse_command_line(sys.argv[1:] if words is None else words)
+    try:
+        return run_command(sys.argv[1:] if words is None else words)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run a command line; returns its exit code, and raises BrokenPipeError where nobody reads the output."""
+    try:
+        arguments = parse_command_line(words)
+    finally:
+        sys.stdout.flush()  # --help and --version print and exit in the parser
     start_logging(arguments.log_level, arguments.log_format)
     journal.use_journal(os.environ, sys.stderr.fileno())
     for stream in (sys.stdout, sys.stderr):  # a name may have letters that the locale's encoding lacks
@@ -107,9 +119,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         code = commands[arguments.command](arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as err:
         log.error("cannot go on", extra={"fields": {"why": str(err)}})
         return 1
