@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import socket
 import statistics
 import subprocess
@@ -21,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tests.bench.crowd import open_crowd
 from tests.waiting import wait_until
 
 ROUNDS = 15
 SOURCE = Path(__file__).with_name("reference_scrape.c")
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Agent:
     """A running agent that listens on a Unix socket."""
 
     def __init__(self, pid: int, path: Path) -> None:
-        self._pid = pid
+        self._process = psutil.Process(pid)
         self._path = path
 
     def scrape(self) -> tuple[float, bytes]:
@@ -63,13 +63,12 @@ class Agent:
 
     def read_cpu_seconds(self) -> float:
         """Read the CPU time that the agent has used, all threads."""
-        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        times = self._process.cpu_times()
+        return times.user + times.system
 
     def read_resident_bytes(self) -> int:
         """Read the agent's resident memory."""
-        lines = Path(f"/proc/{self._pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+        return self._process.memory_info().rss
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+import psutil
+
 READY_SECONDS = 60.0
 VIRSH_SECONDS = 120.0
 PACKAGES = ("libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients", "qemu-system-x86")
@@ -240,7 +242,8 @@ def _wait_until_ready(ready: socket.socket, directory: Path) -> None:
 
 
 def _find_only_child(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    (child,) = psutil.Process(pid).children()
+    return child.pid
 
 
 def _bind(source: Path, target: str) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvm.errors import VmGone
@@ -258,9 +259,9 @@ def test_a_thread_that_ends_while_armed(caller: Caller) -> None:
 
 def test_arming_leaves_nothing_behind(tracer: NotifyTracer) -> None:
     """With the filters that it uses: that the kernel takes them is half of what is shown here."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = psutil.Process().num_fds()
     with open_guest_process() as guest:
-        fds = len(os.listdir("/proc/self/fd"))
+        fds = psutil.Process().num_fds()
         armed = tracer.arm(guest.vcpus[0].tid)
         armed.watch_other_rips(2**64 - 1)
         armed.watch_other_rips(0x10000)
@@ -271,9 +272,9 @@ def test_arming_leaves_nothing_behind(tracer: NotifyTracer) -> None:
         armed.disarm()
         armed.disarm()
         assert (find_perf_fds(), count_perf_maps()) == ([], 0)
-        assert len(os.listdir("/proc/self/fd")) == fds
+        assert psutil.Process().num_fds() == fds
         assert armed.read() == TraceRecords(ended=True)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert psutil.Process().num_fds() == before
     assert ENABLE.read_text() == "0\n"
 
 
