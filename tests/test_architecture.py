@@ -38,6 +38,57 @@ ONLY_CALLER = {
     "perf_event_open": {"kvm.syscalls", "kvm.perf.event"},
     "pidfd_getfd": {"kvm.syscalls", "kvm.counters.stats_fd"},
 }
+# Modules that only declare: what they declare is used by the tests of what uses it.
+DECLARATIONS = {"exporter.__main__", "exporter.monitor.backends", "kvm.counters.source", "kvm.errors", "kvm.model"}
+# Modules whose tests stand in a file of another name, below tests/. A test file of a module's own name takes it out.
+TESTED_IN = {
+    "exporter.build_info": "exporter/prometheus/test_collector.py",
+    "exporter.commands.check": "live/test_agent.py",
+    "exporter.commands.drill": "exporter/stalls/test_drill.py",
+    "exporter.commands.serve": "live/test_agent.py",
+    "exporter.history.changes": "exporter/monitor/test_stall_monitor.py",
+    "exporter.monitor.attempts": "exporter/monitor/test_stall_monitor.py",
+    "exporter.monitor.polling": "exporter/monitor/test_stall_monitor.py",
+    "exporter.monitor.thread_index": "exporter/monitor/test_stall_monitor.py",
+    "exporter.monitor.trace_session": "exporter/monitor/test_trace_scheduler.py",
+    "exporter.monitor.tracked_vcpu": "exporter/monitor/test_trace_scheduler.py",
+    "exporter.monitor.trigger": "exporter/monitor/test_stall_monitor.py",
+    "exporter.prometheus.negotiation": "exporter/prometheus/test_exposition.py",
+    "exporter.prometheus.vm_series": "exporter/prometheus/test_collector.py",
+    "exporter.stalls.evidence": "exporter/stalls/test_detector.py",
+    "exporter.stalls.verdicts": "exporter/stalls/test_detector.py",
+    "exporter.status_page.table": "exporter/status_page/test_page.py",
+    "exporter.status_page.text": "exporter/status_page/test_page.py",
+    "exporter.web.access": "exporter/web/test_status_handlers.py",
+    "exporter.web.connection_guard": "exporter/web/test_server.py",
+    "exporter.web.cpu_budget": "exporter/web/test_status_handlers.py",
+    "exporter.web.metrics_handler": "exporter/web/test_server.py",
+    "exporter.web.protocol": "exporter/logs/test_rate_limit.py",
+    "exporter.web.settings": "exporter/web/test_server.py",
+    "exporter.web.stall_handlers": "exporter/web/test_vcpus_json.py",
+    "exporter.wiring": "exporter/test_cli.py",
+    "kvm.bpf.notify_trigger": "live/test_bpf_trigger.py",
+    "kvm.counters.bpf": "live/test_bpf.py",
+    "kvm.counters.stats_fd": "live/test_readers.py",
+    "kvm.discovery.kvm_fds": "kvm/discovery/test_vm_discovery.py",
+    "kvm.discovery.uevents": "kvm/discovery/test_vm_discovery.py",
+    "kvm.host.kvm_device": "kvm/host/test_facts.py",
+    "kvm.host.private_mount": "kvm/host/test_lockdown.py",
+    "kvm.host.privileges": "kvm/bpf/test_refusals.py",
+    "kvm.host.throwaway_vm": "live/test_bpf.py",
+    "kvm.identity.evidence": "kvm/identity/test_owners.py",
+    "kvm.identity.lookup_child": "kvm/identity/test_owner_cache.py",
+    "kvm.identity.lookup_process": "kvm/identity/test_owner_cache.py",
+    "kvm.perf.event": "kvm/perf/test_notify_tracer.py",
+    "kvm.perf.notify_records": "kvm/perf/test_notify_tracer.py",
+    "kvm.perf.refusals": "kvm/perf/test_notify_tracer.py",
+    "kvm.perf.tracefs": "kvm/perf/test_notify_tracer.py",
+    "kvm.read_errors": "kvm/test_snapshot.py",
+    "kvm.syscalls": "live/test_bpf.py",
+}
+RUNS = {"kvm.identity.lookup_process": {"kvm.identity.lookup_child"}}  # in an interpreter of its own
+# A test file with a subject of its own: what all of a package's modules give together.
+WHOLE_PACKAGE_TESTS = {"exporter/prometheus/test_golden.py"}
 
 
 def find_modules() -> dict[str, Path]:
@@ -66,6 +117,30 @@ def find_imports(path: Path) -> set[str]:
 
 
 IMPORTS = {module: find_imports(path) for module, path in MODULES.items()}
+TESTS = {
+    path.relative_to(ROOT / "tests").as_posix(): path
+    for path in (ROOT / "tests").rglob("test_*.py")
+    if "inside" not in path.parts
+}
+
+
+def name_module(test: str) -> str:
+    """The module whose test this is by its name; none need be there."""
+    return test.removesuffix(".py").replace("/test_", "/").replace("/", ".")
+
+
+def find_reached(test: Path) -> set[str]:
+    """The modules that a test imports, and all that these import; the commands, where it runs the agent."""
+    imported = find_imports(test)
+    reached, new = set[str](), imported & set(MODULES)
+    if any(name.startswith("tests.agents") for name in imported):
+        new.add("exporter.cli")
+    while new:
+        reached |= new
+        new = {
+            name for module in new for name in IMPORTS[module] | RUNS.get(module, set()) if name in MODULES
+        } - reached
+    return reached
 
 
 def find_room(module: str) -> str:
@@ -134,3 +209,19 @@ def test_a_system_call_has_one_caller(function: str) -> None:
 def test_libbpf_is_known_in_one_package_only() -> None:
     users = {find_room(module) for module, names in IMPORTS.items() if "kvm.bpf.libbpf" in names}
     assert users <= {"kvm.bpf", "kvm.counters"}
+
+
+def test_every_module_with_logic_has_a_test_of_its_name_or_is_listed() -> None:
+    tested = {name_module(test) for test in TESTS}
+    modules = {module for module, path in MODULES.items() if path.name != "__init__.py"}
+    assert modules - tested == DECLARATIONS | set(TESTED_IN)
+
+
+def test_every_test_of_a_package_has_its_module() -> None:
+    mirrors = {test for test in TESTS if test.startswith(("kvm/", "exporter/"))}
+    assert {test for test in mirrors if name_module(test) not in MODULES} == WHOLE_PACKAGE_TESTS
+
+
+@pytest.mark.parametrize("module", sorted(TESTED_IN))
+def test_what_is_tested_elsewhere_is_reached_from_there(module: str) -> None:
+    assert module in find_reached(TESTS[TESTED_IN[module]])
