@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev test-packages
 
 # Everything that needs neither root nor /dev/kvm, nor a package that is not there: for while you write.
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not live and not lab and not slow"
+	$(BIN)/python -m pytest -n auto -m "not live and not lab and not slow"
 
 bench: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.bench
