@@ -1,4 +1,4 @@
-"""Made-up verdicts about made-up vCPUs."""
+"""Simulated verdicts about simulated vCPUs."""
 
 from __future__ import annotations
 

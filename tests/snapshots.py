@@ -1,4 +1,4 @@
-"""Made-up looks at a host, for tests of what is made of them."""
+"""Simulated snapshots of a host, for tests of what is made of them."""
 
 from __future__ import annotations
 

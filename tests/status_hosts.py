@@ -1,4 +1,4 @@
-"""Made-up hosts for the status page: with names of a hostile kind, in any number, and served by a real server."""
+"""Simulated hosts for the status page: with names of a hostile kind, in any number, and served by a real server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_vm_reading(name: str, pid: int, notify: tuple[int, ...] = (7, 0), vm_id
 
 
 def make_reports(readings: Sequence[VmReading], *states: State, now: float = 100.0) -> tuple[VcpuReport, ...]:
-    """A report of the first vCPU of each VM, in these states by turns."""
+    """A report of the first vCPU of each VM, in these states, one after the other."""
     return tuple(
         replace(
             make_report(states[number % len(states)], vm=reading.vm, since=now - 5, stuck_since_seconds=now - 6),

@@ -25,7 +25,7 @@ ROUNDS = 15
 
 @dataclass(frozen=True)
 class ReadTimes:
-    """Medians in seconds of one look at the host: wall, CPU in the kernel, CPU in Python; and the C program's round."""
+    """Medians in seconds of one snapshot: wall, CPU in the kernel, CPU in Python; and the C program's round."""
 
     method: str
     vcpus: int
@@ -37,13 +37,13 @@ class ReadTimes:
 
 
 def measure_reads(make: Callable[[], BpfSource], binary: Path, rounds: int = ROUNDS) -> ReadTimes:
-    """Measure looks at whatever VMs there are now, each after a round of the C program ``binary``."""
+    """Measure reads of whatever VMs there are now, each after a round of the C program ``binary``."""
     source = make()
     started = time.perf_counter()
     source.open()
     open_seconds = time.perf_counter() - started
     try:
-        source.read()  # the first look finds the fd of each VM's file; they are checked from then on
+        source.read()  # the first read finds the fd of each VM's file; they are checked from then on
         walls, kernels, users, references, vcpus = [], [], [], [], 0
         for _ in range(rounds):
             references.append(run_reference(binary, 1)[2])

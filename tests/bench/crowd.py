@@ -1,6 +1,6 @@
 """Makes thousands of vCPUs on /dev/kvm: processes that hold VMs as VMMs do, and do nothing else.
 
-Run as a program it forks, one process a VM; each makes its vCPUs with their statistics fds (as QEMU 8.1 does) and some
+Run as a program it forks, one process a VM; each makes its vCPUs with their stats fds (as QEMU 8.1 does) and some
 eventfds. It prints ``ready`` when all are there, and ends, with all of them, at the end of its input.
 """
 

@@ -28,7 +28,7 @@ from tests.lab.initramfs import write_layers
 DEFAULT_SERIES = "6.12"
 JUNIT = "/tmp/junit.xml"
 AT_ONCE = 2
-COMPLAINT = re.compile(r"WARNING: |BUG: |Oops: |general protection|rcu: INFO: .* stall|hung_task")
+KERNEL_WARNING = re.compile(r"WARNING: |BUG: |Oops: |general protection|rcu: INFO: .* stall|hung_task")
 ENVIRONMENT = {"KVM_LAB_INSIDE": "1", "KVM_TESTS_MUST_RUN": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 # hypothesis is for the tests outside; importing it under emulation takes seconds.
 PYTEST = ("python3", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", f"--junitxml={JUNIT}")
@@ -104,9 +104,9 @@ def parse_figures(xml: bytes) -> tuple[str, ...]:
     return tuple(found.get("value", "") for found in properties if found.get("name") == "figure")
 
 
-def find_complaints(console: str) -> tuple[str, ...]:
+def find_kernel_warnings(console: str) -> tuple[str, ...]:
     """Returns the lines of a console in which the kernel says that something is wrong with itself."""
-    return tuple(line.strip() for line in console.splitlines() if COMPLAINT.search(line))
+    return tuple(line.strip() for line in console.splitlines() if KERNEL_WARNING.search(line))
 
 
 def run_tests(kernel: Kernel, boot: Boot, arguments: Sequence[str] = ()) -> Outcome:
@@ -118,7 +118,7 @@ def run_tests(kernel: Kernel, boot: Boot, arguments: Sequence[str] = ()) -> Outc
     junit = run.files.get(JUNIT)
     tests, failed, skipped = parse_junit(junit) if junit else (0, 0, 0)
     figures = parse_figures(junit) if junit else ()
-    return Outcome(boot, run, tests, failed, skipped, find_complaints(run.console), figures)
+    return Outcome(boot, run, tests, failed, skipped, find_kernel_warnings(run.console), figures)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def read_failure(trial: Future[Run]) -> str:
 
 
 def check_outcome(outcome: Outcome, tell: Callable[[str], None]) -> None:
-    """Tells what came of a boot's tests; fails unless all ran and passed, and the kernel had no complaint."""
+    """Tells what came of a boot's tests; fails unless all ran and passed, and the kernel warned of nothing."""
     boot, run = outcome.boot.name, outcome.run
     tell(f"{run.release} {boot}: {outcome.tests} tests, {outcome.skipped} skipped, {run.seconds:.0f} s")
     for figure in outcome.figures:

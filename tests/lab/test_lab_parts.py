@@ -14,7 +14,7 @@ from tests.lab.boot import Limits, Listener, RunLost
 from tests.lab.debian import parse_numbers
 from tests.lab.inside.perf_reader import Field, parse_format
 from tests.lab.modules import parse_depends
-from tests.lab.plan import find_complaints, parse_figures, parse_junit, read_series
+from tests.lab.plan import find_kernel_warnings, parse_figures, parse_junit, read_series
 
 DEB822 = """Types: deb
 # http://snapshot.example/archive
@@ -82,7 +82,7 @@ def test_figures_come_from_the_junit_file() -> None:
 
 def test_what_a_kernel_complains_of_is_found() -> None:
     console = "[ 1.0] mtrr: inconsistent settings\r\n[ 2.0] WARNING: CPU: 0 PID: 1 at kernel/kprobes.c\r\n"
-    assert find_complaints(console) == ("[ 2.0] WARNING: CPU: 0 PID: 1 at kernel/kprobes.c",)
+    assert find_kernel_warnings(console) == ("[ 2.0] WARNING: CPU: 0 PID: 1 at kernel/kprobes.c",)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ class Tab:
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
 
-    def list_complaints(self) -> list[str]:
+    def list_problems(self) -> list[str]:
         """Return what the browser has complained about: errors of scripts, violations of policies, failed requests."""
         self.evaluate("1")  # so that what came before is read
         texts = []

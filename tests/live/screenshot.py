@@ -1,6 +1,6 @@
 """Makes the picture of the status page that is in the README: ``python -m tests.live.screenshot``.
 
-The made-up host of `demo`, some minutes after its start, while a vCPU is stuck for the second time.
+The simulated host of `demo`, some minutes after its start, while a vCPU is stuck for the second time.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ def test_all_ways_give_the_same_answers() -> None:
 
 
 def read_exits(guests: list[GuestProcess]) -> dict[int, int]:
-    """Exits by vCPU thread, through the statistics fds that the guests hold."""
+    """Exits by vCPU thread, through the stats fds that the guests hold."""
     with ThrowawayVm() as vm:
         offset = vm.statistics["exits"].offset
     exits = {}
@@ -286,7 +286,7 @@ def read_exits(guests: list[GuestProcess]) -> dict[int, int]:
         pidfd = os.pidfd_open(guest.pid)
         for vcpu in guest.vcpus:
             fd = syscalls.pidfd_getfd(pidfd, vcpu.stats_fd)
-            header = decode_header(os.pread(fd, 24, 0), "a guest's statistics fd")
+            header = decode_header(os.pread(fd, 24, 0), "a guest's stats fd")
             exits[vcpu.tid] = int.from_bytes(os.pread(fd, 8, header.data_offset + offset), sys.byteorder)
             os.close(fd)
         os.close(pidfd)

@@ -1,4 +1,4 @@
-"""``make demo``: the agent on a made-up host, a Prometheus with our rules beside it, and an end by Ctrl-C."""
+"""``make demo``: the agent on a simulated host, a Prometheus with our rules beside it, and an end by Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real QEMUs under KVM, scraped over HTTP: Debian's 7.2, which holds no statistics fds, and 10.x, which does."""
+"""Real QEMUs under KVM, scraped over HTTP: Debian's 7.2, which holds no stats fds, and 10.x, which does."""
 
 from __future__ import annotations
 

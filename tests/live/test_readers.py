@@ -1,4 +1,4 @@
-"""Discovery, statistics fds and debugfs on real VMs of /dev/kvm, made by our own tiny guest."""
+"""Discovery, stats fds and debugfs on real VMs of /dev/kvm, made by our own tiny guest."""
 
 from __future__ import annotations
 

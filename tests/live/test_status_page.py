@@ -83,15 +83,15 @@ def browser() -> Iterator[Tab]:
 
 @pytest.fixture
 def tab(browser: Tab) -> Iterator[Tab]:
-    """A page of a usual size, about which the browser has no rate_limited_log in the end."""
+    """A page of a usual size, about which the browser has nothing to report in the end."""
     browser.open("about:blank")
     browser.resize(1200, 900)
     browser.prefer(color_scheme="light")
     browser.events.clear()
     yield browser
-    rate_limited_log = browser.list_complaints()
+    problems = browser.list_problems()
     browser.open("about:blank")
-    assert rate_limited_log == []
+    assert problems == []
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_real_vm_called_script_is_found_and_is_text(tab: Tab) -> None:
         for text in ("unsupported", "What a zero means here", "Sources of the counters", "debugfs"):
             assert text in tab.read_text()
         assert tab.evaluate("document.querySelectorAll('script').length") == 1
-        assert tab.list_complaints() == []
+        assert tab.list_problems() == []
         tab.open("about:blank")
 
 
