@@ -13,10 +13,12 @@ when it is ready and obeys one command a line on stdin, answering each with JSON
 
 ``notify`` speaks the protocol of ``tests/lab/notify_inject/notify_inject.c``. Its keys: ``exits`` (at one
 instruction, 0 for ever), ``rounds`` (0 for ever), ``rips`` (instructions a round), ``other`` (ordinary port
-writes after each), ``qualification``, ``vectoring``, ``flags``, ``rcx``, ``vcpu`` (one index; all without it).
+writes after each), ``qualification``, ``vectoring``, ``flags``, ``rcx``, ``vcpu`` (one index; all without it),
+``nested`` (1: in a guest of the guest, on AMD; it must end by itself).
 
 Decisions:
 
+* One file that needs nothing beside it: it runs as its own program, under the names of a VMM.
 * Only the standard library, and little of it: under emulation importing dataclasses and pathlib takes half a
   second. ctypes only for an address that KVM needs. The ioctl numbers are this file's own, so that it does
   not share a mistake with the code that it tests.
@@ -45,7 +47,7 @@ from typing import Any, NamedTuple
 KVM_CREATE_VM, KVM_GET_VCPU_MMAP_SIZE, KVM_GET_SUPPORTED_CPUID = 0xAE01, 0xAE04, 0xC008AE05
 KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION, KVM_IOEVENTFD = 0xAE41, 0x4020AE46, 0x4040AE79
 KVM_RUN, KVM_GET_REGS, KVM_SET_REGS, KVM_GET_STATS_FD = 0xAE80, 0x8090AE81, 0x4090AE82, 0xAECE
-KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_CPUID2 = 0x8138AE83, 0x4138AE84, 0x4008AE90
+KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_CPUID2, KVM_SET_MSRS = 0x8138AE83, 0x4138AE84, 0x4008AE90, 0x4008AE89
 KVM_EXIT_IO, KVM_EXIT_HLT, KVM_EXIT_NOTIFY = 2, 5, 37
 KVM_IOEVENTFD_FLAG_PIO = 2
 REGS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)), "rip", "rflags")
@@ -53,6 +55,10 @@ REGS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n 
 MEMORY_BYTES = 0x200000
 PML4, PDPT, PD, CODE = 0x2000, 0x3000, 0x4000, 0x10000
 CODE_BYTES = 0x1000
+# Of each vCPU: what runs the guest of the guest, its control block, and a page for the CPU.
+NESTED, NESTED_BYTES = 0x100000, 0x3000
+CR0, CR4, EFER = 0x80050033, 0x20, 0x500  # long mode, with paging
+EFER_AT, EFER_SVME, MSR_VM_HSAVE_PA = 24 * 8 + 32 + 5 * 8, 0x1000, 0xC0010117
 PYTHON = os.path.realpath(sys.executable)
 PLAIN_PORT, NOTIFY_PORT = 0x10, 0x75
 OUT_BYTES = 2  # out %al, $port
@@ -64,6 +70,7 @@ class Program(NamedTuple):
 
     code: bytes
     registers: Mapping[str, int]
+    nested: bool = False
 
 
 def build_program(ports: Sequence[int], rounds: int, registers: Mapping[str, int] | None = None) -> Program:
@@ -84,7 +91,21 @@ def build_notify_program(keys: Mapping[str, int]) -> Program:
     ports = [NOTIFY_PORT, *[PLAIN_PORT] * keys.get("other", 0)] * keys.get("rips", 1)
     wanted = {"r8": "qualification", "r9": "vectoring", "r10": "flags", "rcx": "rcx"}
     registers = {register: keys.get(key, 0) for register, key in wanted.items()}
-    return build_program(ports, keys.get("rounds", 1), {**registers, "r11": keys.get("exits", 1)})
+    program = build_program(ports, keys.get("rounds", 1), {**registers, "r11": keys.get("exits", 1)})
+    return program._replace(nested=bool(keys.get("nested")))
+
+
+def build_vmcb(rip: int) -> bytes:
+    """Returns the control block (AMD64 manual 2, appendix B) of a guest like its host; ``hlt`` leads back to that."""
+    vmcb = bytearray(0x1000)
+    struct.pack_into("<2I", vmcb, 0x0C, 1 << 24, 1)  # intercept hlt and vmrun, and no port
+    struct.pack_into("<I", vmcb, 0x58, 1)  # its ASID
+    for number, attributes in enumerate((0xC93, 0xA9B, 0xC93, 0xC93, 0xC93, 0xC93)):  # es, cs, ss, ds, fs, gs
+        struct.pack_into("<HHI", vmcb, 0x400 + 16 * number, 8 if number == 1 else 16, attributes, 0xFFFFFFFF)
+    struct.pack_into("<Q", vmcb, 0x4D0, EFER | EFER_SVME)
+    # cr4, cr3, cr0, dr7, dr6, rflags, rip
+    struct.pack_into("<7Q", vmcb, 0x548, CR4, PML4, CR0, 0x400, 0xFFFF0FF0, 2, rip)
+    return bytes(vmcb)
 
 
 class Vm:
@@ -134,7 +155,7 @@ class Vcpu:
         for number in range(1, 6):
             struct.pack_into("<QIH10B", sregs, 24 * number, 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)
         # After eight segments and two tables: cr0, cr2, cr3, cr4, cr8, efer (LME | LMA).
-        struct.pack_into("<6Q", sregs, 24 * 8 + 32, 0x80050033, 0, PML4, 0x20, 0, 0x500)
+        struct.pack_into("<6Q", sregs, 24 * 8 + 32, CR0, 0, PML4, CR4, 0, EFER)
         fcntl.ioctl(self.fd, KVM_SET_SREGS, bytes(sregs))
         if with_stats_fd:
             self.stats_fd = fcntl.ioctl(self.fd, KVM_GET_STATS_FD, 0)
@@ -181,7 +202,8 @@ class Vcpu:
 
     def _execute(self, program: Program) -> dict[str, Any]:
         self.vm.memory[self.code : self.code + len(program.code)] = program.code
-        self._write_registers({"rip": self.code, "rflags": 2, "rsp": MEMORY_BYTES - 0x1000, **program.registers})
+        start = self._prepare_nested() if program.nested else self.code
+        self._write_registers({"rip": start, "rflags": 2, "rsp": MEMORY_BYTES - 0x1000, **program.registers})
         counts = {"port_writes": 0, "notify_user_exits": 0, "halted": False}
         while True:
             try:
@@ -203,6 +225,21 @@ class Vcpu:
             else:
                 raise RuntimeError(f"vCPU {self.index} left KVM_RUN with exit reason {reason}")
         return {**counts, "registers": self._read_registers()}
+
+    def _prepare_nested(self) -> int:
+        """Writes what runs the program as a guest of this guest; returns where that begins."""
+        start = NESTED + self.index * NESTED_BYTES
+        vmcb, for_the_cpu = start + 0x1000, start + 0x2000
+        # mov $vmcb, %eax; vmrun; stgi; hlt
+        stub = b"\xb8" + struct.pack("<I", vmcb) + b"\x0f\x01\xd8\x0f\x01\xdc\xf4"
+        self.vm.memory[start : start + len(stub)] = stub
+        self.vm.memory[vmcb : vmcb + 0x1000] = build_vmcb(self.code)
+        sregs = bytearray(312)
+        fcntl.ioctl(self.fd, KVM_GET_SREGS, sregs)
+        struct.pack_into("<Q", sregs, EFER_AT, EFER | EFER_SVME)
+        fcntl.ioctl(self.fd, KVM_SET_SREGS, bytes(sregs))
+        fcntl.ioctl(self.fd, KVM_SET_MSRS, struct.pack("<IIIIQ", 1, 0, MSR_VM_HSAVE_PA, 0, for_the_cpu))
+        return start
 
     def _read_registers(self) -> dict[str, int]:
         regs = bytearray(len(REGS) * 8)
