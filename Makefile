@@ -9,7 +9,7 @@ RUN_PACKAGES := python3-venv libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	prometheus prometheus-alertmanager chromium \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
-	clang-14 llvm-14 libbpf-dev patch perl
+	clang-14 llvm-14 libbpf-dev patch perl lz4
 
 .PHONY: run demo test unit lab bench bpf kernel clean test-packages run-packages
 
@@ -32,7 +32,7 @@ bench: $(VENV)/.installed-dev test-packages
 lab: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.lab $(if $(KERNEL),--kernel $(KERNEL)) $(if $(PATCHED),--patched)
 
-# KVM's modules with kvm/patches, for Debian's kernel of a series; prints where they are.
+# KVM's modules with kvm/patches, for Debian's kernel of a series (6.1, 6.12 or 7); prints where they are.
 kernel: SERIES ?= 6.12
 kernel: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.lab.patched --series $(SERIES)

@@ -5,6 +5,7 @@ Decisions:
 * The source is Debian's own, of exactly the version of the kernel that boots. Of it only what KVM's modules are built
   from is unpacked, over a copy of the headers that the kernel came with: ten seconds instead of a kernel's build.
 * Patched headers replace those of the same name for this build alone. The three modules are built and loaded together.
+* Modules get BTF, as Debian's have, based on the vmlinux that comes with the headers, or that is inside the image.
 * Patches apply without fuzz or not at all: where Debian's source has moved on, a human looks.
 * What was built is kept under a hash of all that it was made from.
 """
@@ -16,6 +17,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ PATCHES = Path(__file__).resolve().parents[2] / "kvm" / "patches"
 MODULES = ("kvm", "kvm-intel", "kvm-amd")
 KVM_PARTS = ("arch/x86/kvm", "arch/x86/include", "virt/kvm", "virt/lib", "include/linux/kvm*")
 SOURCE_PARTS = (*KVM_PARTS, "scripts/checkpatch.pl")
+LZ4_LEGACY = bytes.fromhex("02214c18")
 # What the patches may touch, and the headers package has a copy of.
 HEADERS = ("arch/x86/include/asm/kvm*.h", "arch/x86/include/uapi/asm/kvm*.h", "include/linux/kvm*.h")
 
@@ -91,6 +94,30 @@ def overlay_headers(kernel: Kernel, source: Path, tree: Path) -> str:
     return common.name
 
 
+def unpack_vmlinux(image: bytes, path: Path) -> None:
+    """Writes the vmlinux inside a bzImage (Documentation/arch/x86/boot.rst, payload_offset); LabError if it cannot."""
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (image[0x1F1] + 1) * 512 + offset
+    # The last four bytes are the kernel's own: its size when unpacked.
+    payload = image[start : start + length - 4]
+    if not payload.startswith(LZ4_LEGACY):
+        raise LabError(f"the kernel is compressed in a way that begins with {payload[:4].hex()}, and not with lz4")
+    packed = path.with_name("vmlinux.lz4")
+    packed.write_bytes(payload)
+    run(["lz4", "-q", "-d", "-f", packed, path])
+    packed.unlink()
+
+
+def add_btf_base(kernel: Kernel, tree: Path) -> list[str]:
+    """Puts what BTF of modules is based on where make looks for it; returns options for make."""
+    vmlinux = tree / f"linux-headers-{kernel.release}" / "vmlinux"
+    if not vmlinux.exists():
+        unpack_vmlinux(kernel.image.read_bytes(), vmlinux)
+    # KVM has no lists of BTF ids, so that where Debian has no tool for them, it is not missed.
+    tools = kernel.tree.glob("usr/lib/linux-kbuild-*/tools/bpf/resolve_btfids/resolve_btfids")
+    return [] if any(tools) else ["RESOLVE_BTFIDS=true"]
+
+
 def compile_modules(kernel: Kernel, patches: Sequence[Path], built: Path) -> None:
     """Compiles KVM's modules with the patches and puts them into the directory `built`."""
     work = built.with_name(f"{built.name}.work")
@@ -100,7 +127,7 @@ def compile_modules(kernel: Kernel, patches: Sequence[Path], built: Path) -> Non
     apply_patches(patches, source)
     common = overlay_headers(kernel, source, tree)
     # Not as /work: KVM's Makefile looks for virt/kvm from where it is.
-    options = [f"M=/usr/src/{common}/arch/x86/kvm", f"-j{os.cpu_count() or 1}"]
+    options = [f"M=/usr/src/{common}/arch/x86/kvm", f"-j{os.cpu_count() or 1}", *add_btf_base(kernel, tree)]
     make_modules(kernel, tree, tree / common / "arch/x86/kvm", options)
     unfinished = work / "modules"
     unfinished.mkdir()

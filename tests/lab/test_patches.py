@@ -71,9 +71,15 @@ def test_patches_apply_and_checkpatch_finds_what_the_readme_names(series: str, t
     unpack_source(kernel, source)
     patches = find_patches(find_version(kernel))
     apply_patches(patches, source)
+    proposed = sorted((PATCHES / f"v{find_version(kernel)}-rfc").glob("*.patch"))
+    apply_patches(proposed, source)
     command = ["perl", "scripts/checkpatch.pl", "--no-tree", "--strict", "--no-signoff", "--show-types", "--terse"]
     said = subprocess.run(
-        [*command, "--no-summary", *map(str, patches)], cwd=source, capture_output=True, text=True, check=False
+        [*command, "--no-summary", *map(str, [*patches, *proposed])],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     found = Counter(re.findall(r": ((?:ERROR|WARNING|CHECK):\w+): ", said.stdout))
     assert sum(found.values()) == len(said.stdout.splitlines()), said.stdout + said.stderr
