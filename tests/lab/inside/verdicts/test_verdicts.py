@@ -263,22 +263,22 @@ def test_a_stuck_guest_is_told_of_and_others_are_not(listener: Listener, tell: T
         code = check_stall(listener, stuck, vm, tell)
         lively = {}
         for number, (name, keys) in enumerate(LIVELY.items()):
-            lively[name] = make_uuid(10 + number)
             guest = stack.enter_context(open_guest(10 + number, name))
+            lively[name] = f"{make_uuid(10 + number)}-{guest.pid}"  # nobody vouches for these
             guest.notify(0, **keys)
         began = time.monotonic()
         check_interrupts(listener, vm, tell)
         check_pause(listener, stuck, vm)
         check_recovery(listener, stuck, vm, code, tell)
         time.sleep(max(0.0, OBSERVED_SECONDS - (time.monotonic() - began)))
-        for name, uuid in lively.items():
-            states = listener.states(uuid)
-            found = listener.find_vcpu(uuid)
+        for name, vm_id in lively.items():
+            states = listener.states(vm_id)
+            found = listener.find_vcpu(vm_id)
             exits = f"{found['traced_exits']} of {found['notify_window_exits']} notify exits traced"
             tell(f"lively ({name}): never stalled in {time.monotonic() - began:.0f} s; {exits}, {len(states)} verdicts")
-            assert "stalled" not in states, listener.verdicts(uuid)
+            assert "stalled" not in states, listener.verdicts(vm_id)
             assert found["traced_exits"]
-            assert listener.lines(STALL, uuid) == []
+            assert listener.lines(STALL, vm_id) == []
 
 
 def give_owner(guest: GuestProcess, name: str, uuid: str) -> None:
