@@ -43,10 +43,16 @@ def render_check(snapshot: Snapshot, privileges: Privileges, vmx_flags: frozense
         *((f"source {source.source}", _describe_source(source)) for source in snapshot.sources),
         ("stalls", tracing),
         ("VMs", _describe_vms(snapshot)),
+        ("complete", describe_blind_spots(snapshot) or "every VM of this host is seen"),
         ("verdict", _describe_verdict(snapshot)),
     ]
     width = max(len(name) for name, _text in rows)
     return "".join(f"{name:<{width}}  {text}\n" for name, text in rows)
+
+
+def describe_blind_spots(snapshot: Snapshot) -> str:
+    """Say why VMs of this host may be missing, "" where none can be."""
+    return "; ".join(spot.text for spot in snapshot.blind_spots)
 
 
 def describe_cpu(host: Host) -> str:
@@ -143,7 +149,7 @@ def _describe_source(source: SourceReport) -> str:
 
 def _describe_vms(snapshot: Snapshot) -> str:
     if not snapshot.readings:
-        return "none runs" if snapshot.complete else "none found, but not every process can be seen"
+        return "none runs" if snapshot.complete else "none found, but there may be some"
     sources = Counter(reading.source or "no source" for reading in snapshot.readings)
     states = Counter(reading.protection for reading in snapshot.readings)
     by_source = ", ".join(f"{number} by {source}" for source, number in sorted(sources.items()))
@@ -159,5 +165,5 @@ def _describe_verdict(snapshot: Snapshot) -> str:
         reasons = "; ".join(f"{reason} ({number})" for reason, number in unread.most_common(3))
         return f"{unread.total()} of {len(snapshot.readings)} VMs cannot be read: {reasons}"
     if not snapshot.complete:
-        return "not every process of this host can be seen: what is not seen is not exported"
+        return f"VMs may be missing, and what is not seen is not exported: {describe_blind_spots(snapshot)}"
     return "the counters of this host can be read"

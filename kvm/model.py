@@ -220,13 +220,20 @@ class SourceReport:
     remedy: str = ""
 
 
+class BlindSpot(NamedTuple):
+    """Why VMs of the host may have been overlooked: a word for a label, and a sentence with what to do about it."""
+
+    reason: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One look at the whole host.
 
     ``monotonic_seconds`` and ``unix_seconds`` are the time of the look; ``readings`` are ordered by VM id; ``errors``
-    counts, since start, what was left out, by (source, kind). ``complete`` is False where some processes could not be
-    looked at, so that there may be VMs that are not listed.
+    counts, since start, what was left out, by (source, kind). ``blind_spots`` say why there may be VMs
+    that are not listed (``kvm/blind_spots.py``).
     """
 
     monotonic_seconds: float
@@ -235,7 +242,17 @@ class Snapshot:
     readings: tuple[VmReading, ...]
     sources: tuple[SourceReport, ...]
     errors: Mapping[tuple[str, str], int]
-    complete: bool = True
+    blind_spots: tuple[BlindSpot, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every VM of the host was seen."""
+        return not self.blind_spots
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing was seen: no counter of any VM, and there may be some."""
+        return not self.complete and not any(reading.source for reading in self.readings)
 
 
 class SnapshotReader(Protocol):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvm import abi
+from kvm.blind_spots import REFUSED_PROCESSES, Evidence, find_blind_spots
 from kvm.counters.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
 from kvm.counters.source import CounterSource
 from kvm.discovery.vm_discovery import Discovery
@@ -33,18 +34,20 @@ BEST_RETRY_SECONDS = 30.0
 # so often, and for so many VMs a look.
 THREADS_SECONDS = 10.0
 THREADS_VMS = 20
-# So many hidden processes are asked after in debugfs; more of them mean that we lack the rights to see anything.
-REFUSED_PROCESSES = 16
 
 
 def judge_protection(notify_supported: bool | None, notify_flags: int | None) -> Protection:
-    """Tell whether a VM's notify exits are on, from what KVM offers and from the VM's ``notify_vmexit_flags``."""
+    """Tell whether a VM's notify exits are on, from what KVM offers and from the VM's ``notify_vmexit_flags``.
+
+    Flags that are clear mean "off" only where KVM could: where it cannot be asked, the CPU may have no notify exits.
+    """
     if notify_supported is False:
         return Protection.UNSUPPORTED
     if notify_flags is None:
         return Protection.UNKNOWN
-    armed = notify_flags & abi.NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED
-    return Protection.ARMED if armed else Protection.OFF
+    if notify_flags & abi.NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED:
+        return Protection.ARMED
+    return Protection.OFF if notify_supported else Protection.UNKNOWN
 
 
 class _Answer(NamedTuple):
@@ -85,6 +88,15 @@ class _KeptSource:
                 log.info("source works", extra={"fields": {"source": self.source.name}})
         return self.open
 
+    def retry_now(self) -> None:
+        """Let a source that does not work be tried at the next occasion."""
+        self._tried_at = float("-inf")
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it works: it is open, and has been seen to read something."""
+        return self.open and not self.source.doubt
+
     def fail(self, err: SourceUnavailable) -> None:
         self.source.close()
         self.open, self._failure = False, err
@@ -94,6 +106,8 @@ class _KeptSource:
         return {"source": self.source.name, "why": err.reason, "remedy": err.remedy}
 
     def report(self) -> SourceReport:
+        if self._failure is None and self.open and self.source.doubt:
+            return SourceReport(self.source.name, up=False, reason=self.source.doubt)
         if self._failure is None:
             return SourceReport(self.source.name, up=self.open, reason=self.source.limits if self.open else "")
         return SourceReport(self.source.name, up=False, reason=self._failure.reason, remedy=self._failure.remedy)
@@ -106,6 +120,15 @@ class _Numbers:
         self.vcpus: tuple[Vcpu, ...] = ()
         self.known: tuple[object, ...] | None = None
         self.looked_at = float("-inf")
+
+
+def _read_mark(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is replaced, None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_rdev
 
 
 class HostReader:
@@ -124,6 +147,8 @@ class HostReader:
         *,
         proc: Path = Path("/proc"),
         kvm_debugfs: Path = Path("/sys/kernel/debug/kvm"),
+        kvm_module: Path = Path("/sys/module/kvm"),
+        kvm_device: Path = Path("/dev/kvm"),
         read_host: Callable[[], Host] = facts.read_host,
         owner_wait_seconds: float = OWNER_WAIT_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
@@ -131,7 +156,7 @@ class HostReader:
     ) -> None:
         self._sources = [_KeptSource(source) for source in sources]
         self._discovery = discovery
-        self._identities = VmIds(find_owners, errors, proc, unix, owner_wait_seconds)
+        self._identities = VmIds(find_owners, errors, proc, unix, wait_seconds=owner_wait_seconds)
         self._errors = errors
         self._proc = proc
         self._kvm_debugfs = kvm_debugfs
@@ -139,6 +164,8 @@ class HostReader:
         self._monotonic = monotonic
         self._unix = unix
         self._host_read_at = float("-inf")
+        self._kvm_module, self._kvm_device = kvm_module, kvm_device
+        self._kvm_marks: tuple[tuple[int, int] | None, ...] | None = None
         self._numbers: dict[VmKey, _Numbers] = {}
         self._thread_lookups_left = 0
         self._all_tried = False
@@ -146,6 +173,7 @@ class HostReader:
     def read(self) -> Snapshot:
         """Take one look; what cannot be read is left out, reported and counted."""
         now, unix = self._monotonic(), self._unix()
+        self._follow_kvm()
         if now - self._host_read_at >= RETRY_SECONDS:  # microcode can be updated while the host runs
             self._host, self._host_read_at = self._read_host(), now
         answers = self._read_counters(now)
@@ -164,7 +192,7 @@ class HostReader:
             readings=tuple(sorted(readings, key=lambda reading: reading.vm.id)),
             sources=tuple(kept.report() for kept in self._sources),
             errors=self._errors.counts,
-            complete=self._sees_all(),
+            blind_spots=find_blind_spots(self._find_evidence()),
         )
 
     def close(self) -> None:
@@ -173,17 +201,31 @@ class HostReader:
             kept.source.close()
         self._discovery.close()
 
-    def _sees_all(self) -> bool:
-        """Tell whether no VM of the host can have been overlooked."""
-        if not self._host.initial_pid_namespace or self._identities.pending:
-            return False
-        if any(kept.open and kept.source.finds_vms for kept in self._sources):
-            return True
+    def _follow_kvm(self) -> None:
+        """Let every source be tried at once where the kvm module or its device has come, gone or been replaced."""
+        marks = tuple(_read_mark(path) for path in (self._kvm_module, self._kvm_device))
+        if marks != self._kvm_marks:
+            for kept in self._sources:
+                kept.retry_now()
+            self._host_read_at = float("-inf")
+        self._kvm_marks = marks
+
+    def _find_evidence(self) -> Evidence:
+        open_sources = [kept.source for kept in self._sources if kept.is_up]
+        finds_vms = any(source.finds_vms for source in open_sources)
         # A security module may hide some processes' fds even from root; debugfs tells whether they made VMs.
         refused = self._discovery.refused
-        if not self._discovery.sees_first_process:
-            return False  # /proc is mounted with hidepid, and hides more than one
-        return len(refused) <= REFUSED_PROCESSES and not may_hold_vms(self._kvm_debugfs, self._proc, refused)
+        asks = not finds_vms and len(refused) <= REFUSED_PROCESSES
+        return Evidence(
+            initial_pid_namespace=self._host.initial_pid_namespace,
+            works=bool(open_sources),
+            finds_vms=finds_vms,
+            pending=self._identities.pending,
+            hidden=self._identities.hidden,
+            sees_first_process=finds_vms or self._discovery.sees_first_process,
+            refused=len(refused),
+            refused_may_hold_vms=asks and may_hold_vms(self._kvm_debugfs, self._proc, refused),
+        )
 
     def _read_counters(self, now: float) -> dict[VmKey, _Answer]:
         """Ask the sources in order, each only for the VMs that no better one has read."""

@@ -50,11 +50,16 @@ class AgentProcess:
                 self._listening.set()
         self._listening.set()
 
-    def wait(self) -> None:
-        """Wait until it listens and has taken its first look."""
+    def wait(self, *, blind: bool = False) -> None:
+        """Wait until it listens and has taken its first snapshot, in which one that is ``blind`` sees nothing."""
         if not self._listening.wait(START_SECONDS) or not self.port:
             raise RuntimeError(f"the agent does not listen: {self.log}")
-        wait_until(lambda: self.get("/-/ready")[0] == 200, lambda: f"the agent is ready: {self.log}", START_SECONDS)
+
+        def has_seen() -> bool:
+            status, _headers, body = self.get("/-/ready")
+            return status == 200 or (blind and b"nothing of this host can be seen" in body)
+
+        wait_until(has_seen, lambda: f"the agent is ready: {self.log}", START_SECONDS)
 
     def wait_for_log(self, find: Callable[[], T], seconds: float) -> T:
         """Return what is found in the log, as soon as a line makes it something; after so long, whatever it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
+    BlindSpot,
     Host,
     Owner,
     Protection,
@@ -31,6 +32,7 @@ INTEL = Host(
     initial_pid_namespace=True,
 )
 UP = SourceReport("stats_fd", up=True)
+HIDDEN = (BlindSpot("hidden_processes", "/proc hides process 1"),)
 CLOSED = SourceReport("debugfs", up=False, reason="the kernel's lockdown forbids it", remedy="nothing to do")
 
 
@@ -59,6 +61,6 @@ def make_snapshot(
     *readings: VmReading,
     host: Host = INTEL,
     sources: tuple[SourceReport, ...] = (UP, CLOSED),
-    complete: bool = True,
+    blind_spots: tuple[BlindSpot, ...] = (),
 ) -> Snapshot:
-    return Snapshot(100.0, 1.7e9, host, readings, sources, {}, complete)
+    return Snapshot(100.0, 1.7e9, host, readings, sources, {}, blind_spots)

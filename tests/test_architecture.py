@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = [
     {"kvm", "kvm.abi", "kvm.errors"},
     {"kvm.model"},
-    {"kvm.syscalls", "kvm.binary_stats", "kvm.read_errors"},
+    {"kvm.syscalls", "kvm.binary_stats", "kvm.read_errors", "kvm.blind_spots"},
     {"kvm.host", "kvm.discovery"},
     {"kvm.bpf", "kvm.perf", "kvm.identity"},
     {"kvm.counters"},

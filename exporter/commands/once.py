@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from exporter.host_summary import has_counters
+from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
 from exporter.stalls.verdicts import State
@@ -37,7 +37,7 @@ def run_once(arguments: argparse.Namespace) -> int:
         sys.stdout.write(render_text(families))
     else:
         sys.stdout.write(render_json(snapshot) if arguments.format == "json" else render_table(snapshot))
-    return 0 if has_counters(snapshot) else 1
+    return 0 if can_read(snapshot) else 1
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -72,6 +72,7 @@ def build_document(snapshot: Snapshot) -> dict[str, object]:
     return {
         "unix_seconds": snapshot.unix_seconds,
         "complete": snapshot.complete,
+        "blind_spots": [spot._asdict() for spot in snapshot.blind_spots],
         "host": asdict(snapshot.host),
         "sources": [asdict(source) for source in snapshot.sources],
         "vms": [_build_vm(reading) for reading in snapshot.readings],
@@ -126,7 +127,11 @@ def render_table(snapshot: Snapshot) -> str:
     """Render a look as a table: a row a vCPU, and a row a VM whose vCPUs could not be read."""
     rows = [row for reading in snapshot.readings for row in _build_rows(reading)]
     if not rows:
-        return "no VM found\n" if snapshot.complete else "no VM found, but not every process of this host can be seen\n"
+        return (
+            "no VM found\n"
+            if snapshot.complete
+            else f"no VM found, but there may be some: {describe_blind_spots(snapshot)}\n"
+        )
     return render_columns(_TABLE_HEADER, rows)
 
 

@@ -227,6 +227,25 @@ WARNINGS_SUPPRESSED = Metric(
     MetricType.COUNTER,
     "Stalls of vCPUs that were not logged at once, so that no guest can fill the log.",
 )
+COMPLETE = Metric(
+    "kvm_exporter_complete",
+    MetricType.GAUGE,
+    "Whether every VM of this host was seen: 1, or 0 where VMs may be missing and counts of them are absent.",
+    (),
+)
+INCOMPLETE_REASON = Metric(
+    "kvm_exporter_incomplete_reason_info",
+    MetricType.GAUGE,
+    "Why VMs of this host may be missing; always 1, absent where none can be. The page at / says what to do.",
+    ("reason",),
+)
+SNAPSHOT_TIMESTAMP = Metric(
+    "kvm_exporter_snapshot_timestamp_seconds",
+    MetricType.GAUGE,
+    "When the host was read for these metrics: tells the age of a file of the textfile collector.",
+    (),
+    "seconds",
+)
 SOURCE_UP = Metric(
     "kvm_exporter_source_up",
     MetricType.GAUGE,
@@ -282,6 +301,9 @@ METRICS: tuple[Metric, ...] = (
     HOST_VCPUS,
     HOST_NO_PROGRESS,
     HOST_INTERVAL_MIN,
+    SNAPSHOT_TIMESTAMP,
+    COMPLETE,
+    INCOMPLETE_REASON,
     SOURCE_UP,
     READ_ERRORS,
     POLL_PERIOD,

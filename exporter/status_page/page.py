@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import Final
 from urllib.parse import urlencode
 
-from exporter.host_summary import SOURCE_USES, describe_cpu, describe_kvm, describe_lockdown
+from exporter.host_summary import SOURCE_USES, describe_blind_spots, describe_cpu, describe_kvm, describe_lockdown
 from exporter.stalls.verdicts import State
 from exporter.status_page.table import join_rows, render_moment, render_rows, render_untrusted
 from exporter.status_page.text import (
@@ -205,7 +205,9 @@ def _render_host(picture: StatusView) -> str:
         "Watch": escape(describe_watch(picture)[1]),
     }
     if not picture.snapshot.complete:
-        facts["Beware"] = "Not every process can be seen: there may be VMs that are not listed."
+        facts["Beware"] = _render_text(
+            f"There may be VMs that are not listed: {describe_blind_spots(picture.snapshot)}."
+        )
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
     return f'<section aria-labelledby="host"><h2 id="host">This host</h2><dl class="facts">{items}</dl></section>'
 

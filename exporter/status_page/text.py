@@ -127,7 +127,7 @@ def _tell_problem(picture: StatusView) -> Headline | None:
     if picture.snapshot is not None and not has_counters(picture.snapshot):
         return Headline(Level.WARN, "The counters of this host cannot be read.", "The sources below say why.")
     if picture.snapshot is not None and not picture.snapshot.complete:
-        return Headline(Level.WARN, "Not every process of this host can be seen.", _EXPLAIN_INCOMPLETE)
+        return Headline(Level.WARN, "There may be VMs on this host that are not seen.", _EXPLAIN_INCOMPLETE)
     if picture.report is None or picture.report.problem:
         why = "This agent does not watch for stalls."
         if picture.report:

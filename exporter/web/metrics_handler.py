@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
+from exporter.host_summary import describe_blind_spots
 from exporter.logs.rate_limit import RateLimitedLog
 from exporter.prometheus.collector import BadSelection, HostCollector, select_collectors
 from exporter.prometheus.exposition import compress_document, open_self_metrics, render_document
@@ -103,9 +104,12 @@ class MetricsApp:
         return _render_text(200, "healthy")
 
     async def answer_ready(self, request: web.Request) -> web.Response:
-        """Say whether a first look at the host has been taken, so that every source has been tried."""
-        if self._collector.snapshot is None:
+        """Say whether the host is seen: the first snapshot has been taken, and it is not blind."""
+        snapshot = self._collector.snapshot
+        if snapshot is None:
             return _render_text(503, "not ready: the first look at the host has not ended yet")
+        if snapshot.is_blind:
+            return _render_text(503, f"not ready: nothing of this host can be seen: {describe_blind_spots(snapshot)}")
         return _render_text(200, "ready")
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from exporter.prometheus import metrics as m
 from grafana.builder.layout import Row
-from grafana.builder.panels import NOTHING_FOUND, WORKS, Query, make_graph, make_timeline
+from grafana.builder.panels import MISSING, NOTHING_FOUND, WORKS, Query, make_graph, make_timeline
 from grafana.builder.queries import HOST_KEYS, UP, rate, seen_agents, select
 
 
@@ -27,6 +27,28 @@ def make_agent_row() -> Row:
                 "Whether a source of KVM statistics works. debugfs does not work under Secure Boot, and need not.",
                 Query(f"max by ({HOST_KEYS}, source) ({select(m.SOURCE_UP)})", "{{instance}} {{source}}"),
                 mappings=WORKS,
+            ),
+            make_timeline(
+                37,
+                "Sees every VM",
+                "Whether the agent saw every VM of the host. Where it did not, VMs may be missing from every panel.",
+                Query(f"min by ({HOST_KEYS}) ({select(m.COMPLETE)})", "{{instance}}"),
+                mappings=WORKS,
+            ),
+            make_timeline(
+                38,
+                "Why VMs may be missing",
+                "hidden_processes: /proc hides some. pid_namespace: a container's. no_source: nothing can be read.",
+                Query(f"max by ({HOST_KEYS}, reason) ({select(m.INCOMPLETE_REASON)})", "{{instance}} {{reason}}"),
+                mappings=MISSING,
+                no_value=NOTHING_FOUND,
+            ),
+            make_graph(
+                39,
+                "Age of what is shown",
+                "How long ago the agent read the host. A file of the textfile collector that nobody renews grows old.",
+                [Query(f"time() - max by ({HOST_KEYS}) ({select(m.SNAPSHOT_TIMESTAMP)})", "{{instance}}")],
+                unit="s",
             ),
             make_timeline(
                 33,

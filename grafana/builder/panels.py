@@ -59,6 +59,7 @@ YES_NO: Final = map_values(_0=("no", "orange"), _1=("yes", "green"))
 BAD: Final = map_values(_0=("no", "green"), _1=("yes", "red"))
 STALLED: Final = map_values(_0=("not stalled", "green"), _1=("stalled", "red"))
 WORKS: Final = map_values(_0=("does not work", "orange"), _1=("works", "green"))
+MISSING: Final = map_values(_1=("VMs may be missing", "orange"))
 
 
 def make_stat(

@@ -109,8 +109,18 @@ class BpfSource:
         self._unheld: set[int] = set()
         self._clock = clock
         self._opened_at = 0.0
+        self._has_read = False
         self.method = ""
         self.method_reason = ""
+
+    @property
+    def doubt(self) -> str:
+        """Nothing where it has learnt from a VM of our own; by names alone it has to read a VM first."""
+        return (
+            ""
+            if self.method in ("list", "files") or self._has_read
+            else "nothing has been read yet: no VM to try it with"
+        )
 
     @property
     def limits(self) -> str:
@@ -139,7 +149,9 @@ class BpfSource:
         with self._lock:
             programs = self._ready()
             try:
-                return self._read(programs)
+                found = self._read(programs)
+                self._has_read = self._has_read or bool(found)
+                return found
             except OSError as err:
                 raise SourceUnavailable(f"reading by BPF failed: {err}") from err
             except MalformedData as err:

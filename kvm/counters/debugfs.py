@@ -100,6 +100,7 @@ class DebugfsSource:
     name = "debugfs"
     finds_vms = False
     limits = ""
+    doubt = ""  # opening a counter is what may be refused, and that is tried
 
     def __init__(
         self, wanted: Sequence[str], kvm_directory: Path, proc: Path, on_error: Callable[[int, str, str], None]

@@ -29,6 +29,11 @@ class CounterSource(Protocol):
         """What the source lacks although it works, and why; "" where nothing."""
         ...
 
+    @property
+    def doubt(self) -> str:
+        """Why it is not known whether an open source can read anything; "" once it has read something."""
+        ...
+
     def open(self) -> None:
         """Make the source ready; raises SourceUnavailable with the reason and a remedy."""
         ...

@@ -28,9 +28,11 @@ from pathlib import Path
 from kvm import abi, binary_stats, syscalls
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable, VmGone
+from kvm.host.throwaway_vm import ThrowawayVm, read_descriptors
 from kvm.model import VmCounters, VmKey
 
 _SAFE_SYMBOL = b" kvm_vcpu_stats_release"
+_KVM_SYMBOL = b" kvm_vcpu_ioctl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +70,33 @@ class _KnownFile:
     beginning: bytes
 
 
-def read_safe_to_borrow(kallsyms: Path) -> bool:
-    """Tell whether this kernel keeps a VM alive while a duplicate of its statistics fd is read; raises OSError."""
-    with kallsyms.open("rb", buffering=0) as file:
-        end = b""  # the name may lie across two pieces
-        while piece := file.read(1 << 16):
-            if _SAFE_SYMBOL in end + piece:
-                return True
-            end = piece[-len(_SAFE_SYMBOL) :]
-    return False
+def check_safe_to_borrow(kallsyms: Path) -> None:
+    """Make sure that this kernel keeps a VM alive while a duplicate of its stats fd is read.
+
+    Raises SourceUnavailable where it does not, or where that cannot be known.
+    """
+    has_kvm, is_empty = False, True
+    try:
+        with kallsyms.open("rb", buffering=0) as file:
+            end = b""  # a name may lie across two pieces
+            while piece := file.read(1 << 16):
+                is_empty = False
+                if _SAFE_SYMBOL in end + piece:
+                    return
+                has_kvm = has_kvm or _KVM_SYMBOL in end + piece
+                end = piece[-len(_SAFE_SYMBOL) :]
+    except OSError as err:
+        reason = f"{kallsyms} cannot be read ({err.strerror}), so it is not known whether reading is safe"
+        raise SourceUnavailable(reason, "in a unit: ProtectKernelTunables=no") from err
+    if is_empty:
+        reason = f"{kallsyms} is masked, so it is not known whether reading is safe"
+        raise SourceUnavailable(reason, "in a unit: ProtectKernelTunables=no")
+    if not has_kvm:
+        raise SourceUnavailable("KVM is not loaded", "modprobe kvm_intel or kvm_amd, if VMs are to run here")
+    raise SourceUnavailable(
+        "reading is unsafe on this kernel: it has no kvm_vcpu_stats_release",
+        "use Linux 6.5, 6.4.8, 6.1.43, 5.15.124 or later",
+    )
 
 
 class StatsFdSource:
@@ -87,8 +107,14 @@ class StatsFdSource:
     limits = ""
 
     def __init__(
-        self, wanted: Sequence[str], on_error: Callable[[int, str, str], None], kallsyms: Path = Path("/proc/kallsyms")
+        self,
+        wanted: Sequence[str],
+        on_error: Callable[[int, str, str], None],
+        kallsyms: Path = Path("/proc/kallsyms"),
+        device: Path = Path("/dev/kvm"),
     ) -> None:
+        self._device = device
+        self.doubt = "it is not open"
         self._wanted = tuple(wanted)
         self._on_error = on_error
         self._kallsyms = kallsyms
@@ -97,18 +123,9 @@ class StatsFdSource:
         self._anonymous_device = -1
 
     def open(self) -> None:
-        """Check that borrowing is safe on this kernel; raises SourceUnavailable."""
-        try:
-            safe = read_safe_to_borrow(self._kallsyms)
-        except OSError as err:
-            raise SourceUnavailable(
-                f"{self._kallsyms} cannot be read ({err.strerror}), so it is not known whether reading is safe"
-            ) from err
-        if not safe:
-            raise SourceUnavailable(
-                "reading is unsafe on this kernel: it has no kvm_vcpu_stats_release",
-                "use Linux 6.5, 6.4.8, 6.1.43, 5.15.124 or later",
-            )
+        """Check that borrowing is safe on this kernel, and try it; raises SourceUnavailable."""
+        check_safe_to_borrow(self._kallsyms)
+        self.doubt = self._try_own_vm() or self._try_other_process()
         own = os.eventfd(0, os.EFD_CLOEXEC)
         self._anonymous_device = os.fstat(own).st_dev
         os.close(own)
@@ -128,10 +145,48 @@ class StatsFdSource:
                 self._on_error(vm.key.pid, "unreadable", f"cannot borrow its statistics fds: {err.strerror}")
                 readings[vm.key] = VmCounters(problem=f"cannot borrow its statistics fds: {err.strerror}")
         self._known = {key: files for key, files in self._known.items() if key in readings}
+        if self.doubt and any(counters.per_vcpu for counters in readings.values()):
+            self.doubt = ""
         return readings
 
     def close(self) -> None:
         """Hold nothing: there is nothing to give back."""
+
+    def _try_own_vm(self) -> str:
+        """Borrow a stats fd of a VM of our own and read it; returns why that could not be tried, "" where it worked."""
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            with ThrowawayVm(self._device) as vm:
+                try:
+                    borrowed = syscalls.pidfd_getfd(pidfd, vm.stats_fd)
+                except OSError as err:
+                    reason = f"fds cannot be borrowed: {err.strerror}, even from ourselves"
+                    raise SourceUnavailable(reason, "let the service call pidfd_getfd(2)") from err
+                try:
+                    read_descriptors(borrowed)
+                finally:
+                    os.close(borrowed)
+        except (OSError, MalformedData) as err:
+            return f"nothing has been read yet: no VM of our own to try it with ({err})"
+        finally:
+            os.close(pidfd)
+        return ""
+
+    def _try_other_process(self) -> str:
+        """Borrow an fd of process 1, whoever's it is; returns why other processes' fds cannot be had."""
+        try:
+            pidfd = os.pidfd_open(1)
+        except OSError:
+            return ""  # in a pid namespace without one: the first VM will tell
+        try:
+            os.close(syscalls.pidfd_getfd(pidfd, 0))
+        except PermissionError:
+            return "other processes' fds cannot be borrowed, and nothing has been read yet; give CAP_SYS_PTRACE"
+        except OSError:
+            return ""  # that fd is closed: it was allowed to ask
+        finally:
+            os.close(pidfd)
+        return ""
 
     def _read_vm(self, vm: HeldVm) -> VmCounters:
         if not vm.stats_fds or vm.pidfd < 0:

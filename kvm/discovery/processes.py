@@ -59,6 +59,17 @@ def read_uid(proc: Path, pid: int) -> int | None:
     return uids[0] if uids else None
 
 
+def process_exists(pid: int) -> bool:
+    """Tell whether there is a process of this number, which /proc may hide (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def find_living_thread(proc: Path, pid: int) -> int:
     """Return the leader, or where it has exited another thread of the process that still has its files.
 

@@ -24,7 +24,8 @@ from kvm.model import Statistic
 class ThrowawayVm:
     """The VM; to be used with ``with``. Entering raises OSError (no KVM, no access) or MalformedData.
 
-    ``vm_fd`` and ``vcpu_fd`` are fds of this process, ``statistics`` the kernel's descriptors of a vCPU by name.
+    ``vm_fd``, ``vcpu_fd`` and ``stats_fd`` (of the vCPU) are fds of this process, ``statistics`` the kernel's
+    descriptors of a vCPU by name.
     """
 
     def __init__(self, device: Path = Path("/dev/kvm")) -> None:
@@ -32,6 +33,7 @@ class ThrowawayVm:
         self._stack = ExitStack()
         self.vm_fd = -1
         self.vcpu_fd = -1
+        self.stats_fd = -1
         self.statistics: dict[str, Statistic] = {}
 
     def __enter__(self) -> Self:
@@ -40,7 +42,8 @@ class ThrowawayVm:
             stack.callback(os.close, device)
             self.vm_fd = self._own(stack, fcntl.ioctl(device, abi.KVM_CREATE_VM, 0))
             self.vcpu_fd = self._own(stack, fcntl.ioctl(self.vm_fd, abi.KVM_CREATE_VCPU, 0))
-            self.statistics = read_descriptors(self._own(stack, fcntl.ioctl(self.vcpu_fd, abi.KVM_GET_STATS_FD, 0)))
+            self.stats_fd = self._own(stack, fcntl.ioctl(self.vcpu_fd, abi.KVM_GET_STATS_FD, 0))
+            self.statistics = read_descriptors(self.stats_fd)
             self._stack = stack.pop_all()
         return self
 

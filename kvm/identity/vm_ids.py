@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 
 from kvm import abi
-from kvm.discovery.processes import find_living_thread, read_stat
+from kvm.discovery.processes import find_living_thread, process_exists, read_stat
 from kvm.errors import MalformedData
 from kvm.model import Owner, Vm, VmKey
 from kvm.read_errors import ReadErrors
@@ -73,6 +74,14 @@ def _read_boot_time(unix: Callable[[], float]) -> float:
     return unix() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+class _Presence(Enum):
+    """What is known of a VM's process. One that is hidden must not be taken for one that has ended."""
+
+    ALIVE = 1
+    HIDDEN = 2
+    ENDED = 3
+
+
 class VmIds:
     """Keeps the identity of each VM. ``unix`` gives the time in seconds; ``proc`` is where proc is mounted."""
 
@@ -82,14 +91,19 @@ class VmIds:
         errors: ReadErrors,
         proc: Path,
         unix: Callable[[], float] = time.time,
+        *,
         wait_seconds: float = OWNER_WAIT_SECONDS,
+        exists: Callable[[int], bool] = process_exists,
     ) -> None:
+        self._exists = exists
         self._find_owners = find_owners
         self._errors = errors
         self._proc = proc
         self._wait_seconds = wait_seconds
         self.pending = 0
         """How many VMs were left out of the last answer, because whose they are is not known yet."""
+        self.hidden = 0
+        """How many were left out because /proc does not show their processes, which exist."""
         self._unix = unix
         self._boot_unix_seconds = _read_boot_time(unix)
         self._vms: dict[VmKey, Vm] = {}
@@ -105,7 +119,9 @@ class VmIds:
         self._find_threads(keys)
         known = self._find_owners(self._tids, self._wait_seconds)
         owners = {key: known[key[:2]] for key in keys if key[:2] in known}
-        pending = [key for key in keys.keys() - owners.keys() if self._is_alive(key)]
+        unknown = {key: self._look_at(key) for key in keys.keys() - owners.keys()}
+        self.hidden = sum(presence is _Presence.HIDDEN for presence in unknown.values())
+        pending = [key for key, presence in unknown.items() if presence is _Presence.ALIVE]
         self.pending = len(pending)
         for key in pending:
             self._errors.record("owners", key.pid, "pending", "whose VM it is has not been found out yet")
@@ -130,12 +146,15 @@ class VmIds:
     def _find_start(self, key: VmKey) -> float:
         return round(self._boot_unix_seconds + key.start_ticks / abi.USER_HZ, 2)
 
-    def _is_alive(self, key: VmKey) -> bool:
+    def _look_at(self, key: VmKey) -> _Presence:
         try:
             state, start_ticks = read_stat(self._proc, key.pid)
-        except (OSError, MalformedData):
-            return False
-        return start_ticks == key.start_ticks and (state not in "ZX" or key[:2] in self._tids)
+        except OSError:
+            return _Presence.HIDDEN if self._exists(key.pid) else _Presence.ENDED
+        except MalformedData:
+            return _Presence.ENDED
+        is_alive = start_ticks == key.start_ticks and (state not in "ZX" or key[:2] in self._tids)
+        return _Presence.ALIVE if is_alive else _Presence.ENDED
 
     def _find_threads(self, keys: Mapping[VmKey, int | None]) -> None:
         tids: dict[tuple[int, int], int] = {}

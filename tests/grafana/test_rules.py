@@ -379,6 +379,11 @@ MUTANTS: Final = [
     Mutant("KvmVmUnprotected", DROPPED_OWNER.pattern),
     Mutant("KvmVmUnprotected", "count without", "max without"),
     Mutant("KvmVmUnprotected", "vm, state", "vm, state, project"),
+    Mutant("KvmNotifyAgentBlind", "== 0", "== 1"),
+    Mutant("KvmNotifyAgentBlind", ".+", "5m", "for"),
+    Mutant("KvmNotifySnapshotStale", "> 3600", "> 360"),
+    Mutant("KvmNotifySnapshotStale", "> 3600", "> 36000"),
+    Mutant("KvmNotifySnapshotStale", ".+", "1m", "for"),
     Mutant("KvmNotifyExporterDown", REST.format("or on")),
     Mutant("KvmNotifyExporterDown", "kvm-notify", "."),
     Mutant("KvmNotifyExporterDown", "> 0", ">= 0"),
@@ -589,10 +594,10 @@ def find_notified(snapshot: Snapshot) -> list[VcpuReport]:
 
 @pytest.mark.parametrize(("mode", "of_vcpu", "of_notified"), [("all", 2, 5), ("active", 0, 7), ("none", 0, 2)])
 def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Callable[[str], None]) -> None:
-    """What the README's arithmetic says: 13 of the host, 22 of the agent, 10 a VM, and those of vCPUs."""
+    """What the README's arithmetic says: 13 of the host, 24 of the agent, 10 a VM, and those of vCPUs."""
     row = find_series_row(mode)
-    assert row[0] == " + ".join(["51", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
-    healthy = 51 + 10 * 50 + of_vcpu * 50 * 8
+    assert row[0] == " + ".join(["53", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
+    healthy = 53 + 10 * 50 + of_vcpu * 50 * 8
     assert row[1:] == [f"{healthy:,}", f"{round(20_000 * healthy / 1e6)} million"]
     vms, vcpus = 48, 8
     reports: list[VcpuReport] = []
@@ -611,7 +616,7 @@ def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Ca
     assert notified == 32
     claims = sum(line.startswith("kvm_vm_claimed_info{") for line in series)  # of VMs for which nobody vouches
     assert claims == vms // 3
-    assert len(series) == claims + 13 + 22 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified
+    assert len(series) == claims + 13 + 24 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified
     tell(f"--vcpu-series={mode}: {len(series)} series of {vms} VMs, {vms * vcpus} vCPUs, {notified} with notify exits")
 
 

@@ -20,8 +20,8 @@ from kvm.binary_stats import (
     find_counters,
     is_counter,
 )
-from kvm.counters.stats_fd import plan_layout, read_safe_to_borrow
-from kvm.errors import MalformedData
+from kvm.counters.stats_fd import check_safe_to_borrow, plan_layout
+from kvm.errors import MalformedData, SourceUnavailable
 from kvm.model import Statistic
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "stats"
@@ -133,5 +133,22 @@ def test_the_symbol_is_found_wherever_it_stands(before: int) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"x" * before + b"0000 t kvm_vcpu_stats_release\t[kvm]\n" + b"y" * 100)
         file.flush()
-        assert read_safe_to_borrow(Path(file.name))
-        assert not read_safe_to_borrow(Path("/dev/null"))
+        check_safe_to_borrow(Path(file.name))
+
+
+@pytest.mark.parametrize(
+    ("symbols", "reason"),
+    [
+        (b"0000 t kvm_vcpu_ioctl\t[kvm]\n", "reading is unsafe on this kernel"),
+        (b"0000 t do_exit\n", "KVM is not loaded"),
+        (b"", "is masked"),
+        (None, "cannot be read"),
+    ],
+)
+def test_why_reading_may_be_unsafe_is_told(tmp_path: Path, symbols: bytes | None, reason: str) -> None:
+    kallsyms = tmp_path / "kallsyms"
+    if symbols is not None:
+        kallsyms.write_bytes(symbols)
+    with pytest.raises(SourceUnavailable, match=reason) as refused:
+        check_safe_to_borrow(kallsyms)
+    assert refused.value.remedy

@@ -31,6 +31,7 @@ class ToldSource:
         self.answers: dict[VmKey, VmCounters] = {}
         self.asked: list[list[VmKey]] = []
         self.opened = 0
+        self.doubt = ""
 
     def open(self) -> None:
         self.opened += 1
@@ -66,7 +67,7 @@ class ToldDiscovery(Discovery):
 
 
 class Scene:
-    def __init__(self, *sources: ToldSource) -> None:
+    def __init__(self, *sources: ToldSource, proc: Path = Path("/proc"), kvm_module: Path = Path("/nowhere")) -> None:
         self.now = 1000.0
         self.errors = ReadErrors()
         self.owners: dict[tuple[int, int], Owner] = {
@@ -78,6 +79,9 @@ class Scene:
             self.discovery,
             lambda _wanted, _wait: self.owners,
             self.errors,
+            proc=proc,
+            kvm_module=kvm_module,
+            kvm_device=kvm_module,
             read_host=read_host,
             monotonic=lambda: self.now,
             unix=lambda: 1.7e9 + time.clock_gettime(time.CLOCK_BOOTTIME),
@@ -207,6 +211,48 @@ def test_what_is_hidden_makes_the_look_incomplete(sources: tuple[ToldSource, Tol
     assert not scene.look().complete
 
 
+def test_a_source_is_up_only_when_it_has_read_something(sources: tuple[ToldSource, ToldSource]) -> None:
+    first, _second = sources
+    first.doubt = "nothing has been read yet"
+    scene = Scene(first)
+    first.answers = {KEY: count(7)}
+    snapshot = scene.look()
+    assert [(report.up, report.reason) for report in snapshot.sources] == [(False, "nothing has been read yet")]
+    assert [spot.reason for spot in snapshot.blind_spots] == ["no_source"]
+    first.doubt = ""
+    snapshot = scene.look()
+    assert snapshot.sources[0].up
+    assert snapshot.complete
+
+
+def test_a_vm_of_a_hidden_process_is_not_taken_for_one_that_has_ended(tmp_path: Path) -> None:
+    """Where /proc is mounted with hidepid=2 it shows no directory of a process that is there."""
+    source = ToldSource("bpf", finds_vms=True)
+    source.answers = {KEY: count(7)}
+    scene = Scene(source, proc=tmp_path)
+    scene.owners = {}
+    snapshot = scene.look()
+    assert snapshot.readings == ()
+    assert [spot.reason for spot in snapshot.blind_spots] == ["hidden_processes"]
+    assert snapshot.is_blind
+    ended = VmKey(2**22 + 1, 1, 9)  # no number that a process can have
+    source.answers = {ended: count(7)}
+    assert scene.look().complete
+
+
+def test_a_module_that_comes_is_noticed_at_once(tmp_path: Path) -> None:
+    module = tmp_path / "kvm"
+    source = ToldSource("first", unavailable="KVM is not loaded")
+    scene = Scene(source, kvm_module=module)
+    assert not scene.look().sources[0].up
+    opened = source.opened
+    source.unavailable = ""
+    assert not scene.look().sources[0].up
+    assert source.opened == opened, "it is not tried anew at each snapshot"
+    module.mkdir()
+    assert scene.look().sources[0].up
+
+
 def test_what_does_not_change_is_the_same_object(sources: tuple[ToldSource, ToldSource]) -> None:
     first, _second = sources
     scene = Scene(*sources)
@@ -248,6 +294,7 @@ def test_a_clone_keeps_both_apart_and_says_so(sources: tuple[ToldSource, ToldSou
         (True, None, Protection.UNKNOWN),
         (None, None, Protection.UNKNOWN),
         (None, 1, Protection.ARMED),
+        (None, 0, Protection.UNKNOWN),
         (False, None, Protection.UNSUPPORTED),
         (False, 0, Protection.UNSUPPORTED),
     ],

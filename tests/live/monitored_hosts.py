@@ -125,7 +125,7 @@ def open_blind_agent() -> Iterator[AgentProcess]:
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         agent = AgentProcess(process)
         try:
-            agent.wait()
+            agent.wait(blind=True)
             yield agent
         finally:
             agent.close()

@@ -121,6 +121,7 @@ def _add(one: ByHour, other: ByHour) -> ByHour:
 
 
 def _make_faulty_host(instance: str) -> Iterator[Series]:
+    yield Series(m.SNAPSHOT_TIMESTAMP, instance, always(1_700_000_000.0), {})
     yield from _make_host(instance, 4)
     yield Series(m.HOST_NO_PROGRESS, instance, always(0), {})
     yield from _make_vm(instance, VM, "batch-1")

@@ -30,6 +30,8 @@ SCENARIOS: Mapping[str, str] = {
     "KvmVcpuNoForwardProgress": "demo",
     "KvmVmUnprotected": "demo",
     "KvmNotifyExporterDown": "gone lost",
+    "KvmNotifyAgentBlind": "blind",
+    "KvmNotifySnapshotStale": "faulty",
     "KvmNotifySourceLost": "blind faulty",
     "KvmNotifyVmsUnread": "blind",
     "KvmVcpuContextInvalid": "faulty",
@@ -45,6 +47,7 @@ SCENARIOS: Mapping[str, str] = {
 _NO_INTEL = "takes an Intel CPU that loses the state of a guest"
 _NOTHING_LOST = "the simulated host loses no records, and no guest here takes notify exits"
 _NO_CLAIM = "the VM that the boards are asked about has its owner from libvirt, so its user claims nothing"
+_FRESH = "an agent that is scraped has read its host just now"
 _NO_FAULT = "a collector fails if it has a bug, or the kernel one"
 _TRACED = "no agent here has vCPUs that are armed and cannot be traced: that takes an Intel host under confidentiality"
 _TOO_SHORT = "two stalls in a minute and a half are too few"
@@ -56,6 +59,8 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("kvm-notify-fleet: Agents with problems", "kvm_exporter_trace_lost_records_total"): _NOTHING_LOST,
     ("alert KvmNotifyTraceBudgetExhausted", ""): _TOO_SHORT,
     ("alert KvmNotifyMetricsMissing", ""): _NO_FAULT,
+    ("alert KvmNotifySnapshotStale", ""): _FRESH,
+    ("README", "kvm_exporter_snapshot_timestamp_seconds"): _FRESH,
     ("kvm-notify-fleet: Agents with problems", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
     ("README", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
     ("alert KvmNotifyStallsNotDetected", ""): _TRACED,

@@ -32,6 +32,7 @@ from kvm.model import (
     VmReading,
 )
 from kvm.simulated.host import SimulatedHost
+from tests.snapshots import HIDDEN
 
 HOST = Host("6.12", "GenuineIntel", "6", "143", "8", "Xeon", "0x2b", "none", "kvm_intel", True)
 OWNER = Owner("qemu", "web", "uuid-1", project="shop", identity=Identity.LIBVIRT, uid=64055)
@@ -220,7 +221,7 @@ def test_host() -> None:
 
 
 def test_host_with_processes_that_could_not_be_looked_at_counts_nothing() -> None:
-    series = names(parse_series(open_collector(replace(make_snapshot(make_reading()), complete=False))))
+    series = names(parse_series(open_collector(replace(make_snapshot(make_reading()), blind_spots=HIDDEN))))
     assert not {"kvm_host_vms", "kvm_host_vcpus"} & series
     assert "kvm_vm_info" in series
 
@@ -388,9 +389,17 @@ def test_failed_collector_leaves_the_others_whole() -> None:
     assert {"kvm_vm_info", "kvm_vcpu_exits_total", "kvm_host_info"} <= names(series)
 
 
+OF_EXPORTER = ("kvm_exporter_source_up", "kvm_exporter_complete", "kvm_exporter_snapshot")
+
+
 @pytest.mark.parametrize("name", COLLECTORS)
 def test_each_collector_can_be_had_alone(name: str) -> None:
-    prefixes = {"host": "kvm_host_", "vm": "kvm_vm_", "vcpu": "kvm_vcpu_", "exporter": "kvm_exporter_source_up"}
+    prefixes: dict[str, str | tuple[str, ...]] = {
+        "host": "kvm_host_",
+        "vm": "kvm_vm_",
+        "vcpu": "kvm_vcpu_",
+        "exporter": OF_EXPORTER,
+    }
     collector = open_collector(make_snapshot(make_reading()))
     own = {found for found in names(parse_series(collector)) if found.startswith(prefixes[name])}
     series = parse_series(collector, [name])

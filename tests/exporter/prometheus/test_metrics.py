@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,7 +17,7 @@ from exporter.prometheus.collector import CollectorSettings, HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.metrics import METRICS, Metric, MetricType, order_labels
 from exporter.stalls.verdicts import MonitorReport
-from kvm.model import Snapshot
+from kvm.model import BlindSpot, Snapshot
 from kvm.simulated.host import SimulatedHost
 from tests.reports import make_report
 
@@ -90,11 +91,12 @@ def test_order_labels_refuses_other_names() -> None:
 class ErringHost:
     """A made-up host on which something could not be read."""
 
-    def __init__(self, clock: Iterator[float]) -> None:
+    def __init__(self, clock: Iterator[float], *blind_spots: BlindSpot) -> None:
+        self._blind_spots = blind_spots
         self._host = SimulatedHost(lambda: next(clock), lambda: 1_800_000_000.0)
 
     def read(self) -> Snapshot:
-        return replace(self._host.read(), errors={("stats_fd", "malformed"): 2})
+        return replace(self._host.read(), errors={("stats_fd", "malformed"): 2}, blind_spots=self._blind_spots)
 
     def close(self) -> None:
         self._host.close()
@@ -107,14 +109,25 @@ def make_watch_report() -> MonitorReport:
     return MonitorReport(vcpus=(report,), interval_min_seconds={128_000: 0.025}, context_invalid={})
 
 
-def test_produced_is_declared() -> None:
-    reader = ErringHost(iter([0.0, 1.0, 100.0]))
+def collect_families(*blind_spots: BlindSpot) -> dict[str, prometheus_client.Metric]:
+    reader = ErringHost(iter([0.0, 1.0, 100.0]), *blind_spots)
     build = BuildInfo("1", "2", "3")
     collector = HostCollector(reader, CollectorSettings(), build, time.perf_counter, make_watch_report)
     collector.collect()
-    families = list(text_string_to_metric_families(render_text(collector.collect())))
-    assert [family.name for family in families] == [metric.family for metric in METRICS]
-    for family, metric in zip(families, METRICS, strict=True):
+    return {family.name: family for family in text_string_to_metric_families(render_text(collector.collect()))}
+
+
+def test_produced_is_declared() -> None:
+    seeing, blind = collect_families(), collect_families(BlindSpot("hidden_processes", "/proc hides process 1"))
+    # Counts of VMs are absent where VMs may be missing, and why they may be where none can be.
+    assert seeing.keys() - blind.keys() == {"kvm_host_vms", "kvm_host_vcpus"}
+    assert blind.keys() - seeing.keys() == {"kvm_exporter_incomplete_reason_info"}
+    declared = [metric.family for metric in METRICS]
+    assert seeing.keys() | blind.keys() == set(declared)
+    for families in (seeing, blind):
+        assert [*families] == [name for name in declared if name in families]
+    for metric in METRICS:
+        family = (seeing | blind)[metric.family]
         assert family.type == metric.type
         assert family.documentation == metric.help
         for sample in family.samples:

@@ -21,7 +21,7 @@ from exporter.web.status_handlers import make_headers
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport, VmCounters
 from kvm.simulated.host import SimulatedHost
 from tests.reports import make_report
-from tests.snapshots import make_snapshot, make_unread
+from tests.snapshots import HIDDEN, make_snapshot, make_unread
 from tests.status_hosts import HOSTILE_NAMES, make_large_host, make_reports, make_vm_reading
 
 FRAME = Frame("0.1.0", "abc123", "hv-17", {"Metrics": "/metrics"})
@@ -266,9 +266,9 @@ def test_headlines_by_what_matters() -> None:
     assert "Whether one is stuck is not known." in tell(problem="no tracefs")
     assert tell(snapshot=None) == "The host has not been looked at yet."
     assert tell(snapshot=make_snapshot(reading, sources=())) == "The counters of this host cannot be read."
-    incomplete = make_snapshot(reading, complete=False)
-    assert tell(snapshot=incomplete) == "Not every process of this host can be seen."
-    assert "Not every process can be seen: there may be VMs" in render(draw(incomplete))
+    incomplete = make_snapshot(reading, blind_spots=HIDDEN)
+    assert tell(snapshot=incomplete) == "There may be VMs on this host that are not seen."
+    assert "There may be VMs that are not listed: /proc hides process 1." in render(draw(incomplete))
     assert "Not every process" not in render(draw(snapshot))
     nobody = make_status_view(snapshot, None, RateHistory(), NOW, UNIX)
     assert make_headline(nobody, True).meaning == "This agent does not watch for stalls."

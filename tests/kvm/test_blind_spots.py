@@ -1,0 +1,56 @@
+"""Why VMs may be missing: every kind of evidence, and that nothing less than all of it is called complete."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvm.blind_spots import REFUSED_PROCESSES, Evidence, find_blind_spots
+
+ALL_SEEN = Evidence(initial_pid_namespace=True, works=True, finds_vms=True)
+WITHOUT_BPF = replace(ALL_SEEN, finds_vms=False)
+
+
+@pytest.mark.parametrize(
+    ("seen", "reasons"),
+    [
+        (ALL_SEEN, []),
+        (WITHOUT_BPF, []),
+        (replace(ALL_SEEN, initial_pid_namespace=False), ["pid_namespace"]),
+        (replace(ALL_SEEN, initial_pid_namespace=None), ["pid_namespace"]),
+        (replace(ALL_SEEN, works=False), ["no_source"]),
+        (replace(ALL_SEEN, hidden=26), ["hidden_processes"]),
+        (replace(ALL_SEEN, pending=1), ["owners_pending"]),
+        # What /proc hides is no loss where a source finds every VM by itself.
+        (replace(ALL_SEEN, sees_first_process=False), []),
+        (replace(WITHOUT_BPF, sees_first_process=False), ["hidden_processes"]),
+        (replace(WITHOUT_BPF, refused=REFUSED_PROCESSES), []),
+        (replace(WITHOUT_BPF, refused=REFUSED_PROCESSES + 1), ["refused_processes"]),
+        (replace(WITHOUT_BPF, refused=1, refused_may_hold_vms=True), ["refused_processes"]),
+    ],
+)
+def test_each_blind_spot_has_its_name(seen: Evidence, reasons: list[str]) -> None:
+    assert [spot.reason for spot in find_blind_spots(seen)] == reasons
+
+
+@given(
+    st.builds(
+        Evidence,
+        initial_pid_namespace=st.sampled_from([True, False, None]),
+        works=st.booleans(),
+        finds_vms=st.booleans(),
+        pending=st.integers(0, 3),
+        hidden=st.integers(0, 3),
+        sees_first_process=st.booleans(),
+        refused=st.integers(0, 40),
+        refused_may_hold_vms=st.booleans(),
+    )
+)
+def test_only_what_has_seen_everything_is_complete(seen: Evidence) -> None:
+    sees_processes = seen.sees_first_process and seen.refused <= REFUSED_PROCESSES and not seen.refused_may_hold_vms
+    sees_all = seen.initial_pid_namespace is True and seen.works and not seen.pending and not seen.hidden
+    assert (find_blind_spots(seen) == ()) is (sees_all and (seen.finds_vms or sees_processes))
+    assert all(spot.text for spot in find_blind_spots(seen))
