@@ -28,6 +28,7 @@ from pathlib import Path
 from kvm import abi, binary_stats, syscalls
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable, VmGone
+from kvm.host.privileges import read_privileges
 from kvm.host.throwaway_vm import ThrowawayVm, read_descriptors
 from kvm.model import VmCounters, VmKey
 
@@ -173,7 +174,10 @@ class StatsFdSource:
         return ""
 
     def _try_other_process(self) -> str:
-        """Borrow an fd of process 1, whoever's it is; returns why other processes' fds cannot be had."""
+        """Borrow an fd of process 1, whoever's it is; returns why other processes' fds cannot be had.
+
+        Process 1 may be out of bounds even to root: a refusal counts only where the capability is missing too.
+        """
         try:
             pidfd = os.pidfd_open(1)
         except OSError:
@@ -181,6 +185,8 @@ class StatsFdSource:
         try:
             os.close(syscalls.pidfd_getfd(pidfd, 0))
         except PermissionError:
+            if not read_privileges().lacks("CAP_SYS_PTRACE"):
+                return ""
             return "other processes' fds cannot be borrowed, and nothing has been read yet; give CAP_SYS_PTRACE"
         except OSError:
             return ""  # that fd is closed: it was allowed to ask
