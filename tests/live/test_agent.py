@@ -225,7 +225,8 @@ def test_an_unprivileged_agent_says_what_it_cannot_see() -> None:
         pytest.skip(f"the interpreter cannot be run by another user: {run.stderr[-200:]}")
     assert run.returncode == 1, run.stderr
     assert "uid 65534, without CAP_BPF" in run.stdout
-    assert "VMs may be missing, and what is not seen is not exported" in run.stdout
+    assert "no source works: no counter of this host can be read" in run.stdout
+    assert "processes whose fds may not be seen" in run.stdout
 
 
 def test_vms_killed_while_they_are_scraped_cost_nothing_and_are_not_kept_alive(agent: AgentProcess) -> None:
