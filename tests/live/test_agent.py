@@ -21,6 +21,7 @@ from tests import own_mounts
 from tests.agents import ROOT, AgentProcess, open_agent, run_agent, run_once_json
 from tests.live import OTHER_EXITS, open_guest_process
 from tests.own_mounts import UNMOUNT_ALL
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.live
 
@@ -35,8 +36,15 @@ def agent() -> Iterator[AgentProcess]:
 
 
 def find_vm(agent: AgentProcess, pid: int) -> dict[str, str]:
-    infos = agent.scrape()["kvm_vm_info"].samples
-    (labels,) = (sample.labels for sample in infos if sample.labels["pid"] == str(pid))
+    """The labels of a process's VM, once its owner is known: on a busy machine that takes a snapshot more."""
+
+    def find() -> list[dict[str, str]]:
+        families = agent.scrape()
+        samples = families["kvm_vm_info"].samples if "kvm_vm_info" in families else []
+        return [sample.labels for sample in samples if sample.labels["pid"] == str(pid)]
+
+    wait_until(find, f"the VM of process {pid}")
+    (labels,) = find()
     return labels
 
 
