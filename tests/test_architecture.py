@@ -73,8 +73,6 @@ TESTED_IN = {
     "kvm.discovery.kvm_fds": "kvm/discovery/test_vm_discovery.py",
     "kvm.discovery.uevents": "kvm/discovery/test_vm_discovery.py",
     "kvm.host.kvm_device": "kvm/host/test_facts.py",
-    "kvm.host.private_mount": "kvm/host/test_lockdown.py",
-    "kvm.host.privileges": "kvm/bpf/test_refusals.py",
     "kvm.host.throwaway_vm": "live/test_bpf.py",
     "kvm.identity.evidence": "kvm/identity/test_owners.py",
     "kvm.identity.lookup_child": "kvm/identity/test_owner_cache.py",

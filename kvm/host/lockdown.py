@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvm.host.private_mount import PrivateMount
+from kvm.host.securityfs import Securityfs, open_securityfs
 
 
 class Lockdown(NamedTuple):
@@ -24,34 +25,19 @@ def parse_lockdown(text: str) -> str:
 
 
 def read_lockdown(sysfs: Path, open_private: Callable[[str], PrivateMount] = PrivateMount) -> Lockdown:
-    """Read the mode from securityfs, or from a private instance where it is not mounted. Raises nothing."""
-    securityfs = sysfs / "kernel/security"
-    found = _read(securityfs)
-    if found is not None:
-        return found
+    """Read the mode from securityfs, mounted or private. Raises nothing."""
     try:
-        private = open_private("securityfs")
+        with open_securityfs(sysfs, open_private) as securityfs:
+            return _read(securityfs)
     except OSError as err:
         return Lockdown("", f"securityfs is not mounted, and this process may not open it ({err.strerror})")
-    try:
-        found = _read(private.path)
-    finally:
-        private.close()
-    if found is None:
-        return Lockdown("", "securityfs is empty")
-    return found._replace(note=found.note or "securityfs is not mounted: read through a private instance")
 
 
-def _read(securityfs: Path) -> Lockdown | None:
-    """Read the mode; None where this is no securityfs."""
+def _read(securityfs: Securityfs) -> Lockdown:
+    note = "securityfs is not mounted: read through a private instance" if securityfs.is_private else ""
     try:
-        return Lockdown(parse_lockdown((securityfs / "lockdown").read_text()))
+        return Lockdown(parse_lockdown((securityfs.path / "lockdown").read_text()), note)
     except FileNotFoundError:
-        pass
+        return Lockdown("none", "; ".join(filter(None, ("the kernel is built without lockdown", note))))
     except OSError as err:
-        return Lockdown("", f"{securityfs}/lockdown: {err.strerror}")
-    try:
-        is_securityfs = any(securityfs.iterdir())
-    except OSError:
-        return None
-    return Lockdown("none", "the kernel is built without lockdown") if is_securityfs else None
+        return Lockdown("", f"{securityfs.path}/lockdown: {err.strerror}")

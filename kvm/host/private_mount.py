@@ -3,6 +3,11 @@
 A new machine has neither tracefs nor securityfs mounted, and an agent must not mount what other people then see. The
 mount API makes a mount that is attached nowhere: it is reached through its fd alone, and is gone when that is closed.
 fsopen(2), fsconfig(2), fsmount(2): Linux 5.2; it takes CAP_SYS_ADMIN.
+
+The kernel has one superblock of each of these file systems, shared by all its mounts. Before Linux kernel commit
+47311db8e8f3 "tracefs: Only clobber mode/uid/gid on remount if asked" (in v6.0 and stable trees) another mount reset the
+mode and group that somebody had given tracefs. So a private instance is the last resort, where no mount is visible, and
+no options are set.
 """
 
 from __future__ import annotations

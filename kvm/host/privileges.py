@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvm import abi
+from kvm.host.private_mount import PrivateMount
+from kvm.host.securityfs import open_securityfs
 
 # What each capability is needed for, in words for a person.
 NEEDED_CAPABILITIES = {
@@ -18,7 +21,7 @@ NEEDED_CAPABILITIES = {
     "CAP_PERFMON": "to let them read kernel memory, and to trace",
     "CAP_SYS_PTRACE": "to see and borrow other processes' fds",
     "CAP_DAC_READ_SEARCH": "to read tracefs and libvirt's files",
-    "CAP_SYS_ADMIN": "for the trigger, and to trace where perf_event_paranoid is 3",
+    "CAP_SYS_ADMIN": "for the trigger, to trace where perf_event_paranoid is 3, and where tracefs is not mounted",
 }
 # include/linux/capability.h, bpf_capable() and perfmon_capable(): CAP_SYS_ADMIN will do as well.
 _IMPLIED_BY_SYS_ADMIN = ("CAP_BPF", "CAP_PERFMON")
@@ -28,14 +31,15 @@ _IMPLIED_BY_SYS_ADMIN = ("CAP_BPF", "CAP_PERFMON")
 class Privileges:
     """What a process may do. None and "" stand for what could not be read.
 
-    ``capabilities`` is the set of effective ones, a bit each; ``label`` is the process's AppArmor profile or SELinux
-    context; ``ptrace_scope`` is yama's (3 forbids borrowing fds altogether), ``perf_event_paranoid`` the sysctl of that
-    name. ``is_seccomp_filtered`` says that a filter may refuse system calls.
+    ``capabilities`` is the set of effective ones, a bit each; ``security_modules`` are those that are active in the
+    kernel; ``label`` is the process's AppArmor profile or SELinux context; ``ptrace_scope`` is yama's (3 forbids
+    borrowing fds altogether), ``perf_event_paranoid`` the sysctl of that name. ``is_seccomp_filtered`` says that a
+    filter may refuse system calls.
     """
 
     uid: int
     capabilities: int | None = None
-    security_modules: tuple[str, ...] = ()
+    security_modules: tuple[str, ...] | None = None
     label: str = ""
     selinux_enforcing: bool = False
     ptrace_scope: int | None = None
@@ -49,6 +53,16 @@ class Privileges:
             return False
         names = (capability, "CAP_SYS_ADMIN") if capability in _IMPLIED_BY_SYS_ADMIN else (capability,)
         return not any(self.capabilities >> getattr(abi, name) & 1 for name in names)
+
+    @property
+    def is_unrestricted(self) -> bool:
+        """Whether it is known to have every needed capability, on the host itself, and no seccomp filter."""
+        return (
+            self.capabilities is not None
+            and not self.missing_capabilities
+            and self.initial_user_namespace is True
+            and self.is_seccomp_filtered is False
+        )
 
     @property
     def missing_capabilities(self) -> tuple[str, ...]:
@@ -73,15 +87,30 @@ def parse_initial_user_namespace(uid_map: str) -> bool:
     return uid_map.split() == ["0", "0", str(2**32 - 1)]
 
 
-def read_privileges(proc: Path = Path("/proc"), sysfs: Path = Path("/sys")) -> Privileges:
+def read_security_modules(
+    sysfs: Path, open_private: Callable[[str], PrivateMount] = PrivateMount
+) -> tuple[str, ...] | None:
+    """Read which security modules are active, None where that cannot be read."""
+    try:
+        with open_securityfs(sysfs, open_private) as securityfs:
+            names = (securityfs.path / "lsm").read_text().strip()
+    except OSError:
+        return None
+    return tuple(names.split(",")) if names else ()
+
+
+def read_privileges(
+    proc: Path = Path("/proc"),
+    sysfs: Path = Path("/sys"),
+    open_private: Callable[[str], PrivateMount] = PrivateMount,
+) -> Privileges:
     """Read what this process may do; raises nothing."""
     status = _read_text(proc / "self/status") or ""
-    modules = _read_text(sysfs / "kernel/security/lsm")
     uid_map = _read_text(proc / "self/uid_map")
     return Privileges(
         uid=os.geteuid(),
         capabilities=parse_effective_capabilities(status),
-        security_modules=tuple(modules.split(",")) if modules else (),
+        security_modules=read_security_modules(sysfs, open_private),
         label=_read_text(proc / "self/attr/current") or "",
         selinux_enforcing=_read_text(sysfs / "fs/selinux/enforce") == "1",
         ptrace_scope=_parse_number(_read_text(proc / "sys/kernel/yama/ptrace_scope")),

@@ -278,7 +278,7 @@ class NotifyTracer:
             tracefs.close()
 
     def _explain(self, err: OSError, tid: int) -> KvmReadError:
-        return explain(err, tid, read_privileges(self._proc, self._sysfs))
+        return explain(err, tid, read_privileges(self._proc, self._sysfs, self._open_private))
 
     def _read_tracepoint(self) -> Tracepoint:
         # Read each time: when the module kvm is loaded anew, its tracepoints get other numbers.

@@ -28,6 +28,7 @@ from kvm.perf.notify_tracer import NotifyTracer
 from kvm.perf.ring import Sample
 from kvm.perf.tracefs import open_tracefs, read_tracepoint
 from tests.live import open_guest_process
+from tests.own_mounts import UNMOUNT_ALL
 
 pytestmark = pytest.mark.live
 
@@ -415,6 +416,36 @@ UNMOUNT = "umount -l /sys/kernel/debug/tracing; umount -l /sys/kernel/tracing; "
 def test_tracefs_in_unusual_places(prepare: str, said: str) -> None:
     words = ["unshare", "--mount", "sh", "-c", prepare + 'exec "$@"', "sh"]
     assert open_elsewhere(*words).startswith(said)
+
+
+BARE = """
+import os, threading
+from pathlib import Path
+from kvm.perf.notify_tracer import NotifyTracer
+mountinfo = Path("/proc/self/mountinfo")
+before, mounts = mountinfo.read_text(), Path("/proc/mounts").read_text()
+assert not any(line.split()[2] in ("tracefs", "debugfs", "securityfs", "bpf") for line in mounts.splitlines())
+ready, end, tids = threading.Event(), threading.Event(), []
+thread = threading.Thread(target=lambda: (tids.append(threading.get_native_id()), ready.set(), end.wait()))
+thread.start()
+ready.wait()
+tracer = NotifyTracer()
+tracer.open()
+armed = tracer.arm(tids[0])
+armed.watch_other_rips(0x10000)
+print(os.readlink(f"/proc/self/fd/{armed.fd}"), tracer.tracefs.is_private, armed.read().ended)
+armed.disarm()
+tracer.close()
+end.set()
+print(mountinfo.read_text() == before, sorted(os.listdir("/proc/self/fd")))
+"""
+
+
+def test_where_nothing_is_mounted_a_thread_is_armed_and_no_mount_appears() -> None:
+    words = ["unshare", "--mount", "sh", "-c", f'{UNMOUNT_ALL}; exec "$@"', "sh", sys.executable, "-c", BARE]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = ["anon_inode:[perf_event] True False", "True ['0', '1', '2', '3']"]  # 3 lists the fds
+    assert done.stdout.splitlines() == said, done.stderr
 
 
 def test_tracefs_is_where_it_usually_is() -> None:

@@ -41,6 +41,13 @@ def test_what_may_not_be_opened_is_not_known(tmp_path: Path) -> None:
     assert read_lockdown(tmp_path, refuse) == Lockdown("", note)
 
 
+def test_a_mode_that_may_not_be_read_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "kernel/security/lockdown").mkdir(parents=True)  # EISDIR, also to root
+    found = read_lockdown(tmp_path, refuse)
+    assert found.mode == ""
+    assert found.note.endswith("kernel/security/lockdown: Is a directory")
+
+
 PRINT = """
 from pathlib import Path
 from kvm.host.lockdown import read_lockdown
