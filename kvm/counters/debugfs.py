@@ -21,7 +21,8 @@ from pathlib import Path
 
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable
-from kvm.host.privileges import read_initial_pid_namespace
+from kvm.host.lockdown import Lockdown, read_lockdown
+from kvm.host.privileges import Privileges, read_initial_pid_namespace, read_privileges
 from kvm.model import VmCounters, VmKey
 
 _VM_DIRECTORY = re.compile(r"(\d{1,10})-(\d{1,10})")
@@ -103,11 +104,16 @@ class DebugfsSource:
     doubt = ""  # opening a counter is what may be refused, and that is tried
 
     def __init__(
-        self, wanted: Sequence[str], kvm_directory: Path, proc: Path, on_error: Callable[[int, str, str], None]
+        self,
+        wanted: Sequence[str],
+        kvm_directory: Path,
+        proc: Path,
+        on_error: Callable[[int, str, str], None],
+        sysfs: Path = Path("/sys"),
     ) -> None:
         self._wanted = tuple(wanted)
         self._kvm_directory = kvm_directory
-        self._proc = proc
+        self._proc, self._sysfs = proc, sysfs
         self._on_error = on_error
         self._directories: dict[VmKey, Path | None] = {}
 
@@ -128,7 +134,8 @@ class DebugfsSource:
                 f"{self._kvm_directory} is not there", "mount -t debugfs none /sys/kernel/debug; load kvm"
             ) from err
         except PermissionError as err:
-            raise SourceUnavailable(*_explain_refusal(err)) from err
+            lockdown = read_lockdown(self._sysfs)
+            raise explain_refusal(err, lockdown, read_privileges(self._proc, self._sysfs)) from err
         except OSError as err:
             raise SourceUnavailable(f"{path}: {err.strerror}") from err
 
@@ -161,11 +168,23 @@ class DebugfsSource:
         return VmCounters(vcpu_ids, (None,) * len(vcpu_ids), {}, totals)
 
 
-def _explain_refusal(err: OSError) -> tuple[str, str]:
-    """Tell lockdown from missing rights: debugfs_locked_down() in fs/debugfs/file.c gives EPERM, modes EACCES."""
-    if err.errno == errno.EPERM:
-        return (
-            f"{err.strerror} for a file that this process may read: the kernel's lockdown forbids reading debugfs",
-            "nothing to do under Secure Boot: bpf and stats_fd still work",
-        )
-    return f"debugfs may not be looked into ({err.strerror})", "run as root or give CAP_DAC_READ_SEARCH"
+def explain_refusal(err: OSError, lockdown: Lockdown, privileges: Privileges) -> SourceUnavailable:
+    """Say why the kernel refused to open a counter. Pure.
+
+    Missing rights are EACCES; EPERM is what debugfs_locked_down() in fs/debugfs/file.c answers. Where the mode is not
+    known, it still is evidence of lockdown if nothing else restricts this process.
+    """
+    if err.errno != errno.EPERM:
+        remedy = "run as root or give CAP_DAC_READ_SEARCH"
+        return SourceUnavailable(f"debugfs may not be read ({err.strerror})", remedy)
+    remedy = "nothing to do under Secure Boot: bpf and stats_fd still work"
+    if lockdown.mode == "none":
+        reason = f"debugfs: {err.strerror}, although there is no lockdown"
+        return SourceUnavailable(reason, "ask who set this host up: a security module or a seccomp filter forbids it")
+    if lockdown.mode:
+        return SourceUnavailable("the kernel's lockdown forbids reading counters in debugfs", remedy)
+    if privileges.is_unrestricted:
+        reason = f"debugfs: {err.strerror} with every capability: the kernel is locked down, in a mode not known"
+        return SourceUnavailable(reason, remedy)
+    reason = f"debugfs: {err.strerror}; perhaps by lockdown, whose mode is not known"
+    return SourceUnavailable(reason, "mount securityfs, or give CAP_SYS_ADMIN, to learn whether it is lockdown")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvm.counters.debugfs import (
     DebugfsSource,
+    explain_refusal,
     find_vcpu_ids,
     find_vm_directory,
     may_hold_vms,
@@ -18,6 +21,8 @@ from kvm.counters.debugfs import (
 )
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable
+from kvm.host.lockdown import Lockdown
+from kvm.host.privileges import Privileges
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VmKey
 
 WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
@@ -126,6 +131,36 @@ def test_open_says_what_is_missing(tmp_path: Path) -> None:
     assert "6.0" in too_old.value.remedy
     (tmp_path / "kvm" / NOTIFY_WINDOW_EXITS).write_text("0\n")
     source.open()
+
+
+UNRESTRICTED = Privileges(uid=0, capabilities=2**41 - 1, initial_user_namespace=True, is_seccomp_filtered=False)
+EPERM = PermissionError(errno.EPERM, "Operation not permitted")
+UNKNOWN = Lockdown("", "securityfs is not mounted")
+
+
+@pytest.mark.parametrize(
+    ("err", "lockdown", "privileges", "reason"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), Lockdown("integrity"), UNRESTRICTED, "may not be read"),
+        (EPERM, Lockdown("integrity"), UNRESTRICTED, "the kernel's lockdown forbids reading counters in debugfs"),
+        (EPERM, Lockdown("none"), UNRESTRICTED, "although there is no lockdown"),
+        (EPERM, UNKNOWN, UNRESTRICTED, "with every capability: the kernel is locked down, in a mode not known"),
+        (
+            EPERM,
+            UNKNOWN,
+            replace(UNRESTRICTED, is_seccomp_filtered=True),
+            "perhaps by lockdown, whose mode is not known",
+        ),
+        (EPERM, UNKNOWN, replace(UNRESTRICTED, capabilities=1 << 2), "perhaps by lockdown, whose mode is not known"),
+        (EPERM, UNKNOWN, replace(UNRESTRICTED, capabilities=None), "perhaps by lockdown, whose mode is not known"),
+    ],
+)
+def test_a_refusal_is_laid_to_lockdown_only_on_evidence(
+    err: OSError, lockdown: Lockdown, privileges: Privileges, reason: str
+) -> None:
+    found = explain_refusal(err, lockdown, privileges)
+    assert reason in found.reason
+    assert found.remedy
 
 
 @given(st.text())
