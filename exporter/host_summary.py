@@ -97,7 +97,7 @@ def _describe_notify(host: Host, vmx_flags: frozenset[str] | None) -> str:
 def describe_lockdown(host: Host) -> str:
     """Say what the kernel's lockdown closes."""
     texts = {
-        "": "unknown",
+        "": "mode unknown",
         "none": "none",
         "integrity": "integrity (usual with Secure Boot): counters in debugfs are closed, even to root",
         "confidentiality": "confidentiality: eBPF and traces are closed as well",
@@ -127,8 +127,10 @@ def _describe_namespaces(host: Host, privileges: Privileges) -> str:
 
 
 def _describe_security(privileges: Privileges) -> str:
-    modules = ",".join(privileges.security_modules) or "no module is shown"
-    parts = [modules]
+    if privileges.security_modules is None:
+        parts = ["modules unknown: securityfs cannot be read"]
+    else:
+        parts = [",".join(privileges.security_modules) or "no module is active"]
     if privileges.label and privileges.label != "unconfined":
         parts.append(f"this process is confined as {privileges.label!r}")
     if privileges.selinux_enforcing:
