@@ -1,8 +1,8 @@
-"""One look at the host as metric families; never raises.
+"""One snapshot of the host as metric families; never raises.
 
 Four collectors make the families, and each can be chosen: ``host``, ``vm``, ``vcpu``, ``exporter``. They share one
-look, taken first and timed as ``look``. A collector that fails loses its own families and nothing else, and says so in
-``kvm_exporter_scrape_collector_success``; a VM that makes no sense loses its own series and counts in
+snapshot, taken first and timed as ``snapshot``. A collector that fails loses its own families and nothing else, and
+says so in ``kvm_exporter_scrape_collector_success``; a VM that makes no sense loses its own series and counts in
 ``kvm_exporter_read_errors_total``.
 
 ``--vm.include`` and ``--vm.exclude`` decide which VMs have series of their own; the host's sums hold them all.
@@ -32,7 +32,7 @@ from kvm.read_errors import ReadErrors
 log = logging.getLogger(__name__)
 
 COLLECTORS: Final = ("host", "vm", "vcpu", "exporter")
-LOOK: Final = "look"
+SNAPSHOT: Final = "snapshot"
 
 
 class BadSelection(ValueError):
@@ -123,7 +123,7 @@ class HostCollector:
             families.update((family.metric, family) for family in made or () if family.chunks)
             return made is not None
 
-        looked = run(LOOK, self._look)
+        is_read = run(SNAPSHOT, self._look)
         collectors = {
             "host": self._collect_host,
             "vm": self._collect_vms,
@@ -131,7 +131,7 @@ class HostCollector:
             "exporter": self._collect_sources,
         }
         for name in (name for name in COLLECTORS if name in names):
-            if looked:
+            if is_read:
                 run(name, collectors[name])
             else:
                 success.add((name,), 0)

@@ -92,13 +92,13 @@ VM_INFO = Metric(
     MetricType.GAUGE,
     "Who a VM is, as far as is known, and who vouches for that (identity): libvirt, cgroup and container are root's "
     "word, cmdline and claimed that of whoever runs the VM, process nobody's; always 1.",
-    ("display_name", "identity", "name", "namespace", "pid", "project", "uid", "uuid", "vm", "vmm"),
+    ("display_name", "identity", "name", "pid", "project", "uid", "uuid", "vm", "vm_namespace", "vmm"),
 )
 VM_CLAIMED_INFO = Metric(
     "kvm_vm_claimed_info",
     MetricType.GAUGE,
     "What a VM's own user says of its owner, which may be another's name; always 1, absent where nothing is claimed.",
-    ("display_name", "namespace", "project", "vm"),
+    ("display_name", "project", "vm", "vm_namespace"),
 )
 VM_SOURCE_INFO = Metric(
     "kvm_vm_source_info",
@@ -261,7 +261,7 @@ READ_ERRORS = Metric(
 SCRAPE_DURATION = Metric(
     "kvm_exporter_scrape_collector_duration_seconds",
     MetricType.GAUGE,
-    'How long a collector took; collector "look" is the reading of the host, before the others.',
+    'How long a collector took; collector "snapshot" is the reading of the host, before the others.',
     ("collector",),
     "seconds",
 )

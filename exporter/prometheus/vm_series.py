@@ -133,7 +133,7 @@ def _find_positions(reading: VmReading, series: VcpuSeries) -> Sequence[int]:
 
 def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
     vm, owner = reading.vm, reading.vm.owner
-    # Alerts are routed by project and namespace: only what somebody vouches for may say whose VM it is.
+    # Alerts are routed by project and vm_namespace: only what somebody vouches for may say whose VM it is.
     is_vouched = owner.identity.is_vouched
     info = order_labels(
         metrics.VM_INFO,
@@ -144,7 +144,7 @@ def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
         vmm=owner.vmm,
         pid=str(vm.key.pid),
         project=owner.project if is_vouched else "",
-        namespace=owner.namespace if is_vouched else "",
+        vm_namespace=owner.namespace if is_vouched else "",
         identity=owner.identity,
         uid="" if owner.uid is None else str(owner.uid),
     )
@@ -153,7 +153,7 @@ def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
         vm=vm.id,
         display_name=owner.display_name,
         project=owner.project,
-        namespace=owner.namespace,
+        vm_namespace=owner.namespace,
     )
     has_claims = not is_vouched and bool(owner.display_name or owner.project or owner.namespace)
     samples: list[tuple[Metric, Sequence[str], float | None]] = [

@@ -27,7 +27,7 @@ OWNER_COLUMNS = (
     Column(field="name", title="Name", links=[link_to_vm()]),
     Column(field="display_name", title="User's name"),
     Column(field="project", title="Project"),
-    Column(field="namespace", title="Namespace"),
+    Column(field="vm_namespace", title="Namespace"),
 )
 
 

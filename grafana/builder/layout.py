@@ -113,7 +113,7 @@ def vm_variable() -> Json:
     The text starts with names, which are not unique and belong to strangers; so the value comes from the end of what
     Prometheus answers, where no name can reach.
     """
-    known_by = ", ".join(f'"{label}"' for label in ("display_name", "name", "project", "namespace", "vm"))
+    known_by = ", ".join(f'"{label}"' for label in ("display_name", "name", "project", "vm_namespace", "vm"))
     query = f'query_result(max by (label, vm) (label_join({select(m.VM_INFO)}, "label", " ", {known_by})))'
     regex = r'/^\{label="\s*(?<text>.*)",vm="(?<value>[^"]+)"\} /'
     return _query_variable("vm", "VM", query, multi=False, all_first=False, regex=regex)

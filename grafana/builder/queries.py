@@ -28,7 +28,7 @@ HOST_SECONDS_LOST: Final = Metric(
 
 HOST_KEYS: Final = "job, instance"
 VM_KEYS: Final = "job, instance, vm"
-OWNER: Final = "name, display_name, project, namespace"
+OWNER: Final = "name, display_name, project, vm_namespace"
 CPU: Final = "cpu_model_name, cpu_family, cpu_model, cpu_stepping, microcode"
 
 

@@ -84,9 +84,9 @@ def _increase_by_vcpu(metric: Metric) -> str:
 def _select_claims() -> str:
     """What the VM's own user says, under names of its own: it must not be taken for the owner."""
     claims = select(m.VM_CLAIMED_INFO, vm=VM)
-    for label in ("project", "namespace"):
+    for label in ("project", "vm_namespace"):
         claims = f'label_replace({claims}, "claimed_{label}", "$1", "{label}", "(.*)")'
-    return f"max by ({VM_KEYS}, claimed_project, claimed_namespace) ({claims})"
+    return f"max by ({VM_KEYS}, claimed_project, claimed_vm_namespace) ({claims})"
 
 
 def _who_it_is() -> Row:
@@ -110,9 +110,9 @@ def _who_it_is() -> Row:
                     Column(field="name", title="Name"),
                     Column(field="display_name", title="User's name"),
                     Column(field="project", title="Project"),
-                    Column(field="namespace", title="Namespace"),
+                    Column(field="vm_namespace", title="Namespace"),
                     Column(field="claimed_project", title="Claimed project"),
-                    Column(field="claimed_namespace", title="Claimed namespace"),
+                    Column(field="claimed_vm_namespace", title="Claimed namespace"),
                     Column(field="uuid", title="UUID"),
                     Column(field="vmm", title="VMM"),
                     Column(field="identity", title="Vouched by"),

@@ -40,7 +40,7 @@ TEST_FILES: Final = sorted((DIRECTORY / "tests").glob("*.test.yml"))
 RUNBOOK: Final = "https://github.com/kvm-notify-exporter/kvm-notify-exporter#"
 PACKAGES: Final = {"promtool": "prometheus", "amtool": "prometheus-alertmanager"}
 # Drops labels that a target may have brought along under the names of an owner's, and mostly has not.
-DROPPED_OWNER: Final = re.compile(r"max without \((name, display_name, )?project, namespace, (uuid, )?vmm\)")
+DROPPED_OWNER: Final = re.compile(r"max without \((name, display_name, )?project, vm_namespace, (uuid, )?vmm\)")
 # What Prometheus adds to a scrape.
 PROMETHEUS_METRICS: Final = {"up": frozenset[str]()}
 
@@ -134,7 +134,7 @@ def test_an_alert_says_what_a_person_needs(rule: Rule) -> None:
     texts = rule.body["annotations"]
     if "vm" in find_series_labels(rule.expr):
         assert "$labels.vm" in texts["summary"]
-        for label in ("vm", "name", "display_name", "project", "namespace", "vmm", "instance"):
+        for label in ("vm", "name", "display_name", "project", "vm_namespace", "vmm", "instance"):
             assert f"$labels.{label}" in texts["description"]
     elif "instance" in find_series_labels(rule.expr):
         assert "$labels.instance" in texts["summary"]
@@ -227,7 +227,7 @@ def test_the_rules_of_vms_hold_no_more_samples_than_they_must() -> None:
 
 @pytest.mark.parametrize("rule", ALERTS, ids=by_name)
 def test_where_the_name_is_not_known_no_other_is_in_its_place(rule: Rule) -> None:
-    """Targets may bring the labels namespace and project along, of the agent and not of the VM."""
+    """Targets may bring the labels vm_namespace and project along, of the agent and not of the VM."""
     if "group_left" in rule.expr and "vm:kvm_vm_info:unique" in rule.expr:
         _known, unknown = rule.expr.split("or on (job, instance, vm)")
         assert DROPPED_OWNER.match(unknown.strip())
@@ -241,7 +241,7 @@ def test_a_join_is_on_the_host_and_cannot_fail(rule: Rule) -> None:
         if join.grouped:
             assert join.on is not None
             assert ("vm" in join.on) == bool(
-                {"name", "project", "namespace"} & join.group_labels
+                {"name", "project", "vm_namespace"} & join.group_labels
             ) or not join.group_labels
     for node in walk(ast.parse(rule.expr)):
         if (

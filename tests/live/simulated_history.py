@@ -84,7 +84,7 @@ def _make_vm(instance: str, vm: str, name: str) -> Iterator[Series]:
     info |= {"vm": vm, "uuid": vm, "name": name, "project": "research", "vmm": "qemu", "pid": "5000"}
     yield Series(m.VM_INFO, instance, always(1), info)
     yield Series(m.VM_NOTIFY_WINDOW, instance, always(128_000), {"vm": vm})
-    claims = {"vm": vm, "display_name": "", "project": "somebody-else", "namespace": "kube-system"}
+    claims = {"vm": vm, "display_name": "", "project": "somebody-else", "vm_namespace": "kube-system"}
     yield Series(m.VM_CLAIMED_INFO, instance, always(1), claims)
 
 

@@ -131,14 +131,14 @@ def test_what_a_vm_is() -> None:
     labels = {
         "name": "web",
         "display_name": "",
-        "namespace": "",
+        "vm_namespace": "",
         "pid": "100",
         "project": "shop",
         "uuid": "uuid-1",
         "vm": "a",
     }
     assert find(series, "kvm_vm_info", vmm="qemu", identity="libvirt", uid="64055", **labels) == 1
-    assert find(series, "kvm_vm_claimed_info", vm="a", display_name="", namespace="", project="shop") is None
+    assert find(series, "kvm_vm_claimed_info", vm="a", display_name="", vm_namespace="", project="shop") is None
     assert find(series, "kvm_vm_source_info", vm="a", source="bpf") == 1
     assert find(series, "kvm_vm_start_time_seconds", vm="a") == NOW - 50.5
     assert find(series, "kvm_vm_vcpus", vm="a") == 2
@@ -154,9 +154,9 @@ def test_what_nobody_vouches_for_says_not_whose_a_vm_is(identity: Identity) -> N
     claimed = replace(reading, vm=replace(reading.vm, owner=owner))
     series = parse_series(open_collector(make_snapshot(claimed)))
     facts = {"name": "web", "uuid": "uuid-1", "vmm": "qemu", "pid": "100", "vm": "a"}
-    nothing = {"display_name": "", "namespace": "", "project": "", "uid": ""}
+    nothing = {"display_name": "", "vm_namespace": "", "project": "", "uid": ""}
     assert find(series, "kvm_vm_info", identity=str(identity), **nothing, **facts) == 1
-    assert find(series, "kvm_vm_claimed_info", vm="a", display_name="", namespace="kube-system", project="shop") == 1
+    assert find(series, "kvm_vm_claimed_info", vm="a", display_name="", vm_namespace="kube-system", project="shop") == 1
 
 
 @pytest.mark.parametrize("protection", [Protection.OFF, Protection.UNKNOWN, Protection.UNSUPPORTED])
@@ -366,9 +366,9 @@ def test_vm_that_makes_no_sense_costs_its_own_vcpu_series(broken: VmReading, cap
 def test_failed_look_costs_one_scrape_and_no_exception(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     collector = open_collector(make_snapshot(make_reading()), OSError("boom"), make_snapshot(make_reading()))
-    assert find(parse_series(collector), "kvm_exporter_scrape_collector_success", collector="look") == 1
+    assert find(parse_series(collector), "kvm_exporter_scrape_collector_success", collector="snapshot") == 1
     series = parse_series(collector)
-    for name in ("look", *COLLECTORS):
+    for name in ("snapshot", *COLLECTORS):
         assert find(series, "kvm_exporter_scrape_collector_success", collector=name) == 0
     assert not any(name.startswith(("kvm_vm", "kvm_vcpu", "kvm_host")) for name in names(series))
     assert "kvm_exporter_build_info" in names(series)
@@ -407,7 +407,7 @@ def test_each_collector_can_be_had_alone(name: str) -> None:
     assert names(series) == own | {"kvm_exporter_build_info"} | {
         f"kvm_exporter_scrape_collector_{found}" for found in always
     }
-    assert {dict(labels).get("collector") for _, labels in series} >= {"look", name}
+    assert {dict(labels).get("collector") for _, labels in series} >= {"snapshot", name}
     assert set(COLLECTORS) & {dict(labels).get("collector") for _, labels in series} == {name}
 
 
@@ -416,7 +416,7 @@ def test_durations_come_from_the_clock() -> None:
     reader = Script(make_snapshot())
     collector = HostCollector(reader, CollectorSettings(), BuildInfo("", "", ""), lambda: float(next(ticks)))
     series = parse_series(collector)
-    for name in ("look", *COLLECTORS):
+    for name in ("snapshot", *COLLECTORS):
         assert find(series, "kvm_exporter_scrape_collector_duration_seconds", collector=name) == 1
     collector.close()
     assert reader.closed

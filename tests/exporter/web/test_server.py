@@ -296,7 +296,7 @@ def test_failing_reader_is_no_failing_scrape() -> None:
     async def scenario(address: Address) -> None:
         answer = await ask(address)
         assert answer.status == 200
-        assert b'kvm_exporter_scrape_collector_success{collector="look"} 0\n' in answer.body
+        assert b'kvm_exporter_scrape_collector_success{collector="snapshot"} 0\n' in answer.body
         assert (await ask(address, "/-/ready")).status == 503
         assert (await ask(address, "/-/healthy")).status == 200
 
