@@ -122,6 +122,6 @@ def run_command(words: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as err:
-        log.error("cannot go on", extra={"fields": {"why": str(err)}})
+        log.error("cannot go on", extra={"fields": {"err": str(err)}})
         return 1
     return code

@@ -78,7 +78,7 @@ def open_host(
     try:
         uevents = partial(read_uevent, stack.enter_context(open_uevents()))
     except OSError as err:
-        log.info("no uevents: new VMs are found by looking", extra={"fields": {"why": err.strerror}})
+        log.info("no uevents: new VMs are found by looking", extra={"fields": {"err": err.strerror}})
     makers: dict[str, Callable[[], CounterSource]] = {
         "bpf": lambda: bpf or BpfSource(WANTED),
         "stats_fd": lambda: StatsFdSource(WANTED, errors.teller("stats_fd")),

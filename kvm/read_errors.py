@@ -59,7 +59,7 @@ class ReadErrors:
         ``vms`` are the VMs of this look, by pid.
         """
         for (pid, source, kind), why in self._new.items():
-            fields: dict[str, object] = {"source": source, "kind": kind, "why": why}
+            fields: dict[str, object] = {"source": source, "kind": kind, "reason": why}
             if pid:
                 fields["pid"] = pid
             if pid in vms:

@@ -103,7 +103,7 @@ class _KeptSource:
         log.warning("source has stopped working", extra={"fields": self._describe(err)})
 
     def _describe(self, err: SourceUnavailable) -> dict[str, str]:
-        return {"source": self.source.name, "why": err.reason, "remedy": err.remedy}
+        return {"source": self.source.name, "reason": err.reason, "remedy": err.remedy}
 
     def report(self) -> SourceReport:
         if self._failure is None and self.open and self.source.doubt:

@@ -17,7 +17,7 @@ def make_vm(name: str = "web", pid: int = 4242) -> Vm:
 
 def make_verdict(state: State = State.STALLED, since: float = 100.0, **fields: Any) -> Verdict:  # noqa: ANN401
     values: dict[str, Any] = {
-        "why": "it took 40 notify exits in a row at one RIP",
+        "reason": "it took 40 notify exits in a row at one RIP",
         "rip": RIP,
         "streak": 64,
         "exits": 40,

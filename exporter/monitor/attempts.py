@@ -22,7 +22,7 @@ class Attempts:
         except Exception as err:
             if self._reasons.get(name) != repr(err):
                 self._reasons[name] = repr(err)
-                log.error("watching for stalls failed, and goes on", extra={"fields": {"step": name, "why": repr(err)}})
+                log.error("watching for stalls failed, and goes on", extra={"fields": {"step": name, "err": repr(err)}})
                 log.debug("watching for stalls failed", exc_info=True)
             return False
         if self._reasons.pop(name, None):

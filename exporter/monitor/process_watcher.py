@@ -53,12 +53,12 @@ class ProcessWatcher:
         try:
             pidfd = await self._run(lambda: open_pidfd(key))
         except VmGone as err:
-            log.debug("a VM has ended", extra={"fields": {"pid": key.pid, "why": str(err)}})
+            log.debug("a VM has ended", extra={"fields": {"pid": key.pid, "err": str(err)}})
             self._on_end(key)
             return
         except (OSError, MalformedData) as err:
             # Its end is then noticed when looks at the host miss it.
-            log.warning("a VM's end cannot be waited for", extra={"fields": {"pid": key.pid, "why": str(err)}})
+            log.warning("a VM's end cannot be waited for", extra={"fields": {"pid": key.pid, "err": str(err)}})
             return
         if self._pidfds.get(key) != _OPENING:  # released meanwhile, and perhaps held again
             os.close(pidfd)

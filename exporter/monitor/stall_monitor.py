@@ -329,7 +329,7 @@ class StallMonitor:
                 self._active.pop(vcpu.key, None)
             else:
                 self._active[vcpu.key] = vcpu
-            fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "state": verdict.state, "why": verdict.why}
+            fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "state": verdict.state, "reason": verdict.reason}
             fields["seconds_after"] = f"{now - verdict.since_seconds:.4f}"  # how late we are to know it
             log.debug("verdict", extra={"fields": fields})
             self._stall_log.tell(self._report(vcpu, verdict), now, self._unix())

@@ -85,7 +85,7 @@ class TraceScheduler:
             self.problem = str(err)
             if self.problem != before:
                 text = "exits cannot be traced: stalls cannot be told from other notify exits"
-                log.warning(text, extra={"fields": {"why": err.reason, "remedy": err.remedy}})
+                log.warning(text, extra={"fields": {"reason": err.reason, "remedy": err.remedy}})
 
     def consider(self, vcpu: TrackedVcpu) -> None:
         """Start a look at a vCPU if it is due and the budget allows; else it waits for its turn."""
@@ -154,11 +154,11 @@ class TraceScheduler:
             await run_trace_session(subject, tracer, self._run, seconds)
             vcpu.problem = ""
         except VmGone as err:
-            log.debug("a vCPU's thread has ended", extra={"fields": {"vm": vcpu.vm.id, "why": str(err)}})
+            log.debug("a vCPU's thread has ended", extra={"fields": {"vm": vcpu.vm.id, "err": str(err)}})
         except (SourceUnavailable, OSError) as err:
             if str(err) != vcpu.problem:
                 vcpu.problem = str(err)
-                fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "why": str(err)}
+                fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "err": str(err)}
                 log.warning("the exits of a vCPU cannot be traced", extra={"fields": fields})
             # Is it this thread alone? Opening tries it on ourselves, and tells if not.
             await self._try_tracer()
@@ -177,7 +177,7 @@ class TraceScheduler:
         vcpu.looking = False
         self._budget.end(vcpu.key, now)
         if not task.cancelled() and (err := task.exception()) is not None:
-            log.error("looking at a vCPU failed", extra={"fields": {"vm": vcpu.vm.id, "why": repr(err)}})
+            log.error("looking at a vCPU failed", extra={"fields": {"vm": vcpu.vm.id, "err": repr(err)}})
             log.debug("looking at a vCPU failed", exc_info=err)
         self._last_look = now
         if self._closing:

@@ -38,7 +38,7 @@ class ManagedTrigger:
         except SourceUnavailable as err:
             self.problem = str(err)
             if self.problem != before:
-                fields = {"why": err.reason, "remedy": err.remedy}
+                fields = {"reason": err.reason, "remedy": err.remedy}
                 log.warning("notify exits are found by polling", extra={"fields": fields})
             return
         if status.attached:
@@ -46,7 +46,7 @@ class ManagedTrigger:
             self.attached = True
         self.problem = "" if status.attached else status.reason
         if self.problem != before:
-            words = {"function": status.function, "attached": str(status.attached).lower(), "why": status.reason}
+            words = {"function": status.function, "attached": str(status.attached).lower(), "reason": status.reason}
             log.info("trigger for notify exits", extra={"fields": words})
 
     @property
@@ -61,7 +61,7 @@ class ManagedTrigger:
         try:
             found = self._trigger.read_context_invalid()
         except OSError as err:
-            log.error("exits with an invalid context cannot be read", extra={"fields": {"why": str(err)}})
+            log.error("exits with an invalid context cannot be read", extra={"fields": {"err": str(err)}})
             return None
         return {(thread.pid, thread.start_ticks, thread.tid, thread.vcpu_id): found[thread] for thread in found}
 
@@ -73,7 +73,7 @@ class ManagedTrigger:
         try:
             await self._run(lambda: trigger.forget(ended))
         except OSError as err:  # the table is full some day; then NotifyTrigger.lost counts
-            log.error("exits with an invalid context cannot be forgotten", extra={"fields": {"why": str(err)}})
+            log.error("exits with an invalid context cannot be forgotten", extra={"fields": {"err": str(err)}})
 
     async def close(self) -> None:
         """Detach it."""

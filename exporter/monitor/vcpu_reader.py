@@ -34,7 +34,7 @@ class VcpuReader:
             self.left_out = True
             if str(err) != self._problem:
                 self._problem = str(err)
-                fields = {"why": err.reason, "remedy": err.remedy}
+                fields = {"reason": err.reason, "remedy": err.remedy}
                 log.warning("registers cannot be read: a long REP will look like a stall", extra={"fields": fields})
             return None
 

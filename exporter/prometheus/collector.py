@@ -145,7 +145,7 @@ class HostCollector:
         try:
             return collector()
         except Exception as err:
-            log.error("collector failed", extra={"fields": {"collector": name, "why": repr(err)}})
+            log.error("collector failed", extra={"fields": {"collector": name, "err": repr(err)}})
             log.debug("collector failed", extra={"fields": {"collector": name}}, exc_info=True)
             return None
 

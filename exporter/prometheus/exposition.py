@@ -123,7 +123,7 @@ def render_document(families: Iterable[Family], self_metrics: CollectorRegistry,
     try:
         theirs = form.encoder(self_metrics)
     except Exception as err:  # noqa: BLE001 - a fault in the agent's own figures must not cost the VMs' series
-        log.error("the agent's own process metrics are left out", extra={"fields": {"why": repr(err)}})
+        log.error("the agent's own process metrics are left out", extra={"fields": {"err": repr(err)}})
         theirs = form.encoder(CollectorRegistry())
     return ours + theirs
 

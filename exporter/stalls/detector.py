@@ -61,7 +61,7 @@ class StallDetector:
         self.rip_hidden = False
         self._rule = rule
         self._since = now
-        self._why = ""
+        self._reason = ""
         self._episode = 0
         self._counter: tuple[float, int] | None = None
         self._cadence = IntervalEstimator()
@@ -122,12 +122,12 @@ class StallDetector:
         """What is known now; may be asked from another thread."""
         found = self._suspicion or self._ended
         if found is None:
-            return Verdict(self.state, self._since, self._why + self._find_slowness(), nested=self._nested)
+            return Verdict(self.state, self._since, self._reason + self._find_slowness(), nested=self._nested)
         exits, _ = found.sum(self._span if found is self._suspicion else None)
         return Verdict(
             state=self.state,
             since_seconds=self._since,
-            why=self._why + self._find_slowness(),
+            reason=self._reason + self._find_slowness(),
             rip=found.rip,
             streak=found.streak,
             exits=exits,
@@ -308,7 +308,7 @@ class StallDetector:
             self._episode += 1
             self._become(State.STALLED, since, f"it took {exits} notify exits in a row at one RIP")
 
-    def _prove(self, seconds: float, why: str) -> None:
+    def _prove(self, seconds: float, reason: str) -> None:
         """Take in that the guest goes on: whatever was held against it is void."""
         self.proofs += 1
         suspicion = self._suspicion
@@ -317,7 +317,7 @@ class StallDetector:
         was_stalled = suspicion is not None and suspicion.stalled
         if self.state is not State.RECOVERED or seconds - self._since >= RECOVERED_SECONDS or suspicion:
             self._ended = suspicion if was_stalled else None
-            self._become(State.RECOVERED if was_stalled else State.PROGRESSING, seconds, why)
+            self._become(State.RECOVERED if was_stalled else State.PROGRESSING, seconds, reason)
         self._suspicion = self._span = self._registers = self._rip = None
         self._streak = 0
 
@@ -356,8 +356,8 @@ class StallDetector:
             return f", slowly: it takes several looks to watch {exits} of them"
         return ""
 
-    def _become(self, state: State, now: float, why: str) -> None:
-        self._why = why
+    def _become(self, state: State, now: float, reason: str) -> None:
+        self._reason = reason
         if state is not self.state:
             self.state, self._since = state, max(now, self._since)
             self._changes.append(self.verdict)

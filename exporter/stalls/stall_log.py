@@ -83,7 +83,7 @@ class StallLog:
         elif report.verdict.state in (State.RECOVERED, State.PROGRESSING):
             self._waiting.pop(key, None)
             if self._told.pop(key, None):
-                _write_end(report, now, "vCPU makes progress again", report.verdict.why)
+                _write_end(report, now, "vCPU makes progress again", report.verdict.reason)
 
     def tell_end(self, key: VmKey, now: float) -> None:
         """Tell that a VM has ended, where people know of a stall of it."""
@@ -134,7 +134,7 @@ class StallLog:
             self.warnings += 1
             _write_stall(report, now, unix)
         elif report.verdict.state is State.RECOVERED:
-            _write_end(report, now, "vCPU makes progress again", report.verdict.why)
+            _write_end(report, now, "vCPU makes progress again", report.verdict.reason)
 
 
 def _write_stall(report: VcpuReport, now: float, unix: float) -> None:
@@ -143,14 +143,14 @@ def _write_stall(report: VcpuReport, now: float, unix: float) -> None:
     log.warning(message, extra={"fields": fields, "message_id": STALL_ID})
 
 
-def _write_end(report: VcpuReport, now: float, what: str, why: str) -> None:
+def _write_end(report: VcpuReport, now: float, what: str, reason: str) -> None:
     verdict = report.verdict
     since = verdict.stuck_since_seconds
     fields = _name(report) | {"rip": render_rip(verdict.rip)}
     if since is not None:
         fields["stalled_seconds"] = round(now - since, 1)
-    if why:
-        fields["why"] = why
+    if reason:
+        fields["reason"] = reason
     log.info(f"{_mark(report)}{what}", extra={"fields": fields, "message_id": RECOVERY_ID})
 
 

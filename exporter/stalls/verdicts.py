@@ -37,7 +37,7 @@ class StallRule:
 class Verdict:
     """What is known of one vCPU, at the moment the state began or was asked for.
 
-    ``why`` is the evidence in words. ``rip``, ``streak`` (records in a row at it), ``exits`` (of the counter, all at
+    ``reason`` is the evidence in words. ``rip``, ``streak`` (records in a row at it), ``exits`` (of the counter, all at
     it), ``stuck_since_seconds``, ``registers_alike`` (None: could not be read) and the rest are about the RIP that the
     vCPU is or, if recovered, was suspected at. ``episode`` numbers the stalls of this vCPU: one that is stalled, then
     unknown, then stalled again has not had a second one. ``nested`` is None where it is not known.
@@ -45,7 +45,7 @@ class Verdict:
 
     state: State
     since_seconds: float
-    why: str = ""
+    reason: str = ""
     rip: int | None = None
     streak: int = 0
     exits: int = 0

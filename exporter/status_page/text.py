@@ -190,7 +190,7 @@ def list_evidence(row: Row) -> list[str]:
             return ["only the VM's sum can be read, so nobody can tell which vCPU it is"]
         return [row.reading.counters.problem] if row.reading and row.reading.counters.problem else []
     verdict = row.report.verdict
-    said = [verdict.why]
+    said = [verdict.reason]
     if row.state is not State.QUIET and row.report.vcpu.tid is None:
         said.append("its thread is not known, so its exits cannot be traced")
     elif row.state is State.NOTIFYING:

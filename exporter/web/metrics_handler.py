@@ -72,7 +72,7 @@ class MetricsApp:
             if transport is not None:
                 transport.abort()
         except ConnectionError as err:
-            log.debug("client has gone", extra={"fields": {"client": client, "why": repr(err)}})
+            log.debug("client has gone", extra={"fields": {"client": client, "err": repr(err)}})
         finally:
             self._scrapes -= is_scrape
             self._guard.end(transport)
@@ -122,7 +122,7 @@ class MetricsApp:
                 response.headers["Allow"] = err.headers["Allow"]
             return response
         except Exception as err:
-            self._rate_limited_log.write(logging.ERROR, "request failed", path=request.path, why=repr(err))
+            self._rate_limited_log.write(logging.ERROR, "request failed", path=request.path, err=repr(err))
             log.debug("request failed", extra={"fields": {"path": request.path}}, exc_info=True)
             return _render_text(500, "internal error; the agent's log says more")
 

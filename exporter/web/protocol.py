@@ -40,10 +40,10 @@ class HttpProtocol(web.RequestHandler):
         client = request.remote or "unix socket"
         if status == 400:
             self._rate_limited_log.write(
-                logging.INFO, "malformed request refused", client=client, why=type(exc).__name__
+                logging.INFO, "malformed request refused", client=client, err=type(exc).__name__
             )
         else:
-            self._rate_limited_log.write(logging.ERROR, "request failed", client=client, status=status, why=repr(exc))
+            self._rate_limited_log.write(logging.ERROR, "request failed", client=client, status=status, err=repr(exc))
         if request.writer.output_size > 0:
             raise ConnectionError("part of another answer has been sent already")
         text = "bad request\n" if status == 400 else "internal error; the agent's log says more\n"
@@ -54,4 +54,4 @@ class HttpProtocol(web.RequestHandler):
 
     def log_exception(self, *args: object, **kw: object) -> None:
         """Write a short line where aiohttp would write a traceback."""
-        self._rate_limited_log.write(logging.ERROR, "serving a connection failed", why=repr(kw.get("exc_info")))
+        self._rate_limited_log.write(logging.ERROR, "serving a connection failed", err=repr(kw.get("exc_info")))

@@ -144,7 +144,7 @@ class StatusHandlers:
     def _forget(self, question: _Question) -> None:
         task = self._answers.pop(question)
         if not task.cancelled() and (err := task.exception()):
-            log.debug("the status page was not rendered", extra={"fields": {"why": repr(err)}})
+            log.debug("the status page was not rendered", extra={"fields": {"err": repr(err)}})
 
     def _render_now(self, question: _Question) -> _Answer:
         """Render one answer; in a worker thread, one at a time."""
@@ -194,7 +194,7 @@ class StatusHandlers:
                 if any(_is_lively(vcpu, self._clock()) for vcpu in report.vcpus):
                     await self._look(SAMPLE_SECONDS, LOOK_WAIT_SECONDS)
             except Exception as err:  # noqa: BLE001 - a plot with a gap is better than none from now on
-                log.debug("the history was not kept", extra={"fields": {"why": repr(err)}})
+                log.debug("the history was not kept", extra={"fields": {"err": repr(err)}})
 
 
 def _is_lively(found: VcpuReport, now: float) -> bool:
@@ -207,7 +207,7 @@ def _is_lively(found: VcpuReport, now: float) -> bool:
 
 def _tell_failure(look: asyncio.Future[Snapshot]) -> None:
     if not look.cancelled() and (err := look.exception()):
-        log.error("a look at the host failed", extra={"fields": {"why": repr(err)}})
+        log.error("a look at the host failed", extra={"fields": {"err": repr(err)}})
 
 
 @cache

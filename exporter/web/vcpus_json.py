@@ -48,7 +48,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         "vm": report.vm.id,
         "vcpu": report.vcpu.index,
         "state": verdict.state,
-        "why": verdict.why or None,
+        "reason": verdict.reason or None,
         "deferred_reason": report.deferred_reason or None,
         "since_unix_seconds": date(verdict.since_seconds),
         "stuck_since_unix_seconds": date(verdict.stuck_since_seconds),

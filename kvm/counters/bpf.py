@@ -141,7 +141,7 @@ class BpfSource:
             except BaseException:
                 self.close()
                 raise
-            log.info("eBPF source ready", extra={"fields": {"method": self.method, "why": self.method_reason}})
+            log.info("eBPF source ready", extra={"fields": {"method": self.method, "reason": self.method_reason}})
 
     def read(self, vms: Sequence[HeldVm] = ()) -> dict[VmKey, VmCounters]:
         """Read every VM of the host, whoever is asked for; raises SourceUnavailable."""

@@ -73,8 +73,8 @@ class Server:
         """What it has written to stderr."""
         return self._log.read_text(errors="replace")
 
-    def fail(self, why: str) -> ServerError:
-        return ServerError(f"{why}; its last words:\n{self.read_log()[-LAST_WORDS:]}")
+    def fail(self, reason: str) -> ServerError:
+        return ServerError(f"{reason}; its last words:\n{self.read_log()[-LAST_WORDS:]}")
 
     def fetch(self, path: str, parameters: Parameters = ()) -> tuple[int, bytes]:
         """Ask once, with the parameters in the body if there are any; the status and the body of the answer."""

@@ -55,7 +55,7 @@ def test_what_fails_on_a_connection_is_one_line_and_no_traceback(caplog: pytest.
     asyncio.run(scenario())
     (line,) = [record for record in caplog.records if record.name == "exporter.logs.rate_limit"]
     assert (line.message, line.exc_info) == ("serving a connection failed", None)
-    assert line.__dict__["fields"]["why"] == "ValueError('odd')"
+    assert line.__dict__["fields"]["err"] == "ValueError('odd')"
 
 
 def test_no_second_answer_is_written_into_another() -> None:

@@ -589,7 +589,7 @@ def test_what_goes_wrong_is_logged_and_the_watch_goes_on(caplog: pytest.LogCaptu
 
 
 def find_errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.fields["why"] for record in caplog.records if record.levelno >= logging.ERROR]  # type: ignore[attr-defined]
+    return [record.fields["err"] for record in caplog.records if record.levelno >= logging.ERROR]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("is_first", [False, True], ids=["later", "from-the-start"])
@@ -781,7 +781,7 @@ def test_why_no_trigger_is_attached_is_told_and_logged_when_it_changes(caplog: p
         assert (scene.watch.report().trigger, scene.watch.report().trigger_problem) == ("bpf", "")
 
     play(act, FakeVm("web", 100, 1), trigger=True, make_trigger=refuse)
-    told = [record.fields["why"] for record in caplog.records if "notify exits" in record.getMessage()]  # type: ignore[attr-defined]
+    told = [record.fields["reason"] for record in caplog.records if "notify exits" in record.getMessage()]  # type: ignore[attr-defined]
     assert told == ["no libbpf.so.1", "no module has it", ""]
 
 

@@ -141,7 +141,7 @@ def test_a_slow_stall_is_found_as_soon_as_its_share_allows(interval: float, with
         await scene.wait_for(vm, State.SUSPECT, 20)
         found = scene.find(vm)
         assert found is not None
-        assert ("slowly" in found.verdict.why) == (interval > 0.5)
+        assert ("slowly" in found.verdict.reason) == (interval > 0.5)
         await scene.wait_for(vm, State.STALLED, within)
 
     check_share(play(act, vm, trigger=trigger))
@@ -176,7 +176,7 @@ def test_exits_that_are_too_slow_to_be_watched_are_not_watched_and_said_to_be() 
         found = scene.find(vm)
         assert found is not None
         assert (found.verdict.state, scene.watch.report().armings) == (State.NOTIFYING, armings)
-        assert found.verdict.why.startswith("it takes notify exits, too slowly to be watched")
+        assert found.verdict.reason.startswith("it takes notify exits, too slowly to be watched")
 
     play(act, vm)
 

@@ -252,7 +252,7 @@ def test_each_sign_of_life_ends_a_suspicion_and_a_stall(end: Callable[[Story], S
     story = Story().look()
     assert end(story).states[-2:] == [State.STALLED, State.RECOVERED]
     assert story.changes[-1].rip == R
-    assert story.changes[-1].why
+    assert story.changes[-1].reason
 
 
 @pytest.mark.parametrize("name", ["rip", "rsp"])
@@ -398,7 +398,7 @@ def test_a_stall_whose_counter_cannot_be_read_any_more_is_unknown() -> None:
     told = story.progress.observe_unread(story.now + 2.9)
     assert (list(told), story.state) == ([], State.STALLED)
     story.wait(3.1).changes += story.progress.observe_unread(story.now)
-    assert (story.state, story.progress.verdict.why) == (State.UNKNOWN, "its counter cannot be read")
+    assert (story.state, story.progress.verdict.reason) == (State.UNKNOWN, "its counter cannot be read")
     assert story.trace(R).state is State.STALLED
     story.changes += story.progress.observe_unread(story.now + 1.0)  # its trace can be read
     assert story.state is State.STALLED
@@ -427,7 +427,7 @@ def test_what_was_known_of_a_vcpu_that_cannot_be_read_is_forgotten_in_time() -> 
     ],
 )
 def test_a_suspicion_says_that_exits_come_too_slowly(apart: float, words: str) -> None:
-    assert Story().trace(R, R, apart=apart).progress.verdict.why == words
+    assert Story().trace(R, R, apart=apart).progress.verdict.reason == words
 
 
 def test_exits_that_are_too_slow_for_a_suspicion_say_so_too() -> None:
@@ -436,7 +436,7 @@ def test_exits_that_are_too_slow_for_a_suspicion_say_so_too() -> None:
         story.counter += 1
         story.read().wait(1.0).read().wait(6.0).read()
     assert story.state is State.NOTIFYING
-    assert story.progress.verdict.why == "it takes notify exits, too slowly to be watched: one in some 7.0 s"
+    assert story.progress.verdict.reason == "it takes notify exits, too slowly to be watched: one in some 7.0 s"
 
 
 def test_the_shortest_time_between_two_exits_at_one_rip() -> None:
@@ -519,7 +519,7 @@ class Guest:
     def judge(self, changes: Sequence[Verdict], visible: bool, behaviour: str, other_rip: bool) -> None:
         rule = self.story.rule
         for change in changes:
-            if change.state is State.STALLED and change.why.startswith("it took"):
+            if change.state is State.STALLED and change.reason.startswith("it took"):
                 assert self.exits >= rule.exits
                 assert self.seconds >= rule.seconds - 1e-6
                 assert change.rip == R

@@ -102,9 +102,9 @@ def test_a_recovery_is_told_of_if_the_stall_was(told: Told) -> None:
     assert told.tell(make_report(State.RECOVERED)) == []
     told.tell(make_report())
     told.now += 41
-    (line,) = told.tell(make_report(State.RECOVERED, why="it left the guest at another RIP"))
+    (line,) = told.tell(make_report(State.RECOVERED, reason="it left the guest at another RIP"))
     assert (line["level"], line["msg"]) == ("INFO", "vCPU makes progress again")
-    assert (line["rip"], line["stalled_seconds"], line["why"]) == (
+    assert (line["rip"], line["stalled_seconds"], line["reason"]) == (
         f"{RIP:#x}",
         42.0,
         "it left the guest at another RIP",

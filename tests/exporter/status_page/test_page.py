@@ -127,7 +127,7 @@ def test_foreign_text_is_text_wherever_it_is_shown(name: str, with_details: bool
     snapshot = make_snapshot(reading, sources=(SourceReport("stats_fd", True), SourceReport(name, False, name, name)))
     drill = replace(make_report(State.STALLED, vm=reading.vm), drill=True)
     pictures = [draw(snapshot, *make_reports([reading], state, now=NOW)) for state in (State.STALLED, State.SUSPECT)]
-    evidence = replace(make_report(State.PROGRESSING, vm=reading.vm, why=name), deferred_reason=name)
+    evidence = replace(make_report(State.PROGRESSING, vm=reading.vm, reason=name), deferred_reason=name)
     pictures += [draw(snapshot, drill), draw(snapshot, evidence), draw(snapshot, problem=name)]
     unread = replace(reading, counters=VmCounters(problem=name))
     pictures += [draw(make_snapshot(unread, make_vm_reading("a", 2, (0,)))), draw(None, problem=name)]
@@ -284,7 +284,7 @@ def test_what_nobody_can_judge_is_not_called_calm() -> None:
     snapshot = make_snapshot(reading)
     (report,) = make_reports([reading], State.NOTIFYING)
     one = (Level.WARN, "1 vCPU has taken notify exits. Of 1 vCPU it is not known whether it is stuck.")
-    hidden = replace(report, verdict=Verdict(State.UNKNOWN, 90.0, why="KVM hides its RIP"), can_judge=False)
+    hidden = replace(report, verdict=Verdict(State.UNKNOWN, 90.0, reason="KVM hides its RIP"), can_judge=False)
     without_thread = replace(report, vcpu=replace(report.vcpu, tid=None), can_judge=False)
     sums = VmCounters(totals={NOTIFY_WINDOW_EXITS: 12})
     sum_only = replace(reading, vcpus=(), counters=sums)
