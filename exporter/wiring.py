@@ -14,6 +14,7 @@ from pathlib import Path
 from exporter.build_info import BuildInfo, read_version
 from exporter.flags import choose_collectors
 from exporter.monitor.backends import Backends, Trigger
+from exporter.monitor.cpu_time import read_cpu_time
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.monitor.vcpu_reader import make_vcpu_reader
 from exporter.prometheus.collector import CollectorSettings, HostCollector
@@ -39,31 +40,37 @@ log = logging.getLogger(__name__)
 
 WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
 PROC, SYSFS, KVM_DEVICE, KVM_DEBUGFS = Path("/proc"), Path("/sys"), Path("/dev/kvm"), Path("/sys/kernel/debug/kvm")
-# A process that hangs is given up on after 10 s (OwnerCache): one look waits for it.
-ONE_LOOK_WAIT_SECONDS = 11.0
+# A process that hangs is given up on after 10 s (OwnerCache): one snapshot waits for it.
+SINGLE_SNAPSHOT_WAIT_SECONDS = 11.0
 
 
 def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, bpf: BpfSource | None) -> StallMonitor:
-    """Return the watch of this host; ``bpf`` reads registers where it is in use."""
+    """Return the stall monitor of this host; ``bpf`` reads registers where it is in use."""
 
     def make_trigger(on_call: Callable[[NotifyCall], None]) -> Trigger:
         return NotifyTrigger(on_call, function=arguments.trigger_function)
 
-    means = Backends(
+    backends = Backends(
         reader=reader,
         tracer=NotifyTracer(),
         read_vcpu=None if bpf is None else make_vcpu_reader(bpf.read_vcpu),
-        hold=open_vm_process,
+        open_pidfd=open_vm_process,
         is_thread=is_thread_of,
+        read_cpu_time=read_cpu_time,
         make_trigger=make_trigger if arguments.trigger_bpf else None,
     )
-    return StallMonitor(means, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
+    return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
 
 
 def open_simulated_monitor(arguments: argparse.Namespace, reader: SnapshotReader, host: SimulatedHost) -> StallMonitor:
-    """Return the watch of a made-up host."""
-    means = Backends(reader=reader, tracer=SimulatedTracer(host), read_vcpu=make_vcpu_reader(host.read_vcpu))
-    return StallMonitor(means, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
+    """Return the stall monitor of a simulated host."""
+    backends = Backends(
+        reader=reader,
+        tracer=SimulatedTracer(host),
+        read_vcpu=make_vcpu_reader(host.read_vcpu),
+        read_cpu_time=host.read_cpu_time,
+    )
+    return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
 
 
 def open_host(
@@ -78,7 +85,7 @@ def open_host(
     try:
         uevents = partial(read_uevent, stack.enter_context(open_uevents()))
     except OSError as err:
-        log.info("no uevents: new VMs are found by looking", extra={"fields": {"err": err.strerror}})
+        log.info("no uevents: new VMs are found by scanning /proc", extra={"fields": {"err": err.strerror}})
     makers: dict[str, Callable[[], CounterSource]] = {
         "bpf": lambda: bpf or BpfSource(WANTED),
         "stats_fd": lambda: StatsFdSource(WANTED, errors.teller("stats_fd")),

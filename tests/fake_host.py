@@ -51,11 +51,13 @@ class FakeVcpu:
     rcx: int = 10**6
     until: float = 1000.0
     armed: list[FakeArmed] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
     def live(self, now: float, on_notify: Callable[[FakeVcpu, float], None]) -> None:
         """Do what is to be done until now."""
         while self.behaviour != "idle" and self.until + self.interval <= now:
             self.until += self.interval
+            self.cpu_seconds += self.interval
             for number, (rip, is_notify) in enumerate(self.act()):
                 self.exits += 1
                 self.notify_exits += is_notify
@@ -238,6 +240,10 @@ class FakeHost:
                 vcpu = vm.vcpus[vcpu_id // 2]
                 return Reading({"rax": 1, "rcx": vcpu.rcx, "rip": 3}, False, vcpu.notify_exits, vcpu.exits)
         return None
+
+    def read_cpu_time(self, pid: int, tid: int) -> float | None:
+        self.settle()
+        return next((vcpu.cpu_seconds for vcpu in self.vcpus() if vcpu.tid == tid), None)
 
     # the tracer
     def open(self) -> None:

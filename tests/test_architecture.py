@@ -32,7 +32,11 @@ RANKS = [
     {"exporter.__main__"},
 ]
 RANK_OF = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
-THIRD_PARTY = {"exporter.web": {"aiohttp"}, "exporter.prometheus": {"prometheus_client"}}
+THIRD_PARTY = {
+    "exporter.web": {"aiohttp"},
+    "exporter.prometheus": {"prometheus_client"},
+    "exporter.monitor": {"psutil"},
+}
 # Calls that one place makes, so that what they need and how they fail is known in one place.
 ONLY_CALLER = {
     "perf_event_open": {"kvm.syscalls", "kvm.perf.event"},
@@ -49,10 +53,11 @@ TESTED_IN = {
     "exporter.history.changes": "exporter/monitor/test_stall_monitor.py",
     "exporter.monitor.attempts": "exporter/monitor/test_stall_monitor.py",
     "exporter.monitor.polling": "exporter/monitor/test_stall_monitor.py",
-    "exporter.monitor.thread_index": "exporter/monitor/test_stall_monitor.py",
+    "exporter.monitor.drills": "exporter/monitor/test_stall_monitor.py",
     "exporter.monitor.trace_session": "exporter/monitor/test_trace_scheduler.py",
     "exporter.monitor.tracked_vcpu": "exporter/monitor/test_trace_scheduler.py",
     "exporter.monitor.trigger": "exporter/monitor/test_stall_monitor.py",
+    "exporter.monitor.workers": "live/test_agent.py",
     "exporter.prometheus.negotiation": "exporter/prometheus/test_exposition.py",
     "exporter.prometheus.vm_series": "exporter/prometheus/test_collector.py",
     "exporter.stalls.evidence": "exporter/stalls/test_detector.py",

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from exporter.host_summary import can_read, render_check
-from exporter.wiring import ONE_LOOK_WAIT_SECONDS, PROC, SYSFS, open_host
+from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, open_host
 from kvm.errors import SourceUnavailable
 from kvm.host.facts import read_vmx_flags
 from kvm.host.privileges import read_privileges
@@ -17,7 +17,7 @@ from kvm.perf.notify_tracer import NotifyTracer
 def run_check(arguments: argparse.Namespace) -> int:
     """Print what works on this host; 0 if counters can be read, else 1."""
     with contextlib.ExitStack() as stack:
-        snapshot = open_host(arguments.sources, stack, ONE_LOOK_WAIT_SECONDS).read()
+        snapshot = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS).read()
     tracing = try_tracing(NotifyTracer())
     sys.stdout.write(render_check(snapshot, read_privileges(PROC, SYSFS), read_vmx_flags(PROC), tracing))
     return 0 if can_read(snapshot) else 1

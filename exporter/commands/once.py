@@ -16,7 +16,7 @@ from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
 from exporter.stalls.verdicts import State
-from exporter.wiring import ONE_LOOK_WAIT_SECONDS, build_collector, open_host
+from exporter.wiring import SINGLE_SNAPSHOT_WAIT_SECONDS, build_collector, open_host
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Snapshot, VmReading
 
 MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
@@ -25,7 +25,7 @@ MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
 def run_once(arguments: argparse.Namespace) -> int:
     """Print one look at the host, or write it to a file; 0 if counters could be read, else 1."""
     with contextlib.ExitStack() as stack:
-        collector = build_collector(open_host(arguments.sources, stack, ONE_LOOK_WAIT_SECONDS), arguments)
+        collector = build_collector(open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS), arguments)
         # One look has seen nothing move: what is a memory of looks would be a 0 for ever.
         families = [family for family in collector.collect() if family.metric not in MEMORIES]
         snapshot = collector.snapshot

@@ -1,4 +1,4 @@
-"""What the watch reads with: the ways to a host's counters, traces and processes, real or made up."""
+"""The interfaces to a host's counters, traces and processes, real or simulated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PollMode(StrEnum):
 
 
 class Trigger(Protocol):
-    """Tells of notify exits as they happen; see kvm.notify_trigger."""
+    """Reports notify exits as they happen; see kvm.bpf.notify_trigger."""
 
     @property
     def fd(self) -> int: ...  # noqa: D102
@@ -39,18 +39,21 @@ def is_any_thread(pid: int, tid: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
-    """What the watch reads with; what is None is not there.
+    """What the monitor reads with; what is None is not there.
 
-    ``reader`` is read from worker threads, one read at a time. ``read_vcpu`` reads one vCPU of the last look, None if
-    it is gone; it raises SourceUnavailable. ``hold`` returns a pidfd of a VM's process and raises VmGone.
-    ``is_thread`` tells whether a thread belongs to a process. ``make_trigger`` makes a trigger for what takes calls.
+    ``reader`` is read from worker threads, one read at a time. ``read_vcpu`` reads one vCPU of the newest snapshot and
+    returns None if it is gone; it raises SourceUnavailable. ``open_pidfd`` opens a pidfd of a VM's process and raises
+    VmGone. ``is_thread`` tells whether a thread belongs to a process, ``read_cpu_time``
+    how many seconds it has run. ``make_trigger`` makes a trigger that hands its
+    calls to the given function.
     """
 
     reader: SnapshotReader
     tracer: Tracer | None = None
     read_vcpu: Callable[[VmKey, int], Reading | None] | None = None
-    hold: Callable[[VmKey], int] | None = None
+    open_pidfd: Callable[[VmKey], int] | None = None
     is_thread: Callable[[int, int], bool] = is_any_thread
+    read_cpu_time: Callable[[int, int], float | None] | None = None
     make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None
 
 

@@ -1,4 +1,4 @@
-"""Which vCPUs' counters have moved from look to look, and how often to look.
+"""When the whole host is read, and what that tells: which VMs there are, and whose counters have moved.
 
 Only VMs whose counter can move need polling: not where the host does not support notify exits, nor VMs that have them
 switched off. Where that is not known they can.
@@ -6,29 +6,34 @@ switched off. Where that is not known they can.
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from kvm.model import Protection, Snapshot
+from exporter.history.changes import CounterChanges, Moved
+from exporter.monitor.backends import PollMode, Run
+from kvm.model import Protection, Snapshot, SnapshotReader, VmKey, VmReading
 
 POLL_SECONDS: Final = 1.0
 POLLED_VCPUS: Final = 1000
-# A look at the host that somebody wants out of turn comes so long after the last one.
+# A poll that somebody wants out of turn comes so long after the last one.
 POLL_GAP_SECONDS: Final = 0.5
 # New VMs are looked for so often where notify exits are supported and no VM has them armed.
 IDLE_SECONDS: Final = 10.0
 # What a host does not support it may support after a module is loaded.
 RETRY_SECONDS: Final = 300.0
+_NEVER: Final = float("inf")
 
 
 class Polling(NamedTuple):
-    """How long until the next look, and the period if anything needs polling, else 0."""
+    """How long until the next poll, and the period if anything needs polling, else 0."""
 
     delay_seconds: float
     period_seconds: float
 
 
 def choose_polling(snapshot: Snapshot, always: bool) -> Polling:
-    """Choose when to look next, where nothing but looking tells of notify exits."""
+    """Choose when to poll next, where nothing but polling tells of notify exits."""
     can_move = [
         reading.vcpu_count or 1
         for reading in snapshot.readings
@@ -40,35 +45,60 @@ def choose_polling(snapshot: Snapshot, always: bool) -> Polling:
     return Polling(RETRY_SECONDS if snapshot.host.notify_supported is False else IDLE_SECONDS, 0.0)
 
 
-class PollTimes:
-    """When the next look at the host is due; one that is ``wanted`` comes soon, one that fails is tried ever later."""
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """One reading of the whole host, with the counters that have moved since the one before."""
 
-    def __init__(self) -> None:
+    began: float
+    ended: float
+    snapshot: Snapshot
+    moved: tuple[Moved, ...]
+
+
+class Poller:
+    """Reads the host when that is due: soon where it is ``wanted``, ever later while it fails."""
+
+    def __init__(self, reader: SnapshotReader, mode: PollMode, run: Run) -> None:
         self.wanted = True
-        self.polling = Polling(POLL_SECONDS, 0.0)
-        self._at = float("-inf")
+        self.readings: dict[VmKey, VmReading] = {}
+        """The VMs of the newest snapshot."""
+        self.vcpu_count = 0
+        self._reader, self._mode, self._run = reader, mode, run
+        self._counters = CounterChanges()
+        self._polling = Polling(POLL_SECONDS, 0.0)
+        self._at = -_NEVER
         self._pause = 0.0
 
     @property
+    def period_seconds(self) -> float:
+        """How often counters are polled; 0 where nothing needs that."""
+        return self._polling.period_seconds
+
+    @property
     def failing(self) -> bool:
-        """Whether the last look has failed."""
+        """Whether the last poll has failed."""
         return self._pause > 0
 
-    def begin(self, now: float) -> None:
-        """Take in that a look begins: it has failed until it has ended."""
-        self.wanted = False
-        self._at = now
-        self._pause = min(max(2 * self._pause, POLL_SECONDS), IDLE_SECONDS)
-
-    def end(self, now: float) -> None:
-        """Take in that a look has gone well."""
-        self._at = now
-        self._pause = 0.0
-
     def find_next(self, at_most: float) -> float:
-        """Return when the next look is due, ``at_most`` so many seconds after the last one."""
+        """Return when the next poll is due, ``at_most`` so many seconds after the last one."""
         if self._pause:
             return self._at + self._pause
         if self.wanted:
             return self._at + POLL_GAP_SECONDS
-        return self._at + min(self.polling.delay_seconds, at_most)
+        return self._at + min(self._polling.delay_seconds, at_most)
+
+    async def poll(self, triggered: bool) -> Poll:
+        """Read the host; ``triggered`` says that a trigger tells of notify exits. Raises what the reader raises."""
+        clock = asyncio.get_running_loop().time
+        began = self._at = clock()
+        self.wanted = False
+        # It has failed until it has ended.
+        self._pause = min(max(2 * self._pause, POLL_SECONDS), IDLE_SECONDS)
+        snapshot = await self._run(self._reader.read)
+        self.readings = {reading.vm.key: reading for reading in snapshot.readings}
+        self.vcpu_count = sum(len(reading.vcpus) for reading in snapshot.readings)
+        always = self._mode is PollMode.ALWAYS
+        self._polling = Polling(_NEVER, 0.0) if triggered else choose_polling(snapshot, always)
+        poll = Poll(began, clock(), snapshot, tuple(self._counters.observe(snapshot)))
+        self._at, self._pause = poll.ended, 0.0
+        return poll

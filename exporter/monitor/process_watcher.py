@@ -1,4 +1,4 @@
-"""Holds pidfds of the VMs that are followed: the end of one is known at once, and nothing of ours outlives it."""
+"""Holds a pidfd of each VM with tracked vCPUs: its end is known at once, and nothing of ours outlives it."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ class ProcessWatcher:
         self._pidfds: dict[VmKey, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def hold(self, key: VmKey) -> None:
-        """Hold a VM, unless it is held already."""
+    def watch(self, key: VmKey) -> None:
+        """Watch a VM's process, unless that is done already."""
         if self._open_pidfd is None or key in self._pidfds:
             return
         self._pidfds[key] = _OPENING
-        task = asyncio.get_running_loop().create_task(self._hold(key, self._open_pidfd))
+        task = asyncio.get_running_loop().create_task(self._watch(key, self._open_pidfd))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def release(self, key: VmKey) -> None:
-        """Let a VM go."""
+        """Watch a VM's process no more."""
         pidfd = self._pidfds.pop(key, _OPENING)
         if pidfd != _OPENING:
             asyncio.get_running_loop().remove_reader(pidfd)
             os.close(pidfd)
 
     async def close(self) -> None:
-        """Let all VMs go."""
+        """Watch no process any more."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for key in list(self._pidfds):
             self.release(key)
 
-    async def _hold(self, key: VmKey, open_pidfd: Callable[[VmKey], int]) -> None:
+    async def _watch(self, key: VmKey, open_pidfd: Callable[[VmKey], int]) -> None:
         try:
             pidfd = await self._run(lambda: open_pidfd(key))
         except VmGone as err:
@@ -57,10 +57,10 @@ class ProcessWatcher:
             self._on_end(key)
             return
         except (OSError, MalformedData) as err:
-            # Its end is then noticed when looks at the host miss it.
+            # Its end is then noticed when snapshots miss it.
             log.warning("a VM's end cannot be waited for", extra={"fields": {"pid": key.pid, "err": str(err)}})
             return
-        if self._pidfds.get(key) != _OPENING:  # released meanwhile, and perhaps held again
+        if self._pidfds.get(key) != _OPENING:  # released meanwhile, and perhaps watched again
             os.close(pidfd)
             return
         self._pidfds[key] = pidfd

@@ -1,8 +1,8 @@
-"""Which vCPU it was: finds the threads that the trigger tells of among those of the last look at the host.
+"""Finds the vCPU whose thread the trigger names, among those of the newest snapshot.
 
-A thread that is not there may belong to a VM that has come since, so it waits for the next look. One that is not in
-that either is a stranger: for a while nobody looks for it again, lest one thread have the host looked at all the time.
-Calls that lead to no vCPU are counted as lost.
+A thread that is not there may belong to a VM that has come since, so its call waits for the next snapshot. If that does
+not have it either, the thread is a stranger: its calls are ignored for a while, or one thread could have the host read
+all the time. Calls that lead to no vCPU are counted as lost.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ STRANGER_SECONDS: Final = 30.0
 
 
 class Found(NamedTuple):
-    """A vCPU of the last look."""
+    """A vCPU of the newest snapshot."""
 
     reading: VmReading
     vcpu: Vcpu
 
 
 class ThreadIndex:
-    """The vCPU threads of the last look, and those that have been asked for and are not among them."""
+    """The vCPU threads of the newest snapshot, and the calls of threads that it does not have."""
 
     def __init__(self) -> None:
         self.lost = 0
-        self._snapshot: Snapshot | None = None
-        self._by_pid: dict[int, list[VmReading]] = {}
-        # By process, thread and vcpu_id: what has been called from there, and until when it is a stranger.
+        self._readings: dict[int, list[VmReading]] = {}
+        # By process, then by thread and vcpu_id; made for a process when it is first asked for.
+        self._threads: dict[int, dict[tuple[int | None, int], Found]] = {}
+        # By process, thread and vcpu_id: the calls that wait, and until when a thread is a stranger.
         self._waiting: dict[tuple[int, int, int], NotifyCall] = {}
         self._strangers: dict[tuple[int, int, int], float] = {}
 
     def find(self, call: NotifyCall) -> Found | None:
-        """Find the vCPU of a call, None where the last look has not seen it."""
-        if not self._by_pid and self._snapshot is not None:
-            for reading in self._snapshot.readings:
-                self._by_pid.setdefault(reading.vm.key.pid, []).append(reading)
-        for reading in self._by_pid.get(call.pid, ()):
-            for vcpu in reading.vcpus:
-                if (vcpu.tid, vcpu.vcpu_id) == (call.tid, call.vcpu_id):
-                    return Found(reading, vcpu)
-        return None
+        """Find the vCPU of a call, None where the newest snapshot does not have it."""
+        threads = self._threads.get(call.pid)
+        if threads is None:
+            threads = self._threads[call.pid] = {
+                (vcpu.tid, vcpu.vcpu_id): Found(reading, vcpu)
+                for reading in self._readings.get(call.pid, ())
+                for vcpu in reading.vcpus
+            }
+        return threads.get((call.tid, call.vcpu_id))
 
-    def deferred_reason(self, call: NotifyCall, now: float) -> bool:
-        """Keep a call for the next look; tells whether it is worth one."""
+    def defer(self, call: NotifyCall, now: float) -> bool:
+        """Keep a call for the next snapshot; tells whether it is worth one."""
         thread = call[1:]
         if thread not in self._waiting:
             if len(self._waiting) >= UNPLACED_CALLS or now < self._strangers.get(thread, now):
@@ -56,8 +57,10 @@ class ThreadIndex:
         return True
 
     def observe(self, snapshot: Snapshot, now: float) -> list[Found]:
-        """Take in a look; returns the vCPUs of the calls that have waited for it."""
-        self._snapshot, self._by_pid = snapshot, {}
+        """Take in a snapshot; returns the vCPUs of the calls that waited for it."""
+        self._readings, self._threads = {}, {}
+        for reading in snapshot.readings:
+            self._readings.setdefault(reading.vm.key.pid, []).append(reading)
         self._strangers = {thread: until for thread, until in self._strangers.items() if now < until}
         waiting, self._waiting = self._waiting, {}
         found = {thread: self.find(call) for thread, call in waiting.items()}

@@ -1,4 +1,4 @@
-"""All looks at vCPU threads: which are wanted, which are under way, and whether looking works at all."""
+"""All trace sessions: which are wanted, which are under way, and whether exits can be traced at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvm.model import VcpuKey, VmKey
 
 log = logging.getLogger(__name__)
 
-# The tracepoint is kept in place for so long after a look: taking it out and putting it in patches kernel text.
+# The tracepoint stays enabled for so long after a session: disabling and enabling it patches kernel text.
 WARM_SECONDS: Final = 60.0
 # Where tracing has worked before, it is soon tried again.
 RETRY_SECONDS: Final = 10.0
@@ -26,10 +26,10 @@ _NEVER: Final = float("inf")
 
 
 class TraceScheduler:
-    """Starts looks as the budget allows, and keeps count.
+    """Starts sessions as the budget allows, and keeps count.
 
-    ``is_thread`` tells whether a thread belongs to a process, ``read`` reads a vCPU (None where it cannot be had), both
-    in worker threads, ``on_change`` takes verdicts.
+    ``is_thread`` tells whether a thread belongs to a process, ``read`` reads a vCPU (None where it cannot be had),
+    ``read_cpu_time`` a thread's CPU time, all in worker threads; ``on_change`` takes verdicts.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class TraceScheduler:
         *,
         is_thread: Callable[[int, int], bool],
         read: Callable[[VcpuKey], Reading | None],
+        read_cpu_time: Callable[[int, int], float | None] | None,
         on_change: Callable[[TrackedVcpu, Sequence[Verdict]], None],
     ) -> None:
         self.problem = "nothing can trace exits here" if tracer is None else "not tried yet"
@@ -49,25 +50,26 @@ class TraceScheduler:
         self._tracer, self._run = tracer, run
         self._budget = TraceBudget(limits)
         self._is_thread, self._read, self._on_change = is_thread, read, on_change
-        # Those that wait for a look, have one or had one; a VM that has ended has none here.
+        self._read_cpu_time = read_cpu_time
+        # Those that wait for a session, have one or had one; a VM that has ended has none here.
         self._vcpus: dict[VcpuKey, TrackedVcpu] = {}
         self._timers: dict[VcpuKey, asyncio.TimerHandle] = {}
         self._tasks: dict[VcpuKey, asyncio.Task[None]] = {}
         self._retry: asyncio.Task[None] | None = None
-        self._last_look: float | None = None
+        self._last_ended: float | None = None
         self._closing = False
 
     @property
-    def exhausted(self) -> int:
-        """How many looks were put off for want of budget."""
-        return self._budget.exhausted
+    def deferred(self) -> int:
+        """How many sessions were deferred for want of budget."""
+        return self._budget.deferred
 
     @property
     def cool_at(self) -> float:
-        """When there is nothing left of the looks but the dummy event; infinity where that is gone too."""
+        """When the tracepoint may be let go; infinity where it has been."""
         if self._tasks:
             return asyncio.get_running_loop().time() + WARM_SECONDS
-        return _NEVER if self._last_look is None else self._last_look + WARM_SECONDS
+        return _NEVER if self._last_ended is None else self._last_ended + WARM_SECONDS
 
     async def open(self) -> None:
         """Open the tracer, where it is not open; what is wrong is logged when it changes."""
@@ -88,20 +90,20 @@ class TraceScheduler:
                 log.warning(text, extra={"fields": {"reason": err.reason, "remedy": err.remedy}})
 
     def consider(self, vcpu: TrackedVcpu) -> None:
-        """Start a look at a vCPU if it is due and the budget allows; else it waits for its turn."""
+        """Start a session for a vCPU if one is due and the budget allows it; else it waits."""
         now = asyncio.get_running_loop().time()
-        if self.problem or self._closing or not vcpu.wants_look(now):
+        if self.problem or self._closing or not vcpu.wants_session(now):
             return
         self._vcpus[vcpu.key] = vcpu
-        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.part)
+        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.quota_part)
         if free > now:
-            vcpu.look_at = free
+            vcpu.next_session_at = free
             self._consider_later(vcpu)
         else:
             self.start()
 
     def start(self) -> None:
-        """Start the looks that are wanted, as far as there is room."""
+        """Start the sessions that are wanted, as far as there is room."""
         loop = asyncio.get_running_loop()
         for key, seconds in self._budget.start(loop.time()):
             vcpu = self._vcpus.get(key)
@@ -109,7 +111,7 @@ class TraceScheduler:
                 self._budget.end(key, loop.time())
                 continue
             vcpu.begin_session()
-            task = self._tasks[key] = loop.create_task(self._look(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
+            task = self._tasks[key] = loop.create_task(self._run_session(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
             task.add_done_callback(partial(self._end, vcpu))
 
     def forget(self, vm: VmKey) -> None:
@@ -125,11 +127,11 @@ class TraceScheduler:
     async def cool(self, now: float) -> None:
         """Let the tracepoint go if it has not been needed for a while."""
         if now >= self.cool_at and self._tracer is not None:
-            self._last_look = None
+            self._last_ended = None
             await self._run(self._tracer.release_warm)
 
     async def close(self) -> None:
-        """End all looks, and give the tracer back."""
+        """End all sessions, and give the tracer back."""
         self._closing = True
         for timer in self._timers.values():
             timer.cancel()
@@ -140,12 +142,13 @@ class TraceScheduler:
         if self._tracer is not None:
             await self._run(self._tracer.close)
 
-    async def _look(self, vcpu: TrackedVcpu, tid: int, tracer: Tracer, seconds: float) -> None:
+    async def _run_session(self, vcpu: TrackedVcpu, tid: int, tracer: Tracer, seconds: float) -> None:
         subject = Subject(
             tid=tid,
-            progress=vcpu.progress,
+            detector=vcpu.detector,
             is_there=partial(self._is_thread, vcpu.key.vm.pid, tid),
             read=partial(self._read, vcpu.key),
+            read_cpu_time=self._read_cpu_time and partial(self._read_cpu_time, vcpu.key.vm.pid, tid),
             on_change=partial(self._on_change, vcpu),
         )
         self.armed += 1
@@ -171,27 +174,27 @@ class TraceScheduler:
             self._note_interval(vcpu)
 
     def _end(self, vcpu: TrackedVcpu, task: asyncio.Task[None]) -> None:
-        """Plan what comes after a look; every look ends here, whatever has become of it."""
+        """Plan what comes after a session; every one ends here, whatever has become of it."""
         now = asyncio.get_running_loop().time()
         del self._tasks[vcpu.key]
-        vcpu.looking = False
+        vcpu.in_session = False
         self._budget.end(vcpu.key, now)
         if not task.cancelled() and (err := task.exception()) is not None:
-            log.error("looking at a vCPU failed", extra={"fields": {"vm": vcpu.vm.id, "err": repr(err)}})
-            log.debug("looking at a vCPU failed", exc_info=err)
-        self._last_look = now
+            log.error("a trace session failed", extra={"fields": {"vm": vcpu.vm.id, "err": repr(err)}})
+            log.debug("a trace session failed", exc_info=err)
+        self._last_ended = now
         if self._closing:
             return
         if self._vcpus.get(vcpu.key) is vcpu:
-            vcpu.plan_look(now, self._budget.find_turn(now) if vcpu.has_its_turn else now)
+            vcpu.plan_next_session(now, self._budget.find_slot(now) if vcpu.in_rotation else now)
             self._consider_later(vcpu)
         self.start()
 
     def _consider_later(self, vcpu: TrackedVcpu) -> None:
-        """Consider a vCPU when its next look may be; what was planned before is not."""
+        """Consider a vCPU when its next session may be; what was planned before is cancelled."""
         if vcpu.key in self._timers:
             self._timers[vcpu.key].cancel()
-        self._timers[vcpu.key] = asyncio.get_running_loop().call_at(vcpu.look_at, self.consider, vcpu)
+        self._timers[vcpu.key] = asyncio.get_running_loop().call_at(vcpu.next_session_at, self.consider, vcpu)
 
     async def _open_later(self) -> None:
         await asyncio.sleep(RETRY_SECONDS)
@@ -199,6 +202,6 @@ class TraceScheduler:
         await self.open()
 
     def _note_interval(self, vcpu: TrackedVcpu) -> None:
-        shortest, window = vcpu.progress.shortest_seconds, vcpu.window_cycles
+        shortest, window = vcpu.detector.shortest_seconds, vcpu.window_cycles
         if shortest is not None and window is not None:
             self.intervals[window] = min(shortest, self.intervals.get(window, shortest))

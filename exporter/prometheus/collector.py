@@ -78,7 +78,7 @@ def select_collectors(enabled: Collection[str], collect: Sequence[str], exclude:
 
 
 class HostCollector:
-    """Takes looks through a SnapshotReader and makes families of them; one thread at a time."""
+    """Reads snapshots through a SnapshotReader and makes families of them; one thread at a time."""
 
     def __init__(
         self,
@@ -86,29 +86,32 @@ class HostCollector:
         settings: CollectorSettings,
         build: BuildInfo,
         clock: Callable[[], float],
-        read_watch: Callable[[], MonitorReport] | None = None,
+        read_report: Callable[[], MonitorReport] | None = None,
     ) -> None:
-        """``clock`` gives seconds for durations, as time.perf_counter does; ``read_watch`` what the watch has found."""
+        """``clock`` gives seconds for durations, as time.perf_counter does.
+
+        ``read_report`` returns what the stall monitor has found.
+        """
         self.settings = settings
         self.build = build
         self.snapshot: Snapshot | None = None
-        """The last look that went well: for pages that show how the host is doing without looking anew."""
+        """The newest snapshot: for pages that show how the host is doing without reading it again."""
         self._reader = reader
         self._clock = clock
-        self._read_watch = read_watch
+        self._read_report = read_report
         self._verdicts: StallSeries | None = None
-        self._movements = IncreaseTracker()
+        self._increases = IncreaseTracker()
         self._errors = ReadErrors()
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._shown: list[tuple[VmReading, VmSeries]] = []
 
     @property
     def sources(self) -> tuple[SourceReport, ...]:
-        """Return how each source went at the last look; empty before the first."""
+        """Return how each source did at the newest snapshot; empty before the first."""
         return self.snapshot.sources if self.snapshot else ()
 
     def collect(self, selected: Collection[str] | None = None) -> list[Family]:
-        """Take one look and return its families, in the order of the table, none of them empty."""
+        """Read the host and return the families of that, in the order of the table, none of them empty."""
         names = self.settings.enabled if selected is None else selected
         duration, success = Family(metrics.SCRAPE_DURATION), Family(metrics.SCRAPE_SUCCESS)
         build = Family(metrics.BUILD_INFO)
@@ -123,7 +126,7 @@ class HostCollector:
             families.update((family.metric, family) for family in made or () if family.chunks)
             return made is not None
 
-        is_read = run(SNAPSHOT, self._look)
+        is_read = run(SNAPSHOT, self._read_host)
         collectors = {
             "host": self._collect_host,
             "vm": self._collect_vms,
@@ -149,10 +152,12 @@ class HostCollector:
             log.debug("collector failed", extra={"fields": {"collector": name}}, exc_info=True)
             return None
 
-    def _look(self) -> list[Family]:
+    def _read_host(self) -> list[Family]:
         snapshot = self._reader.read()
-        self._verdicts = StallSeries(self._read_watch(), snapshot.readings) if self._read_watch else None
-        self._movements.observe(snapshot)
+        if self._read_report is not None:
+            offset = snapshot.unix_seconds - snapshot.monotonic_seconds
+            self._verdicts = StallSeries(self._read_report(), snapshot.readings, offset)
+        self._increases.observe(snapshot)
         self._shown = list(self._arrange(snapshot))
         self._errors.log_new({reading.vm.key.pid: reading.vm for reading in snapshot.readings})
         self.snapshot = snapshot
@@ -206,7 +211,7 @@ class HostCollector:
         def render(reading: VmReading, lines: VmSeries) -> Iterator[tuple[Metric, str]]:
             if with_series:
                 yield from lines.render_vcpus(reading, self.settings.vcpu_series)
-                if moves := lines.render_last_moves(self._movements.last_moves(reading.vm.key)):
+                if moves := lines.render_last_moves(self._increases.last_moves(reading.vm.key)):
                     yield metrics.VCPU_LAST_NOTIFY_EXIT, moves
             if self._verdicts is not None:
                 yield from self._verdicts.render_vcpus(reading, with_series)
@@ -220,8 +225,8 @@ class HostCollector:
         info.add(order_labels(metrics.HOST_INFO, **_label_host(snapshot.host)), 1)
         if snapshot.host.notify_supported is not None:
             supported.add((), int(snapshot.host.notify_supported))
-        if self._movements.readable:
-            total.add((), self._movements.increases_total)
+        if self._increases.readable:
+            total.add((), self._increases.increases_total)
         found = self._verdicts.build_host_families() if self._verdicts else []
         return [info, supported, total, *_count_vms(snapshot), *found]
 
@@ -244,12 +249,12 @@ class HostCollector:
             reasons,
             up,
             errors,
-            *(self._verdicts.build_watch_families() if self._verdicts else ()),
+            *(self._verdicts.build_monitor_families() if self._verdicts else ()),
         ]
 
     def _snapshot(self) -> Snapshot:
         if self.snapshot is None:
-            raise LookupError("no look has been taken")
+            raise LookupError("no snapshot has been taken")
         return self.snapshot
 
 

@@ -2,11 +2,11 @@
 
 Sample lines are the same bytes in the text format 0.0.4 and in OpenMetrics 1.0.0; only the comments around them
 differ. So a line is made once and kept: ``SampleLines`` holds the lines of one metric over fixed label sets as one
-template, and a look at 16 vCPUs then costs one ``%`` and not 16 dictionaries.
+template, and a snapshot of 16 vCPUs then costs one ``%`` and not 16 dictionaries.
 
-Measured on 10,000 vCPUs in 625 VMs (26,200 lines, 2.1 MB, every ``exits`` new at each look; Python 3.11 on a shared
-2-core machine): from look to bytes 7 ms at best and 10 ms in the median, where prometheus_client takes 135 and 190 ms
-for the same families: 20 times as long.
+Measured on 10,000 vCPUs in 625 VMs (26,200 lines, 2.1 MB, every ``exits`` new in each snapshot; Python 3.11 on a shared
+2-core machine): from snapshot to bytes 7 ms at best and 10 ms in the median, where prometheus_client takes 135 and
+190 ms for the same families: 20 times as long.
 
 Integers are printed as integers, exact to 2**64; prometheus_client's floats lose digits above 2**53.
 """
@@ -49,7 +49,7 @@ class Family:
 
 
 class SampleLines:
-    """The sample lines of one metric over fixed label sets, with numbers that change from look to look."""
+    """The sample lines of one metric over fixed label sets, with numbers that change from snapshot to snapshot."""
 
     __slots__ = ("_template", "_text", "_values")
 

@@ -52,7 +52,7 @@ VCPU_EXITS = Metric(
 VCPU_TRACED_EXITS = Metric(
     "kvm_vcpu_notify_traced_exits_total",
     MetricType.COUNTER,
-    "Notify VM exits of a vCPU whose RIP was seen: only some of them are, while a vCPU is looked at.",
+    "Notify VM exits of a vCPU whose RIP was seen: only some of them are, while a vCPU is traced.",
     ("vcpu", "vm"),
 )
 VCPU_SAME_RIP_EXITS = Metric(
@@ -65,7 +65,7 @@ VCPU_CONTEXT_INVALID = Metric(
     "kvm_vcpu_notify_context_invalid_exits_total",
     MetricType.COUNTER,
     "Notify VM exits of a vCPU with an invalid VM context since the agent runs, each of them counted; "
-    "absent where handle_notify() cannot be watched.",
+    "absent where handle_notify() cannot be attached to.",
     ("vcpu", "vm"),
 )
 VCPU_NO_PROGRESS = Metric(
@@ -118,6 +118,13 @@ VM_VCPUS = Metric(
     MetricType.GAUGE,
     "Number of a VM's vCPUs.",
     ("vm",),
+)
+VCPU_STALL_START = Metric(
+    "kvm_vcpu_stall_start_timestamp_seconds",
+    MetricType.GAUGE,
+    "When a vCPU that makes no forward progress was first seen at the RIP where it is stuck; only while it is.",
+    ("vcpu", "vm"),
+    "seconds",
 )
 VM_NOTIFY_PROTECTION = Metric(
     "kvm_vm_notify_protection",
@@ -215,7 +222,7 @@ TRACE_LOST_RECORDS = Metric(
 TRACE_BUDGET_EXHAUSTED = Metric(
     "kvm_exporter_trace_budget_exhausted_total",
     MetricType.COUNTER,
-    "Looks at a vCPU that had to wait because enough is traced already.",
+    "Trace sessions of vCPUs that had to wait because enough is traced already.",
 )
 WARNINGS = Metric(
     "kvm_exporter_warnings_total",
@@ -285,6 +292,7 @@ METRICS: tuple[Metric, ...] = (
     VCPU_SAME_RIP_EXITS,
     VCPU_CONTEXT_INVALID,
     VCPU_NO_PROGRESS,
+    VCPU_STALL_START,
     VCPU_LAST_NOTIFY_EXIT,
     VM_NOTIFY_WINDOW_EXITS,
     VM_INFO,

@@ -1,6 +1,6 @@
-"""What the watch has found, as sample lines: of one VM's vCPUs, of the host, of the watch itself.
+"""What the stall monitor has found, as sample lines: of one VM's vCPUs, of the host, of the monitor itself.
 
-Few vCPUs ever take a notify exit, so nothing is kept here from look to look.
+Few vCPUs ever take a notify exit, so nothing is kept here from snapshot to snapshot.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
 
 
 class StallSeries:
-    """Renders one report of the watch, for one look at the host."""
+    """Renders one report of the stall monitor, for one snapshot."""
 
-    def __init__(self, report: MonitorReport, readings: Iterable[VmReading]) -> None:
-        self._report = report
+    def __init__(self, report: MonitorReport, readings: Iterable[VmReading], unix_offset: float) -> None:
+        """``unix_offset`` is by how many seconds Unix time is ahead of CLOCK_MONOTONIC."""
+        self._report, self._unix_offset = report, unix_offset
         self._vms: Counter[tuple[int, int]] = Counter()
         if report.context_invalid:
             self._vms.update(reading.vm.key[:2] for reading in readings)
@@ -57,9 +58,19 @@ class StallSeries:
             for vcpu in notified:
                 yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, self._count_invalid(reading.vm.key, vcpu))
         for vcpu in reading.vcpus:
-            stuck = self._judge(vcpu, found.get(vcpu.vcpu_id), drills.get(vcpu.vcpu_id), vcpu in notified)
+            report, drill = found.get(vcpu.vcpu_id), drills.get(vcpu.vcpu_id)
+            stuck = self._judge(vcpu, report, drill, vcpu in notified)
             if stuck is not None:
                 yield _render(metrics.VCPU_NO_PROGRESS, reading, vcpu, int(stuck))
+            if stuck:
+                starts = [
+                    shown.verdict.stuck_since_seconds
+                    for shown in (report, drill)
+                    if shown is not None and shown.verdict.state is State.STALLED
+                ]
+                start = min((seconds for seconds in starts if seconds is not None), default=None)
+                if start is not None:
+                    yield _render(metrics.VCPU_STALL_START, reading, vcpu, round(start + self._unix_offset, 3))
 
     def build_host_families(self) -> list[Family]:
         """Return what is known of the whole host."""
@@ -71,8 +82,8 @@ class StallSeries:
             interval.add((str(window),), seconds)
         return [stuck, interval]
 
-    def build_watch_families(self) -> list[Family]:
-        """Return how the watch is doing."""
+    def build_monitor_families(self) -> list[Family]:
+        """Return how the monitor is doing."""
         families = []
         for metric, name in _FIGURES:
             family = Family(metric)
@@ -107,5 +118,5 @@ def _render_traces(reading: VmReading, found: Mapping[int, VcpuReport]) -> Itera
             yield _render(metrics.VCPU_SAME_RIP_EXITS, reading, vcpu, report.same_rip_exits)
 
 
-def _render(metric: Metric, reading: VmReading, vcpu: Vcpu, value: int) -> tuple[Metric, str]:
+def _render(metric: Metric, reading: VmReading, vcpu: Vcpu, value: float) -> tuple[Metric, str]:
     return metric, render_sample(metric, (str(vcpu.index), reading.vm.id), value)

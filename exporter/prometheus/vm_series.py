@@ -1,7 +1,7 @@
-"""The sample lines of one VM, kept from look to look: most of them never change.
+"""The sample lines of one VM, kept from snapshot to snapshot: most of them never change.
 
 A ``VmSeries`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
-given anew at each look.
+given anew in each snapshot.
 """
 
 from __future__ import annotations

@@ -50,11 +50,11 @@ class Drill:
         self.ends_at = now + DRILL_SECONDS
         self._reading = reading
         self._rule = rule
-        self._progress = StallDetector(rule, now)
+        self._detector = StallDetector(rule, now)
 
     def begin(self, now: float) -> Sequence[VcpuReport]:
         """Let the made-up vCPU be stuck, and return what is found out about it."""
-        progress, exits = self._progress, self._rule.exits
+        progress, exits = self._detector, self._rule.exits
         began = now - self._rule.seconds - 0.1
         changes = [*progress.observe_records(began, [self._make_record(began), self._make_record(began + 0.01)])]
         progress.start_window(began + 0.01)
@@ -66,17 +66,17 @@ class Drill:
 
     def end(self, now: float) -> Sequence[VcpuReport]:
         """Let the made-up vCPU go on."""
-        return [self.report(verdict) for verdict in self._progress.observe_records(now, [], other_rip=True)]
+        return [self.report(verdict) for verdict in self._detector.observe_records(now, [], other_rip=True)]
 
     def report(self, verdict: Verdict | None = None) -> VcpuReport:
         """Return what is known of the made-up vCPU, in the place of the real one."""
         return VcpuReport(
             vm=self._reading.vm,
             vcpu=self._reading.vcpus[0],
-            verdict=verdict or self._progress.verdict,
+            verdict=verdict or self._detector.verdict,
             source=self._reading.source,
-            traced_exits=self._progress.traced_exits,
-            same_rip_exits=self._progress.same_rip_exits,
+            traced_exits=self._detector.traced_exits,
+            same_rip_exits=self._detector.same_rip_exits,
             drill=True,
         )
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Final
 
-# The longest look there is: what comes too slowly for it cannot be watched.
-LOOK_SECONDS: Final = 5.0
+# The longest trace session there is: exits that come too slowly for it cannot be judged.
+SESSION_SECONDS: Final = 5.0
 
 
 class IntervalEstimator:
@@ -30,7 +30,7 @@ class IntervalEstimator:
         self._paired = False
 
     def observe_pair(self, apart: float) -> None:
-        """Take in how far apart two records in a row are; within a look, the closest two count."""
+        """Take in how far apart two records in a row are; within a session, the closest two count."""
         self.interval_seconds = min(apart, self.interval_seconds or apart) if self._paired else apart
         self._paired = True
 
@@ -49,3 +49,15 @@ class IntervalEstimator:
     def _bound(self, shortest: float, longest: float) -> None:
         estimate = longest if self.interval_seconds is None else self.interval_seconds
         self.interval_seconds = min(max(estimate, shortest), longest)
+
+
+def explain_slowness(interval_seconds: float, exits: int, suspect: bool) -> str:
+    """Return what to add to the evidence where exits come too slowly for trace sessions, "" where they do not.
+
+    ``exits`` are those that a stall takes, ``suspect`` says that some were seen at one RIP.
+    """
+    if 2 * interval_seconds > SESSION_SECONDS:
+        return f", too slowly to be watched: one in some {interval_seconds:.1f} s"
+    if suspect and exits * interval_seconds > SESSION_SECONDS:
+        return f", slowly: it takes several trace sessions to watch {exits} of them"
+    return ""

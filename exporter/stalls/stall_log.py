@@ -167,6 +167,8 @@ def build_stall_fields(report: VcpuReport, now: float, unix: float) -> dict[str,
         "nested": {None: "unknown", False: "no", True: "yes"}[verdict.nested],
         "registers": {None: "not-read", False: "read-once", True: "unchanged"}[verdict.registers_alike],
     }
+    if verdict.cpu_percent is not None:
+        fields["cpu_percent_of_thread"] = round(verdict.cpu_percent)
     if delivering := name_vector(verdict.idt_vectoring):
         fields["delivering"] = delivering
     return fields | {"meaning": _explain(report), "action": _advise(report)}

@@ -1,4 +1,4 @@
-"""The words for what is found out about vCPUs: states, verdicts, and what the watch as a whole has to report.
+"""The words for what is found out about vCPUs: states, verdicts, and the report of the whole stall monitor.
 
 Plain values: what the detector finds crosses in them to the metrics, the log and the API.
 """
@@ -41,6 +41,7 @@ class Verdict:
     it), ``stuck_since_seconds``, ``registers_alike`` (None: could not be read) and the rest are about the RIP that the
     vCPU is or, if recovered, was suspected at. ``episode`` numbers the stalls of this vCPU: one that is stalled, then
     unknown, then stalled again has not had a second one. ``nested`` is None where it is not known.
+    ``cpu_percent`` is how much of a CPU the thread used in the last second or so, None where that was not measured.
     """
 
     state: State
@@ -55,6 +56,7 @@ class Verdict:
     context_invalid: bool = False
     idt_vectoring: int = 0
     episode: int = 0
+    cpu_percent: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class VcpuReport:
 
 @dataclass(frozen=True, slots=True)
 class MonitorReport:
-    """What the watch has found, and how it works.
+    """What the stall monitor has found, and how it works.
 
     ``vcpus`` are those that have taken a notify exit in the agent's time; every other one is quiet. ``problem`` says
     why RIPs cannot be had ("" where they can). ``trigger`` is what tells of notify exits: "bpf", "poll", or "" where

@@ -198,6 +198,8 @@ def list_evidence(row: Row) -> list[str]:
     if row.state in (State.STALLED, State.SUSPECT):
         if verdict.registers_alike is not None:
             said.append("registers unchanged" if verdict.registers_alike else "registers read once")
+        if verdict.cpu_percent is not None:
+            said.append(f"its thread uses {verdict.cpu_percent:.0f} % of a CPU")
         if vector := name_vector(verdict.idt_vectoring):
             said.append(f"delivering {vector}")
         if verdict.nested:

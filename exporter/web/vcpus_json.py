@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from exporter.stalls.verdicts import MonitorReport, State, VcpuReport, name_vector, render_rip
 
-"""For what is not to be kept, nor to be seen from other sites."""
-
 
 def build_document(report: MonitorReport, now: float, unix: float, with_details: bool) -> dict[str, object]:
     """Return what is known as plain data; ``with_details`` for RIPs and owners.
@@ -59,6 +57,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         "streak": verdict.streak,
         "exits_at_rip": verdict.exits,
         "registers_alike": verdict.registers_alike,
+        "cpu_percent_of_thread": None if verdict.cpu_percent is None else round(verdict.cpu_percent, 1),
         "nested": verdict.nested,
         "context_invalid": verdict.context_invalid,
         "delivering": name_vector(verdict.idt_vectoring) or None,

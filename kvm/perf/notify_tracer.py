@@ -3,7 +3,7 @@
 A counter says that a vCPU takes notify exits; only this tracepoint says where, because KVM's cached RIP is stale after
 them. Two perf events are opened for one thread, never CPU-wide:
 
-* **A** takes notify exits: `NOTIFY_FILTER`, RECORDS_A_LOOK of them, then the kernel switches it off.
+* **A** takes notify exits: `NOTIFY_FILTER`, SESSION_RECORDS of them, then the kernel switches it off.
 * **B** takes the first exit of any kind at another RIP than one that A has seen: proof that the guest moves. Interrupts
   of the host that hit a stuck guest are exits at its own RIP and do not count, nor does anything else at that RIP. An
   exit with a hidden RIP (0) does count as another one: no vCPU hides it sometimes.
@@ -37,7 +37,7 @@ from kvm.perf.tracepoint_format import Tracepoint
 
 TRACEFS = Path("/sys/kernel/tracing")
 SYSTEM, NAME = "kvm", "kvm_exit"
-RECORDS_A_LOOK = 64
+SESSION_RECORDS = 64
 
 
 class _Role(Enum):
@@ -206,7 +206,7 @@ class NotifyTracer:
         *,
         proc: Path = Path("/proc"),
         sysfs: Path = Path("/sys"),
-        allowance: int = RECORDS_A_LOOK,
+        allowance: int = SESSION_RECORDS,
         pages: int | None = None,
         open_private: Callable[[str], PrivateMount] = PrivateMount,
     ) -> None:

@@ -48,7 +48,7 @@ EXITS_PER_SECOND: Final = 1500.0
 _ENABLED, _USER = 1, 2
 _SECONDS_UP: Final = 86_400.0
 _FIRST_PID: Final = 4_000
-# The span of pids that one VM takes: itself and a thread for each vCPU.
+# The range of pids that one VM takes: itself and a thread for each vCPU.
 _PIDS_PER_VM: Final = 1_000
 
 _HOST: Final = Host(
@@ -193,6 +193,15 @@ class SimulatedHost:
                 registers = {"rax": work, "rcx": work // 7, "rip": 0, "rsp": 0}
                 return VcpuState(vcpu_id, vcpus[vcpu_id].tid, registers, frozenset({"rip", "rsp"}), statistics)
         return None
+
+    def read_cpu_time(self, pid: int, tid: int) -> float | None:
+        """Return how many seconds a vCPU thread has run: all the time while it is stuck, half of it otherwise."""
+        vcpu = self.find_thread(tid)
+        if vcpu is None or pid <= 0:
+            return None
+        seconds = self.age_seconds()
+        stuck = count_stuck_seconds(seconds) if vcpu.gets_stuck else 0.0
+        return stuck + (seconds - stuck) / 2
 
     def find_thread(self, tid: int) -> SimulatedVcpu | None:
         """Find a made-up vCPU thread, None where there is no such."""

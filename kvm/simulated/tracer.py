@@ -12,7 +12,7 @@ from typing import Final
 from kvm.errors import VmGone
 from kvm.model import NotifyExit
 from kvm.perf.notify_records import TraceRecords
-from kvm.perf.notify_tracer import RECORDS_A_LOOK
+from kvm.perf.notify_tracer import SESSION_RECORDS
 from kvm.simulated.host import SimulatedHost, SimulatedVcpu
 
 # Where Linux has its kernel's text, and a place in a user's program.
@@ -30,7 +30,7 @@ class SimulatedThread:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._host, self._vcpu = host, vcpu
         self._made = vcpu.count(host.age_seconds())
-        self._left = RECORDS_A_LOOK
+        self._left = SESSION_RECORDS
         self._watched_since: float | None = None
         self._other_rip = False
 
@@ -53,7 +53,7 @@ class SimulatedThread:
     def refresh(self) -> None:
         """Allow as many records as at first."""
         if not self._left:
-            self._left = RECORDS_A_LOOK
+            self._left = SESSION_RECORDS
 
     def disarm(self) -> None:
         """Close the fd; may be called twice."""

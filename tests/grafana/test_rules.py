@@ -602,12 +602,12 @@ def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Ca
     vms, vcpus = 48, 8
     reports: list[VcpuReport] = []
 
-    def read_watch() -> MonitorReport:
+    def read_report() -> MonitorReport:
         return MonitorReport(vcpus=tuple(reports), interval_min_seconds={0: 0.001}, context_invalid={})
 
     host = HostOfArmedVms(vms, vcpus, iter([0.0, 1.0, 100.0, 101.0]))
     settings = CollectorSettings(vcpu_series=VcpuSeries(mode))
-    collector = HostCollector(host, settings, BuildInfo("1", "2", "3"), time.perf_counter, read_watch)
+    collector = HostCollector(host, settings, BuildInfo("1", "2", "3"), time.perf_counter, read_report)
     collector.collect()
     reports += find_notified(host.read())
     text = render_text(collector.collect())

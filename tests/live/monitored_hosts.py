@@ -144,7 +144,7 @@ def wait_for_alert(receiver: Receiver, seconds: float, status: str, **labels: st
 
 
 def ask(prometheus: Prometheus, questions: Sequence[Question], start: float, end: float) -> dict[Question, Answer]:
-    """Ask each question for every second of a span."""
+    """Ask each question for every second of a window."""
     answers = {}
     for question in questions:
         try:

@@ -208,9 +208,9 @@ class Prometheus:
         return [] if data["resultType"] == "scalar" else list(data["result"])
 
     def query_range(self, expression: str, start: float, end: float, step: float = 1.0) -> list[dict[str, Any]]:
-        """The series of an expression in a span of time, each with ``metric`` and ``values``."""
-        span = (("start", f"{start:.3f}"), ("end", f"{end:.3f}"), ("step", f"{step:.3f}"))
-        return list(self.ask("query_range", ("query", expression), *span)["result"])
+        """The series of an expression in a window of time, each with ``metric`` and ``values``."""
+        window = (("start", f"{start:.3f}"), ("end", f"{end:.3f}"), ("step", f"{step:.3f}"))
+        return list(self.ask("query_range", ("query", expression), *window)["result"])
 
     def find_values(self, label: str, selector: str = "") -> list[str]:
         """The values of a label, as a dashboard's variable asks for them."""

@@ -36,16 +36,16 @@ def play(
     ended: list[VmKey] = []
 
     async def main() -> None:
-        holds = ProcessWatcher(open_pidfd, run_inline, ended.append)
-        act(holds, ended)
+        watcher = ProcessWatcher(open_pidfd, run_inline, ended.append)
+        act(watcher, ended)
         await asyncio.sleep(0.05)
         for _ in range(500):
             if ended:
                 break
             await asyncio.sleep(0.01)
         for key in ended:
-            holds.release(key)
-        await holds.close()
+            watcher.release(key)
+        await watcher.close()
 
     before = set(os.listdir("/proc/self/fd"))
     asyncio.run(main())
@@ -56,9 +56,9 @@ def play(
 def test_the_end_of_a_process_is_told() -> None:
     process, key = open_sleeper()
 
-    def act(holds: ProcessWatcher, ended: list[VmKey]) -> None:
-        holds.hold(key)
-        holds.hold(key)
+    def act(watcher: ProcessWatcher, ended: list[VmKey]) -> None:
+        watcher.watch(key)
+        watcher.watch(key)
         asyncio.get_running_loop().call_later(0.1, process.kill)
 
     assert play(act, open_vm_process) == [key]
@@ -68,7 +68,7 @@ def test_the_end_of_a_process_is_told() -> None:
 def test_one_that_has_ended_already_is_told_too() -> None:
     process, key = open_sleeper()
     process.communicate(b"\n")
-    assert play(lambda holds, ended: holds.hold(key), open_vm_process) == [key]
+    assert play(lambda watcher, ended: watcher.watch(key), open_vm_process) == [key]
     with pytest.raises(VmGone):
         open_vm_process(key)
 
@@ -76,9 +76,9 @@ def test_one_that_has_ended_already_is_told_too() -> None:
 def test_one_that_is_released_at_once_is_closed_when_it_comes() -> None:
     process, key = open_sleeper()
 
-    def act(holds: ProcessWatcher, ended: list[VmKey]) -> None:
-        holds.hold(key)
-        holds.release(key)
+    def act(watcher: ProcessWatcher, ended: list[VmKey]) -> None:
+        watcher.watch(key)
+        watcher.release(key)
         ended.append(key)
 
     assert play(act, open_vm_process) == [key]
@@ -89,8 +89,8 @@ def test_without_fds_left_it_goes_on() -> None:
     def refuse(key: VmKey) -> int:
         raise OSError(24, "Too many open files")
 
-    def act(holds: ProcessWatcher, ended: list[VmKey]) -> None:
-        holds.hold(VmKey(1, 2, 3))
+    def act(watcher: ProcessWatcher, ended: list[VmKey]) -> None:
+        watcher.watch(VmKey(1, 2, 3))
         asyncio.get_running_loop().call_later(0.05, ended.append, VmKey(0, 0, 0))
 
     assert play(act, refuse) == [VmKey(0, 0, 0)]
@@ -131,16 +131,16 @@ def test_one_that_is_released_while_it_is_opened_leaves_no_fd(is_held_again: boo
             return call()
 
         before = len(os.listdir("/proc/self/fd"))
-        holds = ProcessWatcher(open_vm_process, open_later, lambda key: None)
-        holds.hold(key)
+        watcher = ProcessWatcher(open_vm_process, open_later, lambda key: None)
+        watcher.watch(key)
         await asyncio.sleep(0)
-        holds.release(key)
+        watcher.release(key)
         if is_held_again:
-            holds.hold(key)
+            watcher.watch(key)
         ready.set()
         await asyncio.sleep(0.05)
         assert len(os.listdir("/proc/self/fd")) == before + is_held_again
-        await holds.close()
+        await watcher.close()
         assert len(os.listdir("/proc/self/fd")) == before
 
     asyncio.run(main())
@@ -151,8 +151,8 @@ def test_a_process_that_cannot_be_told_is_not_gone(caplog: pytest.LogCaptureFixt
     def refuse(key: VmKey) -> int:
         raise MalformedData("/proc/1/stat", "no start time")
 
-    def act(holds: ProcessWatcher, ended: list[VmKey]) -> None:
-        holds.hold(VmKey(1, 2, 3))
+    def act(watcher: ProcessWatcher, ended: list[VmKey]) -> None:
+        watcher.watch(VmKey(1, 2, 3))
         asyncio.get_running_loop().call_later(0.05, ended.append, VmKey(0, 0, 0))
 
     assert play(act, refuse) == [VmKey(0, 0, 0)]
@@ -160,8 +160,8 @@ def test_a_process_that_cannot_be_told_is_not_gone(caplog: pytest.LogCaptureFixt
 
 
 def test_made_up_vms_are_not_held() -> None:
-    def act(holds: ProcessWatcher, ended: list[VmKey]) -> None:
-        holds.hold(VmKey(1, 2, 3))
+    def act(watcher: ProcessWatcher, ended: list[VmKey]) -> None:
+        watcher.watch(VmKey(1, 2, 3))
         ended.append(VmKey(0, 0, 0))
 
     assert play(act, None) == [VmKey(0, 0, 0)]

@@ -14,7 +14,7 @@ import pytest
 from exporter.monitor.backends import Backends, PollMode
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.monitor.thread_index import STRANGER_SECONDS, UNPLACED_CALLS
-from exporter.monitor.tracked_vcpu import WAITS
+from exporter.monitor.tracked_vcpu import OTHERS_FIRST
 from exporter.stalls.drill import NoDrill
 from exporter.stalls.verdicts import StallRule, State, VcpuReport
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
@@ -56,6 +56,7 @@ def play(
     *vms: FakeVm,
     trigger: bool = False,
     registers: bool = True,
+    cpu_time: bool = True,
     poll: PollMode = PollMode.AUTO,
     prepare: Callable[[FakeHost], None] = lambda host: None,
     make_trigger: Callable[[FakeTrigger], None] = lambda trigger: None,
@@ -73,16 +74,17 @@ def play(
             make_trigger(made)
             return made
 
-        means = Backends(
+        backends = Backends(
             reader=host,
             tracer=host,
             read_vcpu=host.read_vcpu if registers else None,
-            hold=host.hold,
+            open_pidfd=host.hold,
             is_thread=host.is_thread,
+            read_cpu_time=host.read_cpu_time if cpu_time else None,
             make_trigger=open_trigger if trigger else None,
         )
         watch = StallMonitor(
-            means, rule=rule or StallRule(), poll=poll, unix=lambda: 1.8e9 + loop.time(), run=run_inline
+            backends, rule=rule or StallRule(), poll=poll, unix=lambda: 1.8e9 + loop.time(), run=run_inline
         )
         stop = asyncio.Event()
         running = asyncio.create_task(watch.run(stop))
@@ -206,6 +208,31 @@ def test_a_stuck_guest_that_is_paused_is_unknown_and_stalled_again_without_a_sec
 
     play(act, vm, trigger=trigger)
     assert len(read_lines(caplog)) == 1
+
+
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+@pytest.mark.parametrize("cpu_time", [False, True], ids=["without-cpu-time", "with-cpu-time"])
+def test_the_cpu_time_of_its_thread_tells_that_a_stuck_guest_was_paused(cpu_time: bool, registers: bool) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED)
+        await asyncio.sleep(1.5)
+        stalled = scene.find(vm)
+        scene.host.set(vm.vcpus[0], "idle")
+        paused_after = await scene.wait_for(vm, State.UNKNOWN)
+        paused = scene.find(vm)
+        assert stalled and paused
+        if cpu_time:
+            assert stalled.verdict.cpu_percent == pytest.approx(100, abs=3)
+            assert "paused or throttled" in paused.verdict.reason
+            assert paused_after < 3.0
+        else:
+            assert (stalled.verdict.cpu_percent, paused.verdict.cpu_percent) == (None, None)
+            assert paused.verdict.reason == "its counter stands still: it may be paused"
+
+    play(act, vm, cpu_time=cpu_time, registers=registers)
 
 
 def test_a_slow_stall_is_found_within_its_budget() -> None:
@@ -801,7 +828,7 @@ def test_why_a_vcpu_is_not_looked_at_is_told() -> None:
             scene.host.set(vcpu, "stuck", interval=0.1)
         await asyncio.sleep(0.6)
         found = [scene.find(vm, number) for number in range(5)]
-        assert sorted(report.deferred_reason for report in found if report) == ["", "", "", "", WAITS]
+        assert sorted(report.deferred_reason for report in found if report) == ["", "", "", "", OTHERS_FIRST]
         told = scene.find(refused)
         assert told is not None
         assert "SELinux forbids it" in told.deferred_reason

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.monitor.trace_budget import LONGEST_TURN_SECONDS, SHORTEST_TURN_SECONDS, Limits, TraceBudget
-from exporter.stalls.interval import LOOK_SECONDS
+from exporter.monitor.trace_budget import LONGEST_ROTATION_SECONDS, SHORTEST_ROTATION_SECONDS, Limits, TraceBudget
+from exporter.stalls.interval import SESSION_SECONDS
 from kvm.model import VcpuKey, VmKey
 
 NOW = 0.0
@@ -28,7 +28,7 @@ def test_vms_take_turns() -> None:
     for vm in (2, 3):
         budget.want(make_key(vm), NOW)
     assert find_names(budget.start(0.0)) == [(1, 0), (2, 0), (3, 0), (1, 1)]
-    assert budget.exhausted == 2
+    assert budget.deferred == 2
     budget.end(make_key(2), 1.0)
     budget.want(make_key(2), NOW)
     assert find_names(budget.start(1.0)) == [(1, 2)]
@@ -41,9 +41,9 @@ def test_a_vm_has_four_at_once_and_the_host_sixteen() -> None:
             budget.want(make_key(vm, vcpu), NOW)
     begun = find_names(budget.start(0.0))
     assert len(begun) == budget.running == 16
-    assert budget.exhausted == 64
+    assert budget.deferred == 64
     assert budget.start(1.0) == []
-    assert budget.exhausted == 64
+    assert budget.deferred == 64
     one = TraceBudget(Limits())
     for vcpu in range(8):
         one.want(make_key(1, vcpu), NOW)
@@ -72,18 +72,18 @@ def look(budget: TraceBudget, now: float, seconds: float, least: float = 0.0, pa
 
 def test_the_first_look_is_free_and_then_it_is_a_tenth_of_a_minute() -> None:
     budget = TraceBudget(Limits())
-    assert look(budget, 0.0, 9.0) == LOOK_SECONDS
+    assert look(budget, 0.0, 9.0) == SESSION_SECONDS
     assert look(budget, 10.0, 4.0) == 4.0
     assert look(budget, 20.0, 9.0) == pytest.approx(2.0)
     assert look(budget, 30.0, 9.0) is None
     assert look(budget, 31.0, 9.0) is None
-    assert budget.exhausted == 1
+    assert budget.deferred == 1
     assert look(budget, 75.5, 9.0) == pytest.approx(4.0)
 
 
 def test_something_is_left_for_the_look_that_may_use_more_of_the_share() -> None:
     budget = TraceBudget(Limits())
-    assert look(budget, 0.0, 9.0, part=0.5) == LOOK_SECONDS
+    assert look(budget, 0.0, 9.0, part=0.5) == SESSION_SECONDS
     assert look(budget, 10.0, 9.0, part=0.5) == pytest.approx(3.0)
     assert look(budget, 20.0, 9.0, part=0.5) is None
     assert look(budget, 21.0, 2.0, part=0.9) == pytest.approx(2.0)
@@ -101,7 +101,7 @@ def test_who_has_used_up_its_share_is_told_when_it_is_free_again() -> None:
     assert budget.start(71.0) == []
     assert budget.want(make_key(1), 81.0, 3.0) == 81.0
     assert budget.start(81.0)[0][1] == pytest.approx(3.0)
-    assert budget.exhausted == 1
+    assert budget.deferred == 1
 
 
 def test_a_look_that_waits_for_room_may_be_asked_for_again_with_more_of_the_share() -> None:
@@ -114,16 +114,16 @@ def test_a_look_that_waits_for_room_may_be_asked_for_again_with_more_of_the_shar
     assert budget.start(6.0) == []
     budget.end(make_key(2), 7.0)
     assert budget.start(7.0) == [(make_key(1), 5.0)]
-    assert budget.exhausted == 1
+    assert budget.deferred == 1
 
 
 def test_vcpus_that_go_on_take_turns() -> None:
     budget = TraceBudget(Limits())
-    assert budget.find_turn(100.0) == 100.0 + SHORTEST_TURN_SECONDS
-    turns = [budget.find_turn(100.0) for _ in range(1000)]
+    assert budget.find_slot(100.0) == 100.0 + SHORTEST_ROTATION_SECONDS
+    turns = [budget.find_slot(100.0) for _ in range(1000)]
     assert turns[3] == pytest.approx(104.0)
-    assert turns[-1] == 100.0 + LONGEST_TURN_SECONDS
-    assert budget.find_turn(200.0) == 200.0 + SHORTEST_TURN_SECONDS
+    assert turns[-1] == 100.0 + LONGEST_ROTATION_SECONDS
+    assert budget.find_slot(200.0) == 200.0 + SHORTEST_ROTATION_SECONDS
 
 
 def test_what_it_costs_to_ask_does_not_grow_with_those_that_wait() -> None:
@@ -142,7 +142,7 @@ def test_what_it_costs_to_ask_does_not_grow_with_those_that_wait() -> None:
     for key in keys:
         budget.want(key, NOW)
         budget.start(NOW)
-    assert budget.exhausted == len(keys) - 16
+    assert budget.deferred == len(keys) - 16
     asked = 0
     for key in keys:
         budget.want(key, NOW)

@@ -331,21 +331,21 @@ def test_exits_that_come_faster_are_news_even_if_no_look_has_seen_that_they_had_
     def read(moved: int) -> None:
         nonlocal now, count
         now, count = now + 1.0, count + moved
-        vcpu.progress.observe_counter(now, now, count)
+        vcpu.detector.observe_counter(now, now, count)
         vcpu.see_counts(now, now, count, None)
 
     for moved in (0, 100, 100):
         read(moved)
     vcpu.begin_session()
-    vcpu.looking = False
-    vcpu.plan_look(now, now)
+    vcpu.in_session = False
+    vcpu.plan_next_session(now, now)
     read(100)
     assert (vcpu.moved, vcpu.faster) == (True, False)
     for moved in (0, 0, 0, 1, 0, 0, 0, 0, 1):
         read(moved)
     assert not vcpu.faster
     read(100)
-    assert (vcpu.faster, vcpu.wants_look(now)) == (True, True)
+    assert (vcpu.faster, vcpu.wants_session(now)) == (True, True)
 
 
 def test_older_counts_that_are_handed_over_late_say_nothing() -> None:
@@ -362,13 +362,13 @@ def test_older_counts_that_are_handed_over_late_say_nothing() -> None:
 
 def test_the_more_there_is_to_see_the_more_of_its_share_a_look_may_use_up() -> None:
     vcpu = follow(FakeVm("web", 100, 1), 1000.0)
-    parts = [vcpu.part]
-    vcpu.progress.observe_records(
+    parts = [vcpu.quota_part]
+    vcpu.detector.observe_records(
         1001.0, [NotifyExit(round(seconds * 1e9), 110, R, 0, 0) for seconds in (1000.1, 1001)]
     )
-    parts.append(vcpu.part)
+    parts.append(vcpu.quota_part)
     vcpu.goes_on = True
-    parts.append(vcpu.part)
+    parts.append(vcpu.quota_part)
     assert parts == sorted(set(parts))
     assert 6.0 * (1.0 - parts[1]) >= 0.5  # enough to see that it goes on
     assert 6.0 * (1.0 - parts[0]) >= 1.5  # enough to see that it is stuck
@@ -389,6 +389,7 @@ class Bench:
             run_inline,
             is_thread=host.is_thread,
             read=lambda key: None,
+            read_cpu_time=None,
             on_change=lambda vcpu, changes: None,
         )
 
@@ -460,8 +461,8 @@ def test_what_a_worker_has_armed_is_disarmed_though_the_look_is_cancelled_twice(
                 await asyncio.shield(gate.wait())
             return call()
 
-        progress = StallDetector(StallRule(), host.clock())
-        subject = Subject(vm.vcpus[0].tid, progress, lambda: True, None, lambda changes: None)
+        detector = StallDetector(StallRule(), host.clock())
+        subject = Subject(vm.vcpus[0].tid, detector, lambda: True, None, None, lambda changes: None)
         look = asyncio.create_task(run_trace_session(subject, host, run, 0.5))
         await asyncio.sleep(1.0)
         for _ in range(2):

@@ -72,6 +72,27 @@ def test_no_forward_progress_is_1_while_stalled_and_absent_while_unknown(state: 
     assert pick(series, "kvm_host_vcpus_no_forward_progress") == {"": float(state is State.STALLED)}
 
 
+@pytest.mark.parametrize("state", State)
+def test_when_a_stall_began_is_there_while_it_lasts(state: State) -> None:
+    reading = make_reading("a", (4,))
+    snapshot = make_snapshot(reading)
+    found = make_found(reading, 0, state)
+    assert found.verdict.stuck_since_seconds == 99.0
+    starts = pick(collect(MonitorReport(vcpus=(found,)), reading), "kvm_vcpu_stall_start_timestamp_seconds")
+    unix = snapshot.unix_seconds - snapshot.monotonic_seconds + 99.0
+    assert starts == ({"0": pytest.approx(unix, abs=0.001)} if state is State.STALLED else {})
+
+
+def test_of_a_drill_and_a_real_stall_the_older_one_counts() -> None:
+    reading = make_reading("a", (4,))
+    found, drill = make_found(reading, 0, State.STALLED), make_found(reading, 0, State.STALLED, drill=True)
+    later = replace(drill, verdict=replace(drill.verdict, stuck_since_seconds=500.0))
+    for reports in ((found, later), (later, found)):
+        both = pick(collect(MonitorReport(vcpus=reports), reading), "kvm_vcpu_stall_start_timestamp_seconds")
+        alone = pick(collect(MonitorReport(vcpus=(found,)), reading), "kvm_vcpu_stall_start_timestamp_seconds")
+        assert both == alone
+
+
 def test_a_vcpu_whose_exits_were_before_our_time_is_0_and_one_without_any_is_absent() -> None:
     assert pick(collect(MonitorReport(), make_reading(notify=(3, 0, 7))), NO_PROGRESS) == {"0": 0.0, "2": 0.0}
 
@@ -104,6 +125,7 @@ def test_without_vcpu_series_what_alerts_need_is_still_there() -> None:
     series = collect(watch, reading, series=VcpuSeries.NONE)
     assert {name for name, _ in series if name.startswith("kvm_vcpu_")} == {
         NO_PROGRESS,
+        "kvm_vcpu_stall_start_timestamp_seconds",
         "kvm_vcpu_notify_context_invalid_exits_total",
     }
     assert pick(series, NO_PROGRESS) == {"0": 1.0, "1": 0.0}

@@ -30,13 +30,13 @@ class Story:
     rule: StallRule = field(default_factory=StallRule)
 
     def __post_init__(self) -> None:
-        self.progress = StallDetector(self.rule, self.now)
+        self.detector = StallDetector(self.rule, self.now)
         self.changes: list[Verdict] = []
         self.read()
 
     @property
     def state(self) -> State:
-        return self.progress.verdict.state
+        return self.detector.verdict.state
 
     @property
     def states(self) -> list[State]:
@@ -50,8 +50,8 @@ class Story:
         """Read registers and counter, which takes a moment."""
         began, self.now = self.now, self.now + 0.0001
         if self.registers is not None:
-            self.changes += self.progress.observe_registers(began, self.now, self.registers, self.nested)
-        self.changes += self.progress.observe_counter(began, self.now, self.counter)
+            self.changes += self.detector.observe_registers(began, self.now, self.registers, self.nested)
+        self.changes += self.detector.observe_counter(began, self.now, self.counter)
         return self
 
     def trace(
@@ -62,11 +62,11 @@ class Story:
             self.now += apart
             self.counter += 1
             records.append(make_record(self.now, rip, **fields))
-        self.changes += self.progress.observe_records(self.now, records, lost=lost, other_rip=other_rip)
+        self.changes += self.detector.observe_records(self.now, records, lost=lost, other_rip=other_rip)
         return self
 
     def watch(self) -> Story:
-        self.progress.start_window(self.now)
+        self.detector.start_window(self.now)
         return self
 
     def look(self, seconds: float = 1.2, rip: int = R) -> Story:
@@ -75,7 +75,7 @@ class Story:
         for _ in range(round(seconds * 10)):
             self.trace(rip, rip).read().wait(0.1)
         self.trace(rip).read()
-        self.progress.end_window()
+        self.detector.end_window()
         return self
 
 
@@ -92,8 +92,8 @@ def test_a_vcpu_is_quiet_until_its_counter_moves() -> None:
 
 def test_a_trigger_is_as_good_as_a_counter() -> None:
     story = Story()
-    assert [verdict.state for verdict in story.progress.observe_trigger(story.now)] == [State.NOTIFYING]
-    assert story.progress.moved_seconds == story.now
+    assert [verdict.state for verdict in story.detector.observe_trigger(story.now)] == [State.NOTIFYING]
+    assert story.detector.moved_seconds == story.now
 
 
 def test_a_stall_takes_both_its_time_and_its_exits_and_says_what_was_found() -> None:
@@ -126,7 +126,7 @@ def test_a_stall_whose_exits_come_slowly_begins_with_the_last_that_it_takes() ->
 
 def test_what_the_last_record_says_is_in_the_verdict() -> None:
     story = Story().trace(R, R, qualification=1, idt_vectoring=0x80000B11)
-    verdict = story.progress.verdict
+    verdict = story.detector.verdict
     assert (verdict.context_invalid, verdict.idt_vectoring, verdict.streak) == (True, 0x80000B11, 2)
 
 
@@ -155,12 +155,12 @@ def test_short_looks_do_not_add_up() -> None:
 def test_records_of_two_looks_are_no_pair() -> None:
     story = Story()
     for _ in range(20):
-        story.progress.begin_session()
+        story.detector.begin_session()
         story.trace(R).read().wait(1.0)
-    assert (story.states, story.progress.same_rip_exits) == ([State.NOTIFYING], 0)
-    story.progress.begin_session()
+    assert (story.states, story.detector.same_rip_exits) == ([State.NOTIFYING], 0)
+    story.detector.begin_session()
     assert story.trace(OTHER).states == [State.NOTIFYING]  # progress, but not in the time of this look
-    assert story.progress.proofs == 0
+    assert story.detector.proofs == 0
 
 
 def test_exits_that_nobody_watched_do_not_count() -> None:
@@ -176,11 +176,11 @@ def test_a_span_without_a_record_at_its_end_proves_nothing_of_its_last_exits() -
     story = Story().trace(R).watch().trace(R, R).read().wait(2.0)
     story.counter += 100
     story.read().read()
-    assert (story.states[-1:], story.progress.verdict.exits) == ([State.SUSPECT], 2)
+    assert (story.states[-1:], story.detector.verdict.exits) == ([State.SUSPECT], 2)
     early = make_record(story.now - 1.0, R)  # it says nothing of the exits that were counted after it
-    story.changes += story.progress.observe_records(story.now, [early])
-    assert story.progress.verdict.exits == 3
-    assert story.trace(R).progress.verdict.exits >= 100
+    story.changes += story.detector.observe_records(story.now, [early])
+    assert story.detector.verdict.exits == 3
+    assert story.trace(R).detector.verdict.exits >= 100
     assert story.state is State.STALLED
 
 
@@ -189,16 +189,16 @@ def test_a_reading_from_before_the_first_record_counts_no_exits() -> None:
     story = Story().trace(R, R).watch().wait(0.1)
     began = story.now
     story.trace(R)
-    story.changes += story.progress.observe_counter(began, story.now + 0.01, story.counter)
+    story.changes += story.detector.observe_counter(began, story.now + 0.01, story.counter)
     story.counter += 100
     story.wait(1.5).read().trace(R)
-    assert (story.state, story.progress.verdict.exits) == (State.SUSPECT, 2)
+    assert (story.state, story.detector.verdict.exits) == (State.SUSPECT, 2)
 
 
 def test_what_was_lost_interrupts_what_was_watched() -> None:
     story = Story(rule=StallRule(exits=2)).trace(R, R).watch().trace(R).read()
     story.trace(lost=3).wait(2.0).trace(R).read().trace(R).read()
-    assert (story.state, story.progress.verdict.exits) == (State.SUSPECT, 3)
+    assert (story.state, story.detector.verdict.exits) == (State.SUSPECT, 3)
 
 
 @pytest.mark.parametrize("sign", ["event B", "another RIP"])
@@ -222,11 +222,11 @@ def test_records_from_before_the_watch_are_not_watched() -> None:
     story = Story().trace(R)
     early = [make_record(story.now + step / 1000, R) for step in range(1, 50)]
     story.wait(2.0).watch()
-    story.changes += story.progress.observe_records(story.now, early)
+    story.changes += story.detector.observe_records(story.now, early)
     story.counter += 50
     story.read().wait(2.0).read()
     assert story.state is State.SUSPECT
-    assert story.progress.verdict.exits == 0
+    assert story.detector.verdict.exits == 0
 
 
 ENDS: dict[str, Callable[[Story], Story]] = {
@@ -248,7 +248,7 @@ def change_register(story: Story, name: str) -> Story:
 def test_each_sign_of_life_ends_a_suspicion_and_a_stall(end: Callable[[Story], Story]) -> None:
     story = Story().look(0.5)
     assert end(story).states[-1] is State.PROGRESSING
-    assert end(Story().look(0.5)).progress.verdict.rip is None
+    assert end(Story().look(0.5)).detector.verdict.rip is None
     story = Story().look()
     assert end(story).states[-2:] == [State.STALLED, State.RECOVERED]
     assert story.changes[-1].rip == R
@@ -280,14 +280,14 @@ def test_a_slow_rep_is_never_stalled_although_it_is_often_suspect() -> None:
 
 def test_registers_that_were_read_before_it_came_here_are_not_compared() -> None:
     story = Story().trace(R, R)
-    early = story.progress.observe_registers(story.now - 5, story.now, {"rax": 99}, nested=False)
-    assert (early, story.progress.verdict.registers_alike) == ((), None)
+    early = story.detector.observe_registers(story.now - 5, story.now, {"rax": 99}, nested=False)
+    assert (early, story.detector.verdict.registers_alike) == ((), None)
     assert story.look().state is State.STALLED
 
 
 def test_without_registers_the_verdict_says_so() -> None:
     story = Story(registers=None).look()
-    assert (story.state, story.progress.verdict.registers_alike) == (State.STALLED, None)
+    assert (story.state, story.detector.verdict.registers_alike) == (State.STALLED, None)
 
 
 def test_alternating_rips_are_progress() -> None:
@@ -308,8 +308,8 @@ def test_a_hidden_rip_is_unknown_and_no_pair() -> None:
     story = Story()
     for _ in range(50):
         story.trace(None, None).watch().trace(None).read().wait(0.1)
-    assert (story.states, story.progress.rip_hidden) == ([State.UNKNOWN], True)
-    assert (story.progress.traced_exits, story.progress.same_rip_exits) == (150, 0)
+    assert (story.states, story.detector.rip_hidden) == ([State.UNKNOWN], True)
+    assert (story.detector.traced_exits, story.detector.same_rip_exits) == (150, 0)
 
 
 def test_lost_records_make_no_pair_and_no_stall() -> None:
@@ -324,9 +324,9 @@ def test_a_paused_vcpu_is_unknown_and_not_recovered_and_stuck_again_without_a_se
     for _ in range(100):
         story.wait(1.0).read()
     assert story.states[-2:] == [State.STALLED, State.UNKNOWN]
-    assert story.progress.verdict.rip == R
+    assert story.detector.verdict.rip == R
     story.trace(R).read()
-    assert (story.state, story.progress.verdict.episode) == (State.STALLED, 1)
+    assert (story.state, story.detector.verdict.episode) == (State.STALLED, 1)
 
 
 def test_a_paused_vcpu_that_goes_on_elsewhere_has_recovered() -> None:
@@ -346,7 +346,7 @@ def test_a_slow_stall_is_not_taken_for_a_pause() -> None:
 def test_a_suspect_that_takes_no_more_exits_is_quiet_and_begins_afresh() -> None:
     story = Story().look(0.5)
     story.wait(QUIET_SECONDS + 1).read()
-    assert (story.state, story.progress.suspected) == (State.QUIET, False)
+    assert (story.state, story.detector.suspected) == (State.QUIET, False)
     assert story.trace(R).states[-1] is State.NOTIFYING
 
 
@@ -356,7 +356,7 @@ def test_a_recovery_is_seen_for_a_while_and_then_what_comes() -> None:
     assert story.wait(1).read().state is State.RECOVERED
     story.counter += 1
     assert story.wait(RECOVERED_SECONDS).read().state is State.NOTIFYING
-    assert story.progress.verdict.rip is None
+    assert story.detector.verdict.rip is None
 
 
 def test_a_second_stall_is_a_second_episode() -> None:
@@ -369,14 +369,14 @@ def test_a_counter_that_falls_was_reset_and_counts_nothing() -> None:
     story = Story(counter=1000, rule=StallRule(exits=2)).trace(R).watch().trace(R, R).read()
     story.counter = 3
     story.wait(2.0).read().trace(R)
-    assert (story.state, story.progress.verdict.exits) == (State.SUSPECT, 3)
+    assert (story.state, story.detector.verdict.exits) == (State.SUSPECT, 3)
 
 
 def test_an_older_reading_that_is_handed_over_late_is_no_reset() -> None:
     story = Story(counter=1000).trace(R).watch().trace(R, R).read()
-    known = (story.progress.notify_exits, story.progress.moved_seconds, story.progress.interval_seconds)
-    assert story.progress.observe_counter(story.now - 0.5, story.now + 0.1, 990) == ()
-    assert (story.progress.notify_exits, story.progress.moved_seconds, story.progress.interval_seconds) == known
+    known = (story.detector.notify_exits, story.detector.moved_seconds, story.detector.interval_seconds)
+    assert story.detector.observe_counter(story.now - 0.5, story.now + 0.1, 990) == ()
+    assert (story.detector.notify_exits, story.detector.moved_seconds, story.detector.interval_seconds) == known
     for _ in range(12):
         story.wait(0.1).trace(R).read()
     assert story.state is State.STALLED
@@ -395,25 +395,69 @@ def test_registers_that_were_read_once_prove_nothing() -> None:
 
 def test_a_stall_whose_counter_cannot_be_read_any_more_is_unknown() -> None:
     story = Story().look()
-    told = story.progress.observe_unread(story.now + 2.9)
+    told = story.detector.observe_unread(story.now + 2.9)
     assert (list(told), story.state) == ([], State.STALLED)
-    story.wait(3.1).changes += story.progress.observe_unread(story.now)
-    assert (story.state, story.progress.verdict.reason) == (State.UNKNOWN, "its counter cannot be read")
+    story.wait(3.1).changes += story.detector.observe_unread(story.now)
+    assert (story.state, story.detector.verdict.reason) == (State.UNKNOWN, "its counter cannot be read")
     assert story.trace(R).state is State.STALLED
-    story.changes += story.progress.observe_unread(story.now + 1.0)  # its trace can be read
+    story.changes += story.detector.observe_unread(story.now + 1.0)  # its trace can be read
     assert story.state is State.STALLED
-    story.changes += story.progress.observe_trigger(story.now + 9.0)
-    story.changes += story.progress.observe_unread(story.now + 10.0)
+    story.changes += story.detector.observe_trigger(story.now + 9.0)
+    story.changes += story.detector.observe_unread(story.now + 10.0)
     assert story.state is State.STALLED
+
+
+@pytest.mark.parametrize(
+    ("percent", "still_seconds", "words"),
+    [
+        (None, 3.0, "its counter stands still: it may be paused"),
+        (0.0, 1.0, "its counter stands still and its thread uses 0 % of a CPU: it is paused or throttled"),
+        (97.0, 3.0, "its counter stands still but its thread uses 97 % of a CPU: it is not paused"),
+    ],
+)
+def test_cpu_time_tells_a_paused_vcpu_from_one_that_runs(
+    percent: float | None, still_seconds: float, words: str
+) -> None:
+    story = Story().look()
+    assert story.state is State.STALLED
+    moved = story.now
+    for _ in range(10 * 5):
+        story.wait(0.1)
+        if percent is not None:
+            story.detector.observe_cpu_time(story.now, 50.0 + percent / 100 * (story.now - moved))
+        story.read()
+        if story.state is not State.STALLED:
+            break
+    assert story.now - moved == pytest.approx(still_seconds, abs=0.15)
+    found = story.detector.verdict
+    assert (found.state, found.reason) == (State.UNKNOWN, words)
+    assert found.cpu_percent == (None if percent is None else pytest.approx(percent))
+
+
+def test_a_stall_says_how_much_of_a_cpu_its_thread_uses_and_is_called_where_that_is_little() -> None:
+    """A cgroup may throttle it: CPU time is evidence for who reads the verdict, and no condition."""
+    story = Story().trace(R).watch()
+    for _ in range(12):
+        story.detector.observe_cpu_time(story.now, 0.02 * story.now)
+        story.trace(R, R).read().wait(0.1)
+    assert (story.state, round(story.changes[-1].cpu_percent or 0)) == (State.STALLED, 2)
+
+
+def test_cpu_time_of_before_a_suspicion_is_no_evidence() -> None:
+    story = Story()
+    for _ in range(3):
+        story.detector.observe_cpu_time(story.now, 0.5 * story.now)
+        story.wait(1.0)
+    assert story.trace(R, R).detector.verdict.cpu_percent is None
 
 
 def test_what_was_known_of_a_vcpu_that_cannot_be_read_is_forgotten_in_time() -> None:
     story = Story()
-    assert list(story.progress.observe_unread(story.now + 1000)) == []
-    story.look(0.5).wait(QUIET_SECONDS - 1).changes += story.progress.observe_unread(story.now)
+    assert list(story.detector.observe_unread(story.now + 1000)) == []
+    story.look(0.5).wait(QUIET_SECONDS - 1).changes += story.detector.observe_unread(story.now)
     assert story.state is State.SUSPECT
-    story.wait(2).changes += story.progress.observe_unread(story.now)
-    assert (story.state, story.progress.suspected) == (State.UNKNOWN, False)
+    story.wait(2).changes += story.detector.observe_unread(story.now)
+    assert (story.state, story.detector.suspected) == (State.UNKNOWN, False)
     story.counter += 1
     assert story.read().state is State.NOTIFYING
 
@@ -422,12 +466,15 @@ def test_what_was_known_of_a_vcpu_that_cannot_be_read_is_forgotten_in_time() -> 
     ("apart", "words"),
     [
         (0.1, "it took two notify exits in a row at one RIP"),
-        (1.0, "it took two notify exits in a row at one RIP, slowly: it takes several looks to watch 10 of them"),
+        (
+            1.0,
+            "it took two notify exits in a row at one RIP, slowly: it takes several trace sessions to watch 10 of them",
+        ),
         (3.0, "it took two notify exits in a row at one RIP, too slowly to be watched: one in some 3.0 s"),
     ],
 )
 def test_a_suspicion_says_that_exits_come_too_slowly(apart: float, words: str) -> None:
-    assert Story().trace(R, R, apart=apart).progress.verdict.reason == words
+    assert Story().trace(R, R, apart=apart).detector.verdict.reason == words
 
 
 def test_exits_that_are_too_slow_for_a_suspicion_say_so_too() -> None:
@@ -436,21 +483,21 @@ def test_exits_that_are_too_slow_for_a_suspicion_say_so_too() -> None:
         story.counter += 1
         story.read().wait(1.0).read().wait(6.0).read()
     assert story.state is State.NOTIFYING
-    assert story.progress.verdict.reason == "it takes notify exits, too slowly to be watched: one in some 7.0 s"
+    assert story.detector.verdict.reason == "it takes notify exits, too slowly to be watched: one in some 7.0 s"
 
 
 def test_the_shortest_time_between_two_exits_at_one_rip() -> None:
     story = Story().trace(R, R, apart=0.25).trace(OTHER, apart=0.001).trace(OTHER, apart=0.125)
-    assert story.progress.shortest_seconds == pytest.approx(0.125)
+    assert story.detector.shortest_seconds == pytest.approx(0.125)
 
 
 def test_late_records_make_no_pair_and_those_from_before_a_suspicion_do_not_end_it() -> None:
     story = Story().trace(R)
     late = make_record(story.now - 0.5, R)
-    story.changes += story.progress.observe_records(story.now, [late])
-    assert story.progress.same_rip_exits == 0
+    story.changes += story.detector.observe_records(story.now, [late])
+    assert story.detector.same_rip_exits == 0
     story = Story().trace(R, R)
-    story.changes += story.progress.observe_records(story.now, [make_record(story.now - 0.5, OTHER)])
+    story.changes += story.detector.observe_records(story.now, [make_record(story.now - 0.5, OTHER)])
     assert story.state is State.SUSPECT
 
 
@@ -482,7 +529,7 @@ class Guest:
 
     def live(self, behaviour: str, watched: bool, fate: str) -> None:
         """Pass one tick."""
-        story, progress = self.story.wait(TICK), self.story.progress
+        story, progress = self.story.wait(TICK), self.story.detector
         records, visible = [], False
         if behaviour != "paused":
             story.counter += 2
@@ -508,7 +555,7 @@ class Guest:
         before = len(story.changes)
         story.changes += progress.observe_records(story.now, records, lost=lost, other_rip=other_rip)
         wanted = progress.rip if watched else None
-        if wanted is not None and (wanted != self.watched_rip or not progress.watching):
+        if wanted is not None and (wanted != self.watched_rip or not progress.observing):
             progress.start_window(story.now)
         elif wanted is None:
             progress.end_window()

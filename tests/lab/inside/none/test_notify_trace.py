@@ -16,7 +16,7 @@ import pytest
 from kvm.errors import VmGone
 from kvm.model import NotifyExit
 from kvm.perf.notify_records import TraceRecords
-from kvm.perf.notify_tracer import RECORDS_A_LOOK, ArmedThread, NotifyTracer
+from kvm.perf.notify_tracer import SESSION_RECORDS, ArmedThread, NotifyTracer
 from tests.lab.inside.kvm_readers import find_vm_directory, read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
 from tests.waiting import wait_until
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("injector")
 
 
 @contextmanager
-def open_tracer(*, allowance: int = RECORDS_A_LOOK, pages: int | None = None) -> Iterator[NotifyTracer]:
+def open_tracer(*, allowance: int = SESSION_RECORDS, pages: int | None = None) -> Iterator[NotifyTracer]:
     tracer = NotifyTracer(allowance=allowance, pages=pages)
     tracer.open()
     yield tracer
@@ -107,7 +107,7 @@ def test_the_kernel_stops_after_the_allowance_until_it_is_refreshed(armed: Armed
         guest.notify(0, exits=1000)
         guest.wait_for("done")
         records = armed.read()
-        assert (len(records.exits), records.lost, records.odd) == (RECORDS_A_LOOK, 0, 0)
+        assert (len(records.exits), records.lost, records.odd) == (SESSION_RECORDS, 0, 0)
         assert (records.ended, records.gone) == (True, False)
         armed.refresh()
     assert read_statistic(guest, "notify_window_exits") - before == 5000
@@ -122,7 +122,7 @@ def test_an_allowance_that_is_not_used_up_stays_as_it_is(armed: ArmedThread, gue
         armed.refresh()
     guest.notify(0, exits=1000)
     guest.wait_for("done")
-    assert len(armed.read().exits) == RECORDS_A_LOOK - 10
+    assert len(armed.read().exits) == SESSION_RECORDS - 10
 
 
 def test_changing_rips(armed: ArmedThread, guest: GuestProcess) -> None:

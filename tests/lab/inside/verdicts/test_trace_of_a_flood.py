@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvm.perf.notify_tracer import RECORDS_A_LOOK
+from kvm.perf.notify_tracer import SESSION_RECORDS
 from tests.lab.inside.none.test_notify_trace import open_armed, open_tracer, wait_for_record
 from tests.live import GuestProcess
 
@@ -23,7 +23,7 @@ def test_refreshing_gives_a_full_allowance_each_time(guest: GuestProcess) -> Non
                 assert (records.lost, records.odd) == (0, 0)
                 if records.ended:
                     break
-            assert seen == RECORDS_A_LOOK
+            assert seen == SESSION_RECORDS
             armed.refresh()
         guest.stop()
         guest.wait_for("done")

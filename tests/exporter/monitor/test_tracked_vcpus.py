@@ -1,0 +1,83 @@
+"""The set of tracked vCPUs: what a snapshot renews, what it misses, and what is dropped with a VM."""
+
+from __future__ import annotations
+
+import pytest
+
+from exporter.monitor.tracked_vcpu import TrackedVcpu
+from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
+from exporter.stalls.detector import StallDetector
+from exporter.stalls.verdicts import StallRule
+from kvm.model import VcpuKey, VmKey, VmReading
+from tests.fake_host import FakeVm
+
+
+def track(*vms: FakeVm) -> TrackedVcpus:
+    tracked = TrackedVcpus()
+    for vm in vms:
+        for vcpu in vm.read().vcpus:
+            key = VcpuKey(vm.key, vcpu.vcpu_id)
+            tracked.add(TrackedVcpu(key, vm.vm, vcpu, "bpf", StallDetector(StallRule(), 0.0)))
+    return tracked
+
+
+def read(*vms: FakeVm) -> dict[VmKey, VmReading]:
+    return {vm.key: vm.read() for vm in vms}
+
+
+def test_each_vcpu_is_renewed_with_its_own_counters() -> None:
+    vm, other = FakeVm("web", 100, 3), FakeVm("db", 200, 1)
+    tracked = track(vm, other)
+    for number, vcpu in enumerate([*vm.vcpus, *other.vcpus]):
+        vcpu.notify_exits, vcpu.exits = number, 10 * number
+    found = {(vcpu.key.vm, vcpu.vcpu.index): counts for vcpu, counts in tracked.renew(read(vm, other), 1.0)}
+    assert found == {(vm.key, 0): (0, 0), (vm.key, 1): (1, 10), (vm.key, 2): (2, 20), (other.key, 0): (3, 30)}
+
+
+def test_a_vcpu_that_a_snapshot_lacks_is_gone_after_a_minute_and_one_that_comes_back_is_not() -> None:
+    vm, away, back = FakeVm("web", 100, 2), FakeVm("away", 200, 1), FakeVm("back", 300, 1)
+    tracked = track(vm, away, back)
+    unplugged = VcpuKey(vm.key, 2)
+    vm.vcpus.pop()
+    counts = {vcpu.key: counts for vcpu, counts in tracked.renew(read(vm), 5.0)}
+    assert counts[unplugged] is None
+    tracked.renew(read(vm, back), 30.0)
+    assert (tracked.any_missing, tracked.gone_at) == (True, 5.0 + MISSING_SECONDS)
+    assert tracked.list_gone(4.9 + MISSING_SECONDS) == []
+    assert set(tracked.list_gone(5.0 + MISSING_SECONDS)) == {unplugged, VcpuKey(away.key, 0)}
+
+
+def test_a_vm_that_cannot_be_read_shows_no_vcpu_and_none_is_missing() -> None:
+    vm = FakeVm("web", 100, 2)
+    tracked = track(vm)
+    vm.is_readable = False
+    assert [counts for _, counts in tracked.renew(read(vm), 1.0)] == [None, None]
+    assert not tracked.any_missing
+
+
+def test_what_is_dropped_is_in_none_of_the_sets() -> None:
+    vm, other = FakeVm("web", 100, 2), FakeVm("db", 200, 1)
+    tracked = track(vm, other)
+    for vcpu in tracked:
+        tracked.active[vcpu.key] = vcpu
+    tracked.renew({}, 1.0)
+    assert {vcpu.vcpu.index for vcpu in tracked.drop_vm(vm.key)} == {0, 1}
+    assert [vcpu.key.vm for vcpu in tracked] == [other.key] == [key.vm for key in tracked.active]
+    assert tracked.list_gone(1000.0) == [VcpuKey(other.key, 0)]
+    assert tracked.drop(VcpuKey(vm.key, 0)) is None
+    assert tracked.drop_vm(vm.key) == []
+
+
+@pytest.mark.parametrize("change", ["add", "drop"])
+def test_what_changes_under_an_iteration_does_not_break_it(change: str) -> None:
+    vm, other = FakeVm("web", 100, 2), FakeVm("db", 200, 1)
+    tracked = track(vm)
+    seen = 0
+    for vcpu in tracked:
+        seen += 1
+        if change == "drop":
+            tracked.drop_vm(vcpu.key.vm)
+        else:
+            for extra in track(other):
+                tracked.add(extra)
+    assert seen == 2
