@@ -1,6 +1,6 @@
 """Explains to a person what works on this host, what does not, why, and what to do about it.
 
-``render_check`` is pure: it turns a look at the host into lines. The verdict, and the exit code, is whether the
+``render_check`` is pure: it turns a snapshot into lines. The verdict, and the exit code, is whether the
 counters can be had.
 """
 
@@ -142,7 +142,7 @@ def _describe_security(privileges: Privileges) -> str:
 
 def _describe_source(source: SourceReport) -> str:
     if source.up:
-        return f"works: {SOURCE_USES.get(source.source, 'a made-up host')}" + (
+        return f"works: {SOURCE_USES.get(source.source, 'a simulated host')}" + (
             f"; but {source.reason}" if source.reason else ""
         )
     text = f"does not work: {source.reason}"

@@ -23,10 +23,10 @@ MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
 
 
 def run_once(arguments: argparse.Namespace) -> int:
-    """Print one look at the host, or write it to a file; 0 if counters could be read, else 1."""
+    """Print one snapshot of the host, or write it to a file; 0 if counters could be read, else 1."""
     with contextlib.ExitStack() as stack:
         collector = build_collector(open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS), arguments)
-        # One look has seen nothing move: what is a memory of looks would be a 0 for ever.
+        # One snapshot has seen nothing move: what remembers increases would be a 0 for ever.
         families = [family for family in collector.collect() if family.metric not in MEMORIES]
         snapshot = collector.snapshot
     if snapshot is None:
@@ -68,7 +68,7 @@ _RIGHT = {"PID", "VCPU", "TID", "NOTIFY EXITS", "EXITS"}
 
 
 def build_document(snapshot: Snapshot) -> dict[str, object]:
-    """Return a look as plain data; a number that was not read is null, or its key is missing."""
+    """Return a snapshot as plain data; a number that was not read is null, or its key is missing."""
     return {
         "unix_seconds": snapshot.unix_seconds,
         "complete": snapshot.complete,
@@ -108,7 +108,7 @@ def _build_vcpus(reading: VmReading) -> Iterable[dict[str, object]]:
 
 
 def judge_once(counters: Mapping[str, int]) -> State | None:
-    """Judge a vCPU as far as one look can: it has never taken a notify exit, or it may be taking them; None: not read.
+    """Judge a vCPU as far as one snapshot can: it never took a notify exit, or it may be taking them; None: not read.
 
     Whether it is stuck takes a trace, and time: that is what ``serve`` is for.
     """
@@ -119,12 +119,12 @@ def judge_once(counters: Mapping[str, int]) -> State | None:
 
 
 def render_json(snapshot: Snapshot) -> str:
-    """Render a look as one JSON document."""
+    """Render a snapshot as one JSON document."""
     return json.dumps(build_document(snapshot), indent=2) + "\n"
 
 
 def render_table(snapshot: Snapshot) -> str:
-    """Render a look as a table: a row a vCPU, and a row a VM whose vCPUs could not be read."""
+    """Render a snapshot as a table: a row a vCPU, and a row a VM whose vCPUs could not be read."""
     rows = [row for reading in snapshot.readings for row in _build_rows(reading)]
     if not rows:
         return (

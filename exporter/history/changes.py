@@ -20,13 +20,13 @@ class Moved:
 
 
 class CounterChanges:
-    """The notify counters of the last look."""
+    """The notify counters of the newest snapshot."""
 
     def __init__(self) -> None:
         self._columns: dict[VmKey, tuple[float, tuple[Vcpu, ...], tuple[int, ...]]] = {}
 
     def observe(self, snapshot: Snapshot) -> Iterator[Moved]:
-        """Yield what has moved since the last look; a VM that is seen for the first time has not."""
+        """Yield what has moved since the snapshot before; a VM that is seen for the first time has not."""
         before, self._columns = self._columns, {}
         for reading in snapshot.readings:
             column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)

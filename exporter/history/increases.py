@@ -1,17 +1,17 @@
-"""What moved between two looks: the agent's own memory of the notify counters.
+"""What moved between two snapshots: the agent's own memory of the notify counters.
 
 A VM's counter dies with the VM, and an idle one says nothing about when it last moved. ``IncreaseTracker`` keeps both:
 the sum of all increases seen, which only grows, and the time of the last one of each vCPU.
 
 What counts as an increase is chosen so that the sum is never too high:
 
-- what a counter shows at the first look of a VM that was there before the agent is history, not an increase;
-- a VM whose process started after the agent's first look counts from 0, and so does a vCPU plugged into a VM of which
-  every vCPU had been read, unless it may be in a sum that was seen before;
+- what a counter shows in the first snapshot of a VM that was there before the agent is history, not an increase;
+- a VM whose process started after the agent's first snapshot counts from 0, and so does a vCPU plugged into a VM of
+  which every vCPU had been read, unless it may be in a sum that was seen before;
 - a counter that falls was reset (debugfs clear, a vCPU unplugged and plugged again): its new value is the increase;
 - when a VM changes between per-vCPU numbers and a sum, the two are compared as sums, where both cover all vCPUs, and
   only what goes beyond the highest sum so far is an increase;
-- a VM that is missing from a look keeps its place for ``MEMORY_SECONDS``, because its process may come back into
+- a VM that is missing from a snapshot keeps its place for ``MEMORY_SECONDS``, because its process may come back into
   sight; what is forgotten after that never counts from 0 again. A vCPU keeps its place as long as its VM: QEMU parks
   an unplugged one and plugs the same one in again.
 """
@@ -53,7 +53,7 @@ class _Memory:
 
 
 class IncreaseTracker:
-    """Follows the notify counters from look to look; one owner, not to be shared between threads."""
+    """Tracks the notify counters from snapshot to snapshot; used by one thread."""
 
     def __init__(self) -> None:
         self._memories: dict[VmKey, _Memory] = {}
@@ -63,7 +63,7 @@ class IncreaseTracker:
         """Whether anything could be counted so far: else ``increases_total`` of 0 would be a claim and no fact."""
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Take in one look."""
+        """Take in a snapshot."""
         if self._zero_after_unix_seconds == math.inf:
             self._zero_after_unix_seconds = snapshot.unix_seconds
         self.readable = self.readable or _can_count(snapshot)
@@ -144,7 +144,7 @@ class IncreaseTracker:
 
 
 def _can_count(snapshot: Snapshot) -> bool:
-    """Tell whether a look has read some VM, or has found, with a source that works, that there is none."""
+    """Tell whether a snapshot has read some VM, or has found, with a source that works, that there is none."""
     if snapshot.readings or not snapshot.complete:
         return any(reading.source for reading in snapshot.readings)
     return any(report.up for report in snapshot.sources)

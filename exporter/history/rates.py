@@ -1,10 +1,9 @@
-"""What the notify counters did in the last minutes: for rates and small plots, from looks that are taken anyway.
+"""What the notify counters did in the last minutes: for rates and small plots, from snapshots that are taken anyway.
 
 Whole columns are kept, a VM at a time: an unchanged one costs nothing, and a host on which 10,000 vCPUs move costs as
-many steps a look as it has VMs. Snapshots come when they
-come: what happened between two of them is known as an average.
-Where a counter has moved and nobody looked for ``GAP_SECONDS``, or where it fell, the plot has a gap; where it has
-not moved, its rate was 0 however long nobody looked.
+many steps a snapshot as it has VMs. Snapshots come when they come: what happened between two of them is known as an
+average. Where a counter has moved and there was no snapshot for ``GAP_SECONDS``, or where it fell, the plot has a gap;
+where it has not moved, its rate was 0 however long there was none.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ WINDOW_SECONDS: Final = 300.0
 SPACING_SECONDS: Final = 5.0
 # A minute is a usual time between scrapes.
 GAP_SECONDS: Final = 75.0
-# A rate is of now if the last look is no older than this, and over about this time.
+# A rate is of now if the newest snapshot is no older than this, and over about this time.
 NOW_SECONDS: Final = 15.0
 RATE_SECONDS: Final = 5.0
 # Where more numbers than this would be kept, they are kept at longer distances.
@@ -46,7 +45,7 @@ class _Sample(NamedTuple):
 
 @dataclass(slots=True)
 class _Samples:
-    """The samples of one VM in order of time; a run of looks without a change is its first and its last one."""
+    """The samples of one VM in order of time; a run of snapshots without a change is its first and its last one."""
 
     kept: list[_Sample] = field(default_factory=list)
 
@@ -55,7 +54,7 @@ class _Samples:
         return any(sample.column is not self.kept[0].column for sample in self.kept)
 
     def stays(self, reading: VmReading, now: float) -> bool:
-        """Take in, as fast as can be, that nothing has happened for long: nearly all VMs of nearly all looks."""
+        """Take in, as fast as can be, that nothing has happened for long: nearly all VMs of nearly all snapshots."""
         if len(self.kept) != 2:
             return False
         (_, _, first), (seconds, vcpu_ids, column) = self.kept
@@ -94,7 +93,7 @@ class RateHistory:
         self._lock = threading.Lock()
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Take in one look; one that is not the newest is left out."""
+        """Take in a snapshot; one that is not the newest is left out."""
         now = snapshot.monotonic_seconds
         with self._lock:
             moving = 0

@@ -1,6 +1,6 @@
 """Writes log records as logfmt or JSON, one line each, in the spelling of Prometheus's own programs.
 
-Foreign text (VM names, command lines) reaches the log only as a quoted value: no name can forge a line or a field.
+Untrusted text (VM names, command lines) reaches the log only as a quoted value: no name can forge a line or a field.
 Structured fields come with ``extra={"fields": {...}}``.
 """
 

@@ -2,7 +2,7 @@
 
 systemd says so by JOURNAL_STREAM (systemd.exec(5)). The protocol is journald's native one (systemd.io,
 JOURNAL_NATIVE_PROTOCOL): a datagram of fields, values with line breaks with their length before them, so that no
-foreign text can forge a field. The fields of a record are called KVM_*; ``journalctl KVM_VM=...`` finds them.
+untrusted text can forge a field. The fields of a record are called KVM_*; ``journalctl KVM_VM=...`` finds them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A drill: a stall that is not real, through everything that a real one goes through, to test who is called.
 
-The agent's detector is fed made-up records of one vCPU, so that the log line, the metric, the API and the alert come
-about as they would for a real one; all of them are marked. After a minute the made-up vCPU goes on. The guest itself
-is not touched, and a real stall of the same vCPU is found and told of meanwhile.
+The agent's detector is fed simulated records of one vCPU, so that the log line, the metric, the API and the alert come
+about as they would for a real one; all of them are marked. After a minute the simulated vCPU goes on. The guest itself
+is not touched, and a real stall of the same vCPU is found and reported meanwhile.
 
 Only clients of this machine can ask for a drill, and no web page can: it takes a header that a browser sends to another
 site only after asking that site.
@@ -53,23 +53,23 @@ class Drill:
         self._detector = StallDetector(rule, now)
 
     def begin(self, now: float) -> Sequence[VcpuReport]:
-        """Let the made-up vCPU be stuck, and return what is found out about it."""
-        progress, exits = self._detector, self._rule.exits
+        """Let the simulated vCPU be stuck, and return what is found out about it."""
+        detector, exits = self._detector, self._rule.exits
         began = now - self._rule.seconds - 0.1
-        changes = [*progress.observe_records(began, [self._make_record(began), self._make_record(began + 0.01)])]
-        progress.start_window(began + 0.01)
-        changes += progress.observe_records(began, [self._make_record(began + 0.02)])
-        changes += progress.observe_counter(began + 0.03, began + 0.03, 0)
-        changes += progress.observe_counter(began + 0.04, began + 0.04, exits)
-        changes += progress.observe_records(now, [self._make_record(now)])
+        changes = [*detector.observe_records(began, [self._make_record(began), self._make_record(began + 0.01)])]
+        detector.start_window(began + 0.01)
+        changes += detector.observe_records(began, [self._make_record(began + 0.02)])
+        changes += detector.observe_counter(began + 0.03, began + 0.03, 0)
+        changes += detector.observe_counter(began + 0.04, began + 0.04, exits)
+        changes += detector.observe_records(now, [self._make_record(now)])
         return [self.report(verdict) for verdict in changes]
 
     def end(self, now: float) -> Sequence[VcpuReport]:
-        """Let the made-up vCPU go on."""
+        """Let the simulated vCPU go on."""
         return [self.report(verdict) for verdict in self._detector.observe_records(now, [], other_rip=True)]
 
     def report(self, verdict: Verdict | None = None) -> VcpuReport:
-        """Return what is known of the made-up vCPU, in the place of the real one."""
+        """Return what is known of the simulated vCPU, in the place of the real one."""
         return VcpuReport(
             vm=self._reading.vm,
             vcpu=self._reading.vcpus[0],

@@ -57,7 +57,7 @@ def explain_slowness(interval_seconds: float, exits: int, suspect: bool) -> str:
     ``exits`` are those that a stall takes, ``suspect`` says that some were seen at one RIP.
     """
     if 2 * interval_seconds > SESSION_SECONDS:
-        return f", too slowly to be watched: one in some {interval_seconds:.1f} s"
+        return f", too slowly to be judged: one in some {interval_seconds:.1f} s"
     if suspect and exits * interval_seconds > SESSION_SECONDS:
-        return f", slowly: it takes several trace sessions to watch {exits} of them"
+        return f", slowly: it takes several trace sessions to see {exits} of them"
     return ""

@@ -210,7 +210,7 @@ def _explain(report: VcpuReport) -> str:
     if verdict.nested:
         text += " It runs a nested guest, to which the RIP may belong."
     if verdict.registers_alike is None:
-        text += " Its registers could not be read: a long REP instruction would look the same."
+        text += " Its registers could not be read: a long REP instruction would show the same."
     return text
 
 

@@ -1,8 +1,8 @@
 """The page at ``/``: what this host is, which vCPUs take notify exits, and why what does not work does not.
 
-One document without foreign assets: its style sheet and its script are inside it, and a Content-Security-Policy allows
-these two by their hashes and nothing else. The three parts that change carry ``data-live``: the script asks for them
-alone, and puts what is new into the page. They come from the same functions, so there is one renderer.
+One document that loads nothing from elsewhere: its style sheet and its script are inside it, and a Content-Security-
+Policy allows these two by their hashes and nothing else. The three parts that change carry ``data-live``: the script
+asks for them alone, and puts what is new into the page. They come from the same functions, so there is one renderer.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ def read_asset(name: str) -> str:
     return files("exporter.status_page").joinpath(name).read_text(encoding="utf-8")
 
 
-def render_page(frame: Frame, picture: StatusView, found: Found, with_details: bool, refresh: bool = False) -> str:
+def render_page(frame: Frame, view: StatusView, found: Found, with_details: bool, refresh: bool = False) -> str:
     """Render the page; ``refresh`` lets browsers without JavaScript load it again by themselves."""
     # Without the script only: with it, the page keeps itself up to date.
     again = f'<noscript><meta http-equiv="refresh" content="{REFRESH_SECONDS}"></noscript>' * refresh
-    head, rows, rest = _render_parts(frame, picture, found, with_details)
+    head, rows, rest = _render_parts(frame, view, found, with_details)
     links = "".join(f'<li><a href="{escape(path)}">{escape(title)}</a></li>' for title, path in frame.links.items())
     release = f"Version {frame.version or 'unknown'}" + (f", revision {frame.revision}" if frame.revision else "")
     host = render_untrusted(frame.host_name) if frame.host_name else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><title>{escape(make_title(frame, picture))}</title>{again}'
+        f'content="light dark"><title>{escape(make_title(frame, view))}</title>{again}'
         f"<style>{read_asset('status.css')}</style></head><body>"
         '<a class="skip" href="#vcpus">To the vCPUs</a>'
         f'<header><h1>{TITLE} <span class="host">{host}</span></h1><div class="clock">'
-        f'<p id="clock">As of {render_moment(picture.unix, picture.unix)} UTC</p>'
+        f'<p id="clock">As of {render_moment(view.unix, view.unix)} UTC</p>'
         '<button type="button" id="pause" aria-pressed="false" hidden>Pause</button>'
         f"{_render_refresh_link(found.query, refresh)}</div></header>"
         f'<p id="alarm" role="alert"></p><main>{head}'
@@ -79,56 +79,56 @@ def render_page(frame: Frame, picture: StatusView, found: Found, with_details: b
     )
 
 
-def render_parts(frame: Frame, picture: StatusView, found: Found, with_details: bool) -> str:
+def render_parts(frame: Frame, view: StatusView, found: Found, with_details: bool) -> str:
     """Render what changes: the parts of the page that its script replaces."""
-    return "".join(_render_parts(frame, picture, found, with_details))
+    return "".join(_render_parts(frame, view, found, with_details))
 
 
-def make_title(frame: Frame, picture: StatusView) -> str:
+def make_title(frame: Frame, view: StatusView) -> str:
     """Return the title: what is the matter comes first, for whoever sees a row of tabs."""
-    stalled = len(picture.find_in(State.STALLED))
-    drills = len(picture.find_in(State.STALLED, drill=True))
+    stalled = len(view.find_in(State.STALLED))
+    drills = len(view.find_in(State.STALLED, drill=True))
     matter = f"{stalled:,} stalled · " if stalled else "Drill · " if drills else ""
     return f"{matter}{TITLE}" + (f" · {clean_name(frame.host_name)}" if frame.host_name else "")
 
 
-def _render_parts(frame: Frame, picture: StatusView, found: Found, with_details: bool) -> tuple[str, str, str]:
-    headline, drills = make_headline(picture, with_details), describe_drills(picture, with_details)
+def _render_parts(frame: Frame, view: StatusView, found: Found, with_details: bool) -> tuple[str, str, str]:
+    headline, drills = make_headline(view, with_details), describe_drills(view, with_details)
     notes = "".join(
         f'<p class="note">{escape(text)}</p>'
-        for text in (drills, "SIMULATED, not real: this is a made-up host." * picture.simulated, describe_age(picture))
+        for text in (drills, "SIMULATED, not real: this is a simulated host." * view.simulated, describe_age(view))
         if text
     )
     head = (
-        f'<div id="head" data-live data-title="{escape(make_title(frame, picture))}" data-page="{_name_assets()}">'
+        f'<div id="head" data-live data-title="{escape(make_title(frame, view))}" data-page="{_name_assets()}">'
         f'{notes}<section class="headline is-{headline.level}" aria-labelledby="headline">'
         f'<div role="status"><h2 id="headline">{escape(headline.text)}</h2></div>'
         f"<p>{escape(headline.meaning)}</p></section>"
-        f"{_render_figures(picture)}</div>"
+        f"{_render_figures(view)}</div>"
     )
-    rows = f'<div id="rows" data-live>{render_rows(picture, found, with_details)}{_render_hint(with_details)}</div>'
-    about = f"{_render_protections(picture)}{_render_sources(picture)}{_render_host(picture)}"
+    rows = f'<div id="rows" data-live>{render_rows(view, found, with_details)}{_render_hint(with_details)}</div>'
+    about = f"{_render_protections(view)}{_render_sources(view)}{_render_host(view)}"
     return head, rows, f'<div id="rest" data-live>{about}</div>'
 
 
-def _render_figures(picture: StatusView) -> str:
-    vms = len(picture.snapshot.readings) if picture.snapshot else None
-    can_tell = picture.report is not None and not picture.report.problem
+def _render_figures(view: StatusView) -> str:
+    vms = len(view.snapshot.readings) if view.snapshot else None
+    can_tell = view.report is not None and not view.report.problem
     figures = {
         "VMs": _number(vms),
-        "vCPUs": _number(picture.count_vcpus()),
-        "with notify exits": _count_notified(picture),
-        "stalled now": _number(len(picture.find_in(State.STALLED)) if can_tell else None),
-        "watched": escape(describe_watch(picture)[0]),
+        "vCPUs": _number(view.count_vcpus()),
+        "with notify exits": _count_notified(view),
+        "stalled now": _number(len(view.find_in(State.STALLED)) if can_tell else None),
+        "watched": escape(describe_watch(view)[0]),
     }
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
     return f'<dl class="figures">{items}</dl>'
 
 
-def _count_notified(picture: StatusView) -> str:
-    if picture.snapshot is None:
+def _count_notified(view: StatusView) -> str:
+    if view.snapshot is None:
         return _number(None)
-    rows = picture.find_real()
+    rows = view.find_real()
     vms = sum(row.vcpu is None for row in rows)  # of which only the sum is known
     return _number(len(rows) - vms) + f" + {count_things(vms, 'VM')}" * (vms > 0)
 
@@ -158,8 +158,8 @@ def _render_hint(with_details: bool) -> str:
     )
 
 
-def _render_protections(picture: StatusView) -> str:
-    counts = picture.count_protections()
+def _render_protections(view: StatusView) -> str:
+    counts = view.count_protections()
     if not counts:
         return ""
     rows = join_rows((state.value, count_things(count, "VM"), ZERO_MEANS[state]) for state, count in counts.items())
@@ -171,8 +171,8 @@ def _render_protections(picture: StatusView) -> str:
     )
 
 
-def _render_sources(picture: StatusView) -> str:
-    sources = picture.snapshot.sources if picture.snapshot else ()
+def _render_sources(view: StatusView) -> str:
+    sources = view.snapshot.sources if view.snapshot else ()
     if not sources:
         return ""
     rows = join_rows(
@@ -192,22 +192,20 @@ def _render_sources(picture: StatusView) -> str:
     )
 
 
-def _render_host(picture: StatusView) -> str:
-    if picture.snapshot is None:
+def _render_host(view: StatusView) -> str:
+    if view.snapshot is None:
         return ""
-    host = picture.snapshot.host
+    host = view.snapshot.host
     facts = {
         "Kernel": _render_text(f"Linux {host.kernel}"),
         "CPU": _render_text(describe_cpu(host)),
         "KVM": _render_text(describe_kvm(host)),
         "Notify exits": _render_text(_describe_support(host)),
         "Lockdown": _render_text(describe_lockdown(host)),
-        "Watch": escape(describe_watch(picture)[1]),
+        "Watch": escape(describe_watch(view)[1]),
     }
-    if not picture.snapshot.complete:
-        facts["Beware"] = _render_text(
-            f"There may be VMs that are not listed: {describe_blind_spots(picture.snapshot)}."
-        )
+    if not view.snapshot.complete:
+        facts["Beware"] = _render_text(f"There may be VMs that are not listed: {describe_blind_spots(view.snapshot)}.")
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
     return f'<section aria-labelledby="host"><h2 id="host">This host</h2><dl class="facts">{items}</dl></section>'
 
@@ -221,7 +219,7 @@ def _describe_support(host: Host) -> str:
 
 
 def _render_text(text: str) -> str:
-    """Render what a source says, which may quote what is foreign."""
+    """Render what a source says, which may quote untrusted text."""
     return escape(clean_name(text, MAX_REASON))
 
 

@@ -32,7 +32,7 @@ _NUMBERS: Final = frozenset({"vCPU", "Rate", "Notify exits"})
 
 
 def render_untrusted(text: str) -> str:
-    """Render text of foreign origin: markup in it is text, and writing from right to left stays within."""
+    """Render untrusted text: markup in it is text, and writing from right to left stays within."""
     return f"<bdi>{escape(clean_name(text))}</bdi>"
 
 
@@ -41,12 +41,12 @@ def render_moment(unix: float, now: float) -> str:
     return f'<time datetime="{datetime.fromtimestamp(unix, UTC):%Y-%m-%dT%H:%M:%SZ}">{render_time(unix, now)}</time>'
 
 
-def render_rows(picture: StatusView, found: Found, with_details: bool) -> str:
+def render_rows(view: StatusView, found: Found, with_details: bool) -> str:
     """Render the table, and a line that says how much of it there is."""
     pieces = [f'<p class="count" id="count" role="status">{escape(_count_rows(found))}</p>']
     if found.rows:
         head = "".join(f'<th scope="col" role="columnheader"{_classify(name)}>{name}</th>' for name in _COLUMNS)
-        body = "".join(_render_row(picture, row, with_details) for row in found.rows)
+        body = "".join(_render_row(view, row, with_details) for row in found.rows)
         pieces.append(
             '<table role="table" class="vcpus"><caption>vCPUs with notify exits, worst first</caption>'
             f'<thead role="rowgroup"><tr role="row">{head}</tr></thead><tbody role="rowgroup">{body}</tbody></table>'
@@ -72,34 +72,34 @@ def _count_rows(found: Found) -> str:
     return f"{text}; the first {len(found.rows)} are shown." if len(found.rows) < found.matching else f"{text}."
 
 
-def _render_row(picture: StatusView, row: Row, with_details: bool) -> str:
+def _render_row(view: StatusView, row: Row, with_details: bool) -> str:
     vcpu = "all" if row.vcpu is None else str(row.vcpu.index)
     cells = {
         "vCPU": vcpu,
         "Rate": f'<span aria-hidden="true">{render_rate(row.rate)}</span>'
         f'<span class="sr">{describe_rate(row.rate)}</span>',
-        "Last 5 minutes": render_plot(row.steps, row.rate, picture.now) if not row.drill else _NO_PLOT,
+        "Last 5 minutes": render_plot(row.steps, row.rate, view.now) if not row.drill else _NO_PLOT,
         "Notify exits": "—" if row.notify_exits is None else f"{row.notify_exits:,}",
-        "Last one (UTC)": _render_last(picture, row),
+        "Last one (UTC)": _render_last(view, row),
         "Evidence": _render_evidence(row, with_details),
     }
     rest = "".join(f'<td role="cell" data-label="{name}"{_classify(name)}>{cell}</td>' for name, cell in cells.items())
     return (
         f'<tr role="row" id="{_name_row(row)}" class="is-{row.state or "unknown"}">'
-        f'<td role="cell" data-label="State">{_render_state(picture, row)}</td>'
+        f'<td role="cell" data-label="State">{_render_state(view, row)}</td>'
         f'<th scope="row" role="rowheader" data-label="VM">{_render_vm(row, with_details)}</th>{rest}</tr>'
     )
 
 
-def _render_state(picture: StatusView, row: Row) -> str:
+def _render_state(view: StatusView, row: Row) -> str:
     if row.state is None:
         return '<span class="state">not watched</span>'
     text = f'<span class="state"><span aria-hidden="true">{_MARKS[row.state]}</span> {row.state}</span>'
     text += ' <span class="tag">drill, not real</span>' * row.drill
     since = row.report.verdict.stuck_since_seconds if row.report else None
     if since is not None and row.state in (State.STALLED, State.SUSPECT, State.UNKNOWN):
-        moment = render_moment(picture.unix - picture.now + since, picture.unix)
-        text += f' <span class="soft">since {moment}, {render_duration(picture.now - since)}</span>'
+        moment = render_moment(view.unix - view.now + since, view.unix)
+        text += f' <span class="soft">since {moment}, {render_duration(view.now - since)}</span>'
     return text
 
 
@@ -116,10 +116,10 @@ def _render_vm(row: Row, with_details: bool) -> str:
     return f'{text}<span class="soft">{" · ".join(about)}</span>'
 
 
-def _render_last(picture: StatusView, row: Row) -> str:
+def _render_last(view: StatusView, row: Row) -> str:
     moved = row.report.moved_seconds if row.report else None
     if moved is not None:
-        return render_moment(picture.unix - picture.now + moved, picture.unix)
+        return render_moment(view.unix - view.now + moved, view.unix)
     return '<span class="soft">not seen</span>'
 
 
@@ -145,7 +145,7 @@ def _render_quiet_count(row: Row) -> str:
 
 
 def _name_row(row: Row) -> str:
-    """Return a name by which a row is known again; it gives nothing away, and no foreign text is in it."""
+    """Return a name by which a row is known again; it gives nothing away, and no untrusted text is in it."""
     text = repr((row.vm.id, row.vm.key, row.history_id, row.drill))
     return "r" + hashlib.blake2s(text.encode(errors="replace"), digest_size=8).hexdigest()
 

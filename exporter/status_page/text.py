@@ -1,4 +1,4 @@
-"""The sentences of the status page, as plain text: what is the matter, what a zero means, how stalls are looked for."""
+"""The sentences of the status page, as plain text: what is the matter, what a zero says, how stalls are found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_REASON: Final = 500
 MAX_MARKS: Final = 4
 # Letters by their category, and nothing to see: Hangul fillers, and Braille without a dot.
 BLANK: Final = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-# A look this old is spoken of.
+# The page says so if its snapshot is as old as this.
 OLD_SECONDS: Final = 10.0
 
 ZERO_MEANS: Final = {
@@ -51,7 +51,7 @@ class Headline:
 
 
 def clean_name(text: str, limit: int = MAX_NAME) -> str:
-    """Return foreign text as it may be shown: what is invisible, or turns text around, is spelled out."""
+    """Return untrusted text as it may be shown: what is invisible, or turns text around, is spelled out."""
     cleaned, length, marks = [], 0, 0
     for character in text:
         marks = marks + 1 if unicodedata.category(character) in ("Mn", "Me") else 0
@@ -97,75 +97,75 @@ def name_row(row: Row, with_details: bool) -> str:
     return f"VM {name}" if row.vcpu is None else f"vCPU {row.vcpu.index} of {name}"
 
 
-def make_headline(picture: StatusView, with_details: bool) -> Headline:
+def make_headline(view: StatusView, with_details: bool) -> Headline:
     """Say what is the matter on this host."""
-    if picture.snapshot is None:
-        return Headline(Level.WARN, "The host has not been looked at yet.", "The first look is under way.")
-    found = _tell_stuck(picture, with_details) or _tell_problem(picture) or _tell_unjudged(picture)
-    found = found or _tell_calm(picture)
-    age = picture.now - picture.snapshot.monotonic_seconds
+    if view.snapshot is None:
+        return Headline(Level.WARN, "The host has not been read yet.", "The first snapshot is under way.")
+    found = _tell_stuck(view, with_details) or _tell_problem(view) or _tell_unjudged(view)
+    found = found or _tell_calm(view)
+    age = view.now - view.snapshot.monotonic_seconds
     if age <= OLD_SECONDS:
         return found
     level = Level.WARN if found.level is Level.CALM else found.level
     return replace(found, level=level, meaning=f"What is known is {render_duration(age)} old. {found.meaning}")
 
 
-def _tell_stuck(picture: StatusView, with_details: bool) -> Headline | None:
-    if stalled := picture.find_in(State.STALLED):
+def _tell_stuck(view: StatusView, with_details: bool) -> Headline | None:
+    if stalled := view.find_in(State.STALLED):
         text = f"{count_things(len(stalled), 'vCPU makes', 'vCPUs make')} no forward progress"
         return Headline(Level.BAD, f"{text}: {_list_rows(stalled, with_details)}.", _EXPLAIN_STALL)
-    if suspects := picture.find_in(State.SUSPECT):
+    if suspects := view.find_in(State.SUSPECT):
         text = f"{count_things(len(suspects), 'vCPU')} may be stuck: {_list_rows(suspects, with_details)}."
         return Headline(Level.WARN, text, "Two notify exits in a row at one RIP; a verdict follows in seconds.")
-    if still := [row for row in picture.find_in(State.UNKNOWN) if _was_stuck(row)]:
+    if still := [row for row in view.find_in(State.UNKNOWN) if _was_stuck(row)]:
         text = f"{count_things(len(still), 'vCPU was', 'vCPUs were')} stuck and cannot be judged now"
         return Headline(Level.WARN, f"{text}: {_list_rows(still, with_details)}.", _EXPLAIN_STILL)
     return None
 
 
-def _tell_problem(picture: StatusView) -> Headline | None:
-    if picture.snapshot is not None and not has_counters(picture.snapshot):
+def _tell_problem(view: StatusView) -> Headline | None:
+    if view.snapshot is not None and not has_counters(view.snapshot):
         return Headline(Level.WARN, "The counters of this host cannot be read.", "The sources below say why.")
-    if picture.snapshot is not None and not picture.snapshot.complete:
+    if view.snapshot is not None and not view.snapshot.complete:
         return Headline(Level.WARN, "There may be VMs on this host that are not seen.", _EXPLAIN_INCOMPLETE)
-    if picture.report is None or picture.report.problem:
-        why = "This agent does not watch for stalls."
-        if picture.report:
-            why = f"Why: {clean_name(picture.report.problem, MAX_REASON)}."
-        return Headline(Level.WARN, f"{_count_notified(picture)} Whether one is stuck is not known.", why)
+    if view.report is None or view.report.problem:
+        why = "This agent does not detect stalls."
+        if view.report:
+            why = f"Why: {clean_name(view.report.problem, MAX_REASON)}."
+        return Headline(Level.WARN, f"{_count_notified(view)} Whether one is stuck is not known.", why)
     return None
 
 
-def _tell_unjudged(picture: StatusView) -> Headline | None:
+def _tell_unjudged(view: StatusView) -> Headline | None:
     """Say of how many it is not known whether they are stuck: nobody may call that calm."""
-    rows = list(_find_unjudged(picture))
+    rows = list(_find_unjudged(view))
     if not rows:
         return None
     subject, where = ("it is", "its row") if len(rows) == 1 else ("they are", "their rows")
-    text = f"{_count_notified(picture)} Of {count_rows(rows)} it is not known whether {subject} stuck."
+    text = f"{_count_notified(view)} Of {count_rows(rows)} it is not known whether {subject} stuck."
     return Headline(Level.WARN, text, f"Why is said in {where}.")
 
 
-def _tell_calm(picture: StatusView) -> Headline:
-    if not picture.find_real():
-        return Headline(Level.CALM, _count_notified(picture), _explain_none(picture))
-    new = picture.find_in(State.NOTIFYING)
-    text = f"No vCPU {'that was read ' * _has_unread(picture)}is {'known to be ' * bool(new)}stuck."
+def _tell_calm(view: StatusView) -> Headline:
+    if not view.find_real():
+        return Headline(Level.CALM, _count_notified(view), _explain_none(view))
+    new = view.find_in(State.NOTIFYING)
+    text = f"No vCPU {'that was read ' * _has_unread(view)}is {'known to be ' * bool(new)}stuck."
     meaning = f"{count_rows(new)} {'has' if len(new) == 1 else 'have'} yet to be judged." if new else _EXPLAIN_NOTIFIED
-    return Headline(Level.CALM, f"{text} {_count_notified(picture)}", meaning)
+    return Headline(Level.CALM, f"{text} {_count_notified(view)}", meaning)
 
 
-def describe_drills(picture: StatusView, with_details: bool) -> str:
+def describe_drills(view: StatusView, with_details: bool) -> str:
     """Say that an alarm is being tested, "" where none is."""
-    drills = picture.find_in(*State, drill=True)
+    drills = view.find_in(*State, drill=True)
     return f"Drill, not real: {_list_rows(drills, with_details)} is said to be stuck and is well." if drills else ""
 
 
-def describe_watch(picture: StatusView) -> tuple[str, str]:
+def describe_watch(view: StatusView) -> tuple[str, str]:
     """Say how notify exits are noticed: in a word or two, and in a sentence."""
-    report = picture.report
+    report = view.report
     if report is None:
-        return "by nobody", "This agent does not watch for stalls."
+        return "by nobody", "This agent does not detect stalls."
     if report.trigger == "bpf":
         return "as they happen", "A BPF trigger on handle_notify() tells of each notify exit."
     if report.trigger == "poll":
@@ -175,12 +175,12 @@ def describe_watch(picture: StatusView) -> tuple[str, str]:
     return "nothing", "No VM of this host can take notify exits."
 
 
-def describe_age(picture: StatusView) -> str:
-    """Say that the last look at the host is an old one, "" where it is not."""
-    if picture.snapshot is None:
+def describe_age(view: StatusView) -> str:
+    """Say that the newest snapshot is an old one, "" where it is not."""
+    if view.snapshot is None:
         return ""
-    age = picture.now - picture.snapshot.monotonic_seconds
-    return f"The host was last looked at {render_duration(age)} ago; newer numbers do not come." * (age > OLD_SECONDS)
+    age = view.now - view.snapshot.monotonic_seconds
+    return f"The newest snapshot is {render_duration(age)} old: numbers have stopped coming." * (age > OLD_SECONDS)
 
 
 def list_evidence(row: Row) -> list[str]:
@@ -218,8 +218,8 @@ _EXPLAIN_INCOMPLETE: Final = "There may be VMs that are not listed; kvm-notify-e
 _EXPLAIN_NOTIFIED: Final = "Their guests go on: a notify exit now and then costs a guest time and does no harm."
 
 
-def _explain_none(picture: StatusView) -> str:
-    counts = picture.count_protections()
+def _explain_none(view: StatusView) -> str:
+    counts = view.count_protections()
     if not counts:
         return "There is no VM."
     armed = counts.get(Protection.ARMED, 0)
@@ -234,26 +234,26 @@ def _explain_none(picture: StatusView) -> str:
     return "No VM can take any: their counters stay 0; see below."
 
 
-def _count_notified(picture: StatusView) -> str:
-    rows, of_those = picture.find_real(), _has_unread(picture)
+def _count_notified(view: StatusView) -> str:
+    rows, of_those = view.find_real(), _has_unread(view)
     if not rows:
         return f"No vCPU {'that was read' if of_those else 'of this host'} has taken a notify exit."
     text = f"{count_rows(rows)} {'has' if len(rows) == 1 else 'have'} taken notify exits"
     return f"{text}, of those that were read." if of_those else f"{text}."
 
 
-def _has_unread(picture: StatusView) -> bool:
+def _has_unread(view: StatusView) -> bool:
     """Tell whether there are VMs of which no notify counter was read."""
-    readings = picture.snapshot.readings if picture.snapshot else ()
+    readings = view.snapshot.readings if view.snapshot else ()
     return any(
         NOTIFY_WINDOW_EXITS not in counters.per_vcpu and NOTIFY_WINDOW_EXITS not in counters.totals
         for counters in (reading.counters for reading in readings)
     )
 
 
-def _find_unjudged(picture: StatusView) -> Iterator[Row]:
+def _find_unjudged(view: StatusView) -> Iterator[Row]:
     """Yield the rows that may be stuck for all that is known; a counter that stands still is judged by that."""
-    for row in picture.find_real():
+    for row in view.find_real():
         if row.state in (None, State.UNKNOWN) or (
             row.state is not State.QUIET and row.report is not None and not row.report.can_judge
         ):

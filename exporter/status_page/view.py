@@ -1,6 +1,6 @@
 """What the status page shows: the vCPUs that have taken notify exits, worst first, and what of them a search finds.
 
-A ``StatusView`` is made once for all who look; searching it and taking the first few rows is cheap, however many vCPUs
+A ``StatusView`` is made once for all readers; searching it and taking the first few rows is cheap, however many vCPUs
 there are. Names, owners and RIPs can be found by clients of this machine only, as ``exporter.api`` has it: a search
 that finds what it does not show gives it away all the same.
 """
@@ -30,7 +30,7 @@ SIMULATED: Final = "simulated"
 class Row:
     """One vCPU, or, with ``vcpu`` None, a VM of which only the sum is known or nothing has happened.
 
-    ``state`` is None where the watch has nothing to say; ``notify_exits`` None where no number was read.
+    ``state`` is None where the stall monitor has nothing to say; ``notify_exits`` None where no number was read.
     """
 
     vm: Vm
@@ -54,7 +54,7 @@ class Row:
         return WHOLE_VM if self.vcpu is None else self.vcpu.vcpu_id
 
     def find_text(self, with_details: bool) -> str:
-        """Return what a search looks at."""
+        """Return the text that a search goes through."""
         if self._texts is None:
             state, owner = self.state or "", self.vm.owner
             public = f"{self.vm.id} {state} {'drill' if self.drill else ''}".casefold()
@@ -81,8 +81,8 @@ class Found:
 class StatusView:
     """What there is to show at one moment; ``now`` is CLOCK_MONOTONIC, ``unix`` the same moment in Unix time.
 
-    ``snapshot`` is the last look at the host, None before the first, ``report`` what the watch knows, None where
-    nobody watches. ``groups`` are the rows by state and whether they are drills.
+    ``snapshot`` is the newest one, None before the first; ``report`` is what the stall monitor knows, None where
+    there is none. ``groups`` are the rows by state and whether they are drills.
     """
 
     now: float
@@ -130,7 +130,7 @@ class StatusView:
 
     @property
     def simulated(self) -> bool:
-        """Whether the host is a made-up one."""
+        """Whether the host is simulated."""
         return self.snapshot is not None and any(source.source == SIMULATED for source in self.snapshot.sources)
 
     def _iterate_quiet(self) -> Iterator[Row]:
@@ -179,7 +179,7 @@ def _sum_counts(reading: VmReading) -> int | None:
 
 
 def _iterate_rows(snapshot: Snapshot | None, report: MonitorReport | None) -> Iterator[Row]:
-    """Yield what the watch tells of, and what has taken notify exits before the watch was there."""
+    """Yield what the stall monitor reports, and what took notify exits before it was there."""
     readings = {reading.vm.key: reading for reading in (snapshot.readings if snapshot else ())}
     told: set[tuple[VmKey, int]] = set()
     for found in report.vcpus if report else ():
@@ -204,7 +204,7 @@ def _iterate_untold(
         return
     if not any(column):  # nearly all there are
         return
-    # What has not moved since the watch is there is quiet; a watch that follows nothing says nothing.
+    # What has not moved since the monitor is there is quiet; a monitor that tracks nothing says nothing.
     state = State.QUIET if report is not None and report.trigger else None
     for vcpu, count in zip(reading.vcpus, column, strict=False):
         if count and (reading.vm.key, vcpu.vcpu_id) not in told:

@@ -12,7 +12,7 @@ expression found. Everything is closed by then. The targets, all of one job:
 ``lost``  the twin under another name, a target that Prometheus is told to forget
 ========= ========================================================================================================
 
-A second Prometheus has the made-up history (`simulated_history`) and scrapes nobody.
+A second Prometheus has the simulated history (`simulated_history`) and scrapes nobody.
 """
 
 from __future__ import annotations

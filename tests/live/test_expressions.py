@@ -1,7 +1,7 @@
 """Every expression of rules and dashboards, asked of a real Prometheus: each finds something, and none of them errs.
 
-What real agents give (`monitored_hosts`) is enough, unless a table here says why it cannot be: then the made-up history
-has to be (`simulated_history`). A new expression is in no table, so it must find something of the agents.
+What real agents give (`monitored_hosts`) is enough, unless a table here says why it cannot be: then it must be in the
+simulated history (`simulated_history`). A new expression is in no table, so it must find something of the agents.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FRESH = "an agent that is scraped has read its host just now"
 _NO_FAULT = "a collector fails if it has a bug, or the kernel one"
 _TRACED = "no agent here has vCPUs that are armed and cannot be traced: that takes an Intel host under confidentiality"
 _TOO_SHORT = "two stalls in a minute and a half are too few"
-# What the made-up history has to answer: (place, metric) and why. "" stands for any.
+# What the simulated history has to answer: (place, metric) and why. "" stands for any.
 MADE_UP: Mapping[tuple[str, str], str] = {
     ("", "kvm_vcpu_notify_context_invalid_exits_total"): _NO_INTEL,
     ("kvm-notify-vm: Who it is", "kvm_vm_claimed_info"): _NO_CLAIM,
@@ -98,7 +98,7 @@ def test_every_expression_finds_something(episode: Episode, tell: Callable[[str]
     tell(
         f"{len(whole)} expressions of {len(rules)} rules, {len(panels)} panels and the README, {len(answers)} with the "
         f"branches of 'or': non-empty on a real Prometheus, {of_agents} by what agents gave, "
-        f"{len(answers) - of_agents} by two days of made-up history"
+        f"{len(answers) - of_agents} by two days of simulated history"
     )
 
 

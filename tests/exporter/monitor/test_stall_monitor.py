@@ -1,4 +1,4 @@
-"""The watch on made-up hosts, in virtual time: what is found, how soon, and what it costs."""
+"""The watch on simulated hosts, in virtual time: what is found, how soon, and what it costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.virtual_time import run_inline, run_virtual
 
 @dataclass
 class Scene:
-    """A running watch on a made-up host."""
+    """A running watch on a simulated host."""
 
     host: FakeHost
     watch: StallMonitor

@@ -1,4 +1,4 @@
-"""Looks at made-up guests in virtual time: that they find what they should, and cost no more than they may."""
+"""Looks at simulated guests in virtual time: that they find what they should, and cost no more than they may."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_exits_that_are_too_slow_to_be_watched_are_not_watched_and_said_to_be() 
         found = scene.find(vm)
         assert found is not None
         assert (found.verdict.state, scene.watch.report().armings) == (State.NOTIFYING, armings)
-        assert found.verdict.reason.startswith("it takes notify exits, too slowly to be watched")
+        assert found.verdict.reason.startswith("it takes notify exits, too slowly to be judged")
 
     play(act, vm)
 

@@ -1,6 +1,6 @@
 """The whole exposition of the real process over HTTP, against a golden file.
 
-The made-up host says the same every time but for what depends on the time; those values are masked. Made anew, after
+The simulated host says the same every time but for what depends on the time; those values are masked. Made anew, after
 a look at the difference, with ``python -m tests.exporter.prometheus.test_golden``.
 """
 
@@ -26,7 +26,7 @@ VARIES = re.compile(
     re.MULTILINE,
 )
 BUILD = re.compile(r"^kvm_exporter_build_info\{.*\} 1$", re.MULTILINE)
-# Series that are there or not depending on the moment of the made-up host.
+# Series that are there or not depending on the moment of the simulated host.
 COMES_AND_GOES = re.compile(
     r"^(?:# (?:HELP|TYPE) )?kvm_(?:vcpu_last_notify_exit_timestamp_seconds|vcpu_no_forward_progress"
     r"|vcpu_notify_\w*rip\w*|vcpu_notify_traced\w+|vcpu_notify_context\w+|host_notify_interval_min_seconds).*\n",

@@ -468,9 +468,9 @@ def test_what_was_known_of_a_vcpu_that_cannot_be_read_is_forgotten_in_time() -> 
         (0.1, "it took two notify exits in a row at one RIP"),
         (
             1.0,
-            "it took two notify exits in a row at one RIP, slowly: it takes several trace sessions to watch 10 of them",
+            "it took two notify exits in a row at one RIP, slowly: it takes several trace sessions to see 10 of them",
         ),
-        (3.0, "it took two notify exits in a row at one RIP, too slowly to be watched: one in some 3.0 s"),
+        (3.0, "it took two notify exits in a row at one RIP, too slowly to be judged: one in some 3.0 s"),
     ],
 )
 def test_a_suspicion_says_that_exits_come_too_slowly(apart: float, words: str) -> None:
@@ -483,7 +483,7 @@ def test_exits_that_are_too_slow_for_a_suspicion_say_so_too() -> None:
         story.counter += 1
         story.read().wait(1.0).read().wait(6.0).read()
     assert story.state is State.NOTIFYING
-    assert story.detector.verdict.reason == "it takes notify exits, too slowly to be watched: one in some 7.0 s"
+    assert story.detector.verdict.reason == "it takes notify exits, too slowly to be judged: one in some 7.0 s"
 
 
 def test_the_shortest_time_between_two_exits_at_one_rip() -> None:

@@ -79,7 +79,7 @@ def test_a_line_says_who_where_what_since_when_and_what_to_do(told: Told) -> Non
         ({"idt_vectoring": 0x80000B11}, {"delivering": "vector 17 (#AC)"}, MEANING_DELIVERY),
         ({"nested": True}, {"nested": "yes"}, "may belong"),
         ({"nested": None}, {"nested": "unknown"}, MEANING),
-        ({"registers_alike": None}, {"registers": "not-read"}, "a long REP instruction would look the same"),
+        ({"registers_alike": None}, {"registers": "not-read"}, "a long REP instruction would show the same"),
         ({"rip": None}, {"rip": "unknown"}, MEANING),
     ],
 )

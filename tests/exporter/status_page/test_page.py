@@ -218,7 +218,7 @@ def test_simulated_and_drills_are_marked() -> None:
     drill = replace(make_report(State.STALLED, since=NOW - 1, stuck_since_seconds=NOW - 2), drill=True)
     picture = draw(SimulatedHost(lambda: NOW, lambda: UNIX).read(), drill)
     outline = Outline(render(picture))
-    assert "SIMULATED, not real: this is a made-up host." in outline.text
+    assert "SIMULATED, not real: this is a simulated host." in outline.text
     assert "Drill, not real: vCPU 0 of web is said to be stuck and is well." in outline.text
     assert '<span class="tag">drill, not real</span>' in render(picture)
     assert make_title(FRAME, picture) == "Drill · KVM notify exits · hv-17"
@@ -264,14 +264,14 @@ def test_headlines_by_what_matters() -> None:
     assert tell(State.UNKNOWN).startswith("1 vCPU was stuck and cannot be judged now")
     assert tell(State.PROGRESSING).startswith("No vCPU is stuck. 2 vCPUs have taken notify exits.")
     assert "Whether one is stuck is not known." in tell(problem="no tracefs")
-    assert tell(snapshot=None) == "The host has not been looked at yet."
+    assert tell(snapshot=None) == "The host has not been read yet."
     assert tell(snapshot=make_snapshot(reading, sources=())) == "The counters of this host cannot be read."
     incomplete = make_snapshot(reading, blind_spots=HIDDEN)
     assert tell(snapshot=incomplete) == "There may be VMs on this host that are not seen."
     assert "There may be VMs that are not listed: /proc hides process 1." in render(draw(incomplete))
     assert "Not every process" not in render(draw(snapshot))
     nobody = make_status_view(snapshot, None, RateHistory(), NOW, UNIX)
-    assert make_headline(nobody, True).meaning == "This agent does not watch for stalls."
+    assert make_headline(nobody, True).meaning == "This agent does not detect stalls."
 
 
 def tell_one(snapshot: Snapshot, *vcpus: VcpuReport, trigger: str = "bpf") -> tuple[Level, str, str]:
@@ -323,9 +323,9 @@ def test_calm_is_said_of_what_is_known_and_of_no_more() -> None:
 def test_an_old_look_is_spoken_of_and_not_calm() -> None:
     picture = draw(make_snapshot())
     assert make_headline(picture, True).level is Level.CALM
-    assert "last looked at" not in render(replace(picture, now=NOW + 9))
+    assert "The newest snapshot is" not in render(replace(picture, now=NOW + 9))
     old = replace(picture, now=NOW + 40)
-    assert "The host was last looked at 40 s ago" in Outline(render(old)).text
+    assert "The newest snapshot is 40 s old" in Outline(render(old)).text
     headline = make_headline(old, True)
     assert headline.level is Level.WARN
     assert headline.meaning.startswith("What is known is 40 s old. ")

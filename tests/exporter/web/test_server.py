@@ -43,7 +43,7 @@ class Answer(NamedTuple):
 
 
 class GatedHost:
-    """A made-up host whose looks can be held: each says that it has begun, then waits for the gate."""
+    """A simulated host whose looks can be held: each says that it has begun, then waits for the gate."""
 
     def __init__(self) -> None:
         self._host = SimulatedHost()
@@ -285,7 +285,7 @@ def test_ready_after_the_first_look() -> None:
         await host.wait_begun()
         assert (await ask(address, "/-/healthy")).status == 200
         assert (await ask(address, "/-/ready")).status == 503
-        assert b"not been looked at yet" in (await ask(address, "/")).body
+        assert b"not been read yet" in (await ask(address, "/")).body
         host.gate.set()
         await wait_ready(address)
 
