@@ -50,13 +50,11 @@ TESTED_IN = {
     "exporter.commands.check": "live/test_agent.py",
     "exporter.commands.drill": "exporter/stalls/test_drill.py",
     "exporter.commands.serve": "live/test_agent.py",
-    "exporter.history.changes": "exporter/monitor/test_stall_monitor.py",
-    "exporter.monitor.attempts": "exporter/monitor/test_stall_monitor.py",
-    "exporter.monitor.polling": "exporter/monitor/test_stall_monitor.py",
+    "exporter.history.changes": "exporter/monitor/test_polling.py",
+    "exporter.monitor.attempts": "exporter/monitor/test_polling.py",
     "exporter.monitor.drills": "exporter/monitor/test_stall_monitor.py",
     "exporter.monitor.trace_session": "exporter/monitor/test_trace_scheduler.py",
     "exporter.monitor.tracked_vcpu": "exporter/monitor/test_trace_scheduler.py",
-    "exporter.monitor.trigger": "exporter/monitor/test_stall_monitor.py",
     "exporter.monitor.workers": "live/test_agent.py",
     "exporter.prometheus.negotiation": "exporter/prometheus/test_exposition.py",
     "exporter.prometheus.vm_series": "exporter/prometheus/test_collector.py",
@@ -91,7 +89,7 @@ TESTED_IN = {
 }
 RUNS = {"kvm.identity.lookup_process": {"kvm.identity.lookup_child"}}  # in an interpreter of its own
 # A test file with a subject of its own: what all of a package's modules give together.
-WHOLE_PACKAGE_TESTS = {"exporter/prometheus/test_golden.py"}
+WHOLE_PACKAGE_TESTS = {"exporter/prometheus/test_golden.py", "exporter/monitor/test_trace_limits.py"}
 
 
 def find_modules() -> dict[str, Path]:
@@ -133,8 +131,12 @@ def name_module(test: str) -> str:
 
 
 def find_reached(test: Path) -> set[str]:
-    """The modules that a test imports, and all that these import; the commands, where it runs the agent."""
+    """The modules that a test and its helpers import, and all that these import; the commands too if it runs them."""
     imported = find_imports(test)
+    for name in sorted(imported):
+        helper = ROOT / f"{name.replace('.', '/')}.py"
+        if name.startswith("tests.") and not helper.name.startswith("test_") and helper.exists():
+            imported |= find_imports(helper)
     reached, new = set[str](), imported & set(MODULES)
     if any(name.startswith("tests.agents") for name in imported):
         new.add("exporter.cli")

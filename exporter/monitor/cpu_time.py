@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import psutil
+
+from exporter.monitor.backends import Run
+from exporter.monitor.tracked_vcpu import TrackedVcpu
 
 
 def read_cpu_time(pid: int, tid: int) -> float | None:
@@ -16,3 +21,17 @@ def read_cpu_time(pid: int, tid: int) -> float | None:
     except (psutil.Error, OSError):
         return None
     return next((thread.user_time + thread.system_time for thread in threads if thread.id == tid), None)
+
+
+async def observe_cpu_times(
+    vcpus: Sequence[TrackedVcpu], read: Callable[[int, int], float | None], run: Run, clock: Callable[[], float]
+) -> None:
+    """Have the detectors of some vCPUs take in the CPU time of their threads."""
+    threads = [(vcpu, vcpu.key.vm.pid, vcpu.vcpu.tid) for vcpu in vcpus]
+
+    def read_all() -> list[tuple[TrackedVcpu, float | None, float]]:
+        return [(vcpu, None if tid is None else read(pid, tid), clock()) for vcpu, pid, tid in threads]
+
+    for vcpu, cpu_seconds, now in await run(read_all) if threads else ():
+        if cpu_seconds is not None:
+            vcpu.detector.observe_cpu_time(now, cpu_seconds)

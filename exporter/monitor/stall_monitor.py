@@ -24,6 +24,7 @@ from typing import Final
 
 from exporter.monitor.attempts import Attempts
 from exporter.monitor.backends import Backends, PollMode, Reading, Run
+from exporter.monitor.cpu_time import observe_cpu_times
 from exporter.monitor.drills import Drills
 from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Poller
 from exporter.monitor.process_watcher import ProcessWatcher
@@ -229,18 +230,9 @@ class StallMonitor:
 
     async def _read_cpu_times(self) -> None:
         """Read the CPU time of suspected vCPUs' threads, before their counters: it says what a still counter means."""
-        read_cpu_time = self._read_cpu_time
-        if read_cpu_time is None:
-            return
-        suspected = [vcpu for vcpu in self._tracked.active.values() if vcpu.detector.suspected][:SINGLE_READS]
-        threads = [(vcpu, vcpu.key.vm.pid, vcpu.vcpu.tid) for vcpu in suspected]
-
-        def read() -> list[tuple[TrackedVcpu, float | None, float]]:
-            return [(vcpu, tid and read_cpu_time(pid, tid), self._clock()) for vcpu, pid, tid in threads]
-
-        for vcpu, cpu_seconds, now in await self._run(read) if suspected else ():
-            if cpu_seconds is not None:
-                vcpu.detector.observe_cpu_time(now, cpu_seconds)
+        if self._read_cpu_time is not None:
+            suspected = [vcpu for vcpu in self._tracked.active.values() if vcpu.detector.suspected][:SINGLE_READS]
+            await observe_cpu_times(suspected, self._read_cpu_time, self._run, self._clock)
 
     async def _settle(self) -> None:
         """Do what takes no reading: report what has waited, and forget what has ended."""

@@ -1,4 +1,4 @@
-"""Who may be looked at: at once, in which order, for how long."""
+"""Who may be traced: at once, in which order, for how long."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_what_is_wanted_twice_or_under_way_is_one_look() -> None:
     assert budget.start(0.0) == []
 
 
-def look(budget: TraceBudget, now: float, seconds: float, least: float = 0.0, part: float = 1.0) -> float | None:
-    """Look for at most so long; returns how long it was, None if it had to wait."""
+def trace(budget: TraceBudget, now: float, seconds: float, least: float = 0.0, part: float = 1.0) -> float | None:
+    """Trace for at most so long; returns how long it was, None if it had to wait."""
     budget.want(make_key(1), now, least, part)
     begun = budget.start(now)
     if not begun:
@@ -70,31 +70,31 @@ def look(budget: TraceBudget, now: float, seconds: float, least: float = 0.0, pa
     return taken
 
 
-def test_the_first_look_is_free_and_then_it_is_a_tenth_of_a_minute() -> None:
+def test_the_first_session_is_free_and_then_it_is_a_tenth_of_a_minute() -> None:
     budget = TraceBudget(Limits())
-    assert look(budget, 0.0, 9.0) == SESSION_SECONDS
-    assert look(budget, 10.0, 4.0) == 4.0
-    assert look(budget, 20.0, 9.0) == pytest.approx(2.0)
-    assert look(budget, 30.0, 9.0) is None
-    assert look(budget, 31.0, 9.0) is None
+    assert trace(budget, 0.0, 9.0) == SESSION_SECONDS
+    assert trace(budget, 10.0, 4.0) == 4.0
+    assert trace(budget, 20.0, 9.0) == pytest.approx(2.0)
+    assert trace(budget, 30.0, 9.0) is None
+    assert trace(budget, 31.0, 9.0) is None
     assert budget.deferred == 1
-    assert look(budget, 75.5, 9.0) == pytest.approx(4.0)
+    assert trace(budget, 75.5, 9.0) == pytest.approx(4.0)
 
 
-def test_something_is_left_for_the_look_that_may_use_more_of_the_share() -> None:
+def test_something_is_left_for_the_session_that_may_use_more_of_the_share() -> None:
     budget = TraceBudget(Limits())
-    assert look(budget, 0.0, 9.0, part=0.5) == SESSION_SECONDS
-    assert look(budget, 10.0, 9.0, part=0.5) == pytest.approx(3.0)
-    assert look(budget, 20.0, 9.0, part=0.5) is None
-    assert look(budget, 21.0, 2.0, part=0.9) == pytest.approx(2.0)
-    assert look(budget, 30.0, 1.0, part=0.5) is None
-    assert look(budget, 31.0, 9.0, part=1.0) == pytest.approx(1.0)
-    assert look(budget, 32.0, 1.0, part=1.0) is None
+    assert trace(budget, 0.0, 9.0, part=0.5) == SESSION_SECONDS
+    assert trace(budget, 10.0, 9.0, part=0.5) == pytest.approx(3.0)
+    assert trace(budget, 20.0, 9.0, part=0.5) is None
+    assert trace(budget, 21.0, 2.0, part=0.9) == pytest.approx(2.0)
+    assert trace(budget, 30.0, 1.0, part=0.5) is None
+    assert trace(budget, 31.0, 9.0, part=1.0) == pytest.approx(1.0)
+    assert trace(budget, 32.0, 1.0, part=1.0) is None
 
 
 def test_who_has_used_up_its_share_is_told_when_it_is_free_again() -> None:
     budget = TraceBudget(Limits())
-    assert [look(budget, begin, 2.0) for begin in (0.0, 10.0, 20.0, 30.0)] == [2.0, 2.0, 2.0, 2.0]
+    assert [trace(budget, begin, 2.0) for begin in (0.0, 10.0, 20.0, 30.0)] == [2.0, 2.0, 2.0, 2.0]
     assert budget.want(make_key(1), 40.0, 1.5) == pytest.approx(71.5)
     assert budget.want(make_key(1), 40.0, 3.0) == pytest.approx(81.0)  # 2 s from the first, 1 s from the second
     assert budget.want(make_key(1), 71.0, 3.0) == pytest.approx(81.0)
@@ -104,9 +104,9 @@ def test_who_has_used_up_its_share_is_told_when_it_is_free_again() -> None:
     assert budget.deferred == 1
 
 
-def test_a_look_that_waits_for_room_may_be_asked_for_again_with_more_of_the_share() -> None:
+def test_a_session_that_waits_for_room_may_be_asked_for_again_with_more_of_the_share() -> None:
     budget = TraceBudget(Limits(host=1))
-    assert look(budget, 0.0, 0.2) == 0.2
+    assert trace(budget, 0.0, 0.2) == 0.2
     budget.want(make_key(2), 5.0)
     budget.start(5.0)
     for part in (0.5, 1.0, 0.5):
@@ -150,17 +150,17 @@ def test_what_it_costs_to_ask_does_not_grow_with_those_that_wait() -> None:
     assert asked == 0
 
 
-def test_a_slow_vcpu_waits_until_a_look_is_long_enough() -> None:
+def test_a_slow_vcpu_waits_until_a_session_is_long_enough() -> None:
     budget = TraceBudget(Limits())
-    assert (look(budget, 0.0, 5.0), look(budget, 10.0, 3.0)) == (5.0, 3.0)
-    assert look(budget, 20.0, 5.0, least=4.0) is None
-    assert look(budget, 74.0, 5.0) == pytest.approx(5.0)
+    assert (trace(budget, 0.0, 5.0), trace(budget, 10.0, 3.0)) == (5.0, 3.0)
+    assert trace(budget, 20.0, 5.0, least=4.0) is None
+    assert trace(budget, 74.0, 5.0) == pytest.approx(5.0)
 
 
-def test_no_vcpu_is_too_slow_to_be_looked_at_again() -> None:
+def test_no_vcpu_is_too_slow_to_be_traced_again() -> None:
     budget = TraceBudget(Limits())
-    assert look(budget, 0.0, 5.0, least=100.0) == 5.0
-    assert look(budget, 10.0, 5.0, least=100.0, part=0.8) == pytest.approx(4.8)
+    assert trace(budget, 0.0, 5.0, least=100.0) == 5.0
+    assert trace(budget, 10.0, 5.0, least=100.0, part=0.8) == pytest.approx(4.8)
 
 
 def test_a_vm_that_has_ended_is_forgotten() -> None:
@@ -189,15 +189,15 @@ def test_nothing_is_left_of_vms_that_have_ended() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 20.0), st.floats(0.0, 5.0), st.floats(0.1, 1.0)), max_size=60))
 def test_no_minute_has_more_than_its_share(asked: list[tuple[float, float, float]]) -> None:
-    budget, now, looks = TraceBudget(Limits()), 0.0, []
+    budget, now, sessions = TraceBudget(Limits()), 0.0, []
     for pause, seconds, part in asked:
         now += pause
-        taken = look(budget, now, seconds, part=part)
+        taken = trace(budget, now, seconds, part=part)
         if taken is not None:
-            looks.append((now, now + taken))
+            sessions.append((now, now + taken))
             now += taken
-    for _, end in looks[1:]:
-        used = sum(max(0.0, min(ended, end) - max(began, end - 60.0)) for began, ended in looks[1:])
+    for _, end in sessions[1:]:
+        used = sum(max(0.0, min(ended, end) - max(began, end - 60.0)) for began, ended in sessions[1:])
         assert used <= 6.0 + 1e-6
 
 
@@ -206,7 +206,7 @@ def test_a_share_is_free_when_it_was_said_to_be_and_not_before(asked: list[tuple
     budget, now = TraceBudget(Limits()), 0.0
     for pause, seconds in asked:
         now += pause
-        now += look(budget, now, seconds) or 0.0
+        now += trace(budget, now, seconds) or 0.0
     free = budget.want(make_key(1), now, least)
     if free > now:
         assert budget.want(make_key(1), max(now, free - 0.01), least) == pytest.approx(free)

@@ -1,4 +1,4 @@
-"""Looks at simulated guests in virtual time: that they find what they should, and cost no more than they may."""
+"""Trace sessions of simulated guests, in virtual time: they find what they should, and cost no more than they may."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from exporter.stalls.detector import StallDetector
 from exporter.stalls.verdicts import StallRule, State
 from kvm.errors import SourceUnavailable
 from kvm.model import NotifyExit, VcpuKey
-from tests.exporter.monitor import test_stall_monitor
-from tests.exporter.monitor.test_stall_monitor import Scene, check_share, play
+from tests.exporter.monitor.scene import Scene, play
+from tests.exporter.monitor.test_trace_limits import check_duty_cycle
 from tests.fake_host import FakeArmed, FakeHost, FakeVcpu, FakeVm, R
 from tests.virtual_time import run_inline, run_virtual
 
@@ -75,13 +75,12 @@ def log_level(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
 @pytest.mark.parametrize(("stay", "interval"), [(13, 0.07), (47, 0.02), (11, 0.08)])
 def test_a_guest_that_leaves_its_rip_before_a_stall_is_due_is_never_stalled(
-    stay: int, interval: float, delay: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    stay: int, interval: float, delay: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run(call: Callable[[], T]) -> T:
         await asyncio.sleep(delay)
         return call()
 
-    monkeypatch.setattr(test_stall_monitor, "run_inline", run)
     vms = [make_vm(Wanderer, pid) for pid in (100, 200, 300)]
 
     async def act(scene: Scene) -> None:
@@ -95,7 +94,7 @@ def test_a_guest_that_leaves_its_rip_before_a_stall_is_due_is_never_stalled(
             assert found is not None
             assert (found.verdict.episode, found.traced_exits > 50) == (0, True)
 
-    play(act, *vms, registers=False)
+    play(act, *vms, registers=False, run=run)
     assert count_lines(caplog) == 0
 
 
@@ -113,7 +112,7 @@ def test_a_stall_is_found_though_the_vcpu_took_notify_exits_now_and_then_before(
             scene.host.set(vm.vcpus[0], "running")
             await asyncio.sleep(70)
 
-    check_share(play(act, vm, trigger=trigger))
+    check_duty_cycle(play(act, vm, trigger=trigger))
 
 
 @pytest.mark.parametrize("seconds", [6, 60, 300])
@@ -126,7 +125,7 @@ def test_a_stall_is_found_though_the_vcpu_has_flooded_before(seconds: float) -> 
         scene.host.set(vm.vcpus[0], "stuck")
         assert await scene.wait_for(vm, State.STALLED) < 5
 
-    check_share(play(act, vm, trigger=True))
+    check_duty_cycle(play(act, vm, trigger=True))
 
 
 @pytest.mark.parametrize("trigger", [False, True], ids=["polled", "triggered"])
@@ -144,7 +143,7 @@ def test_a_slow_stall_is_found_as_soon_as_its_share_allows(interval: float, with
         assert ("slowly" in found.verdict.reason) == (interval > 0.5)
         await scene.wait_for(vm, State.STALLED, within)
 
-    check_share(play(act, vm, trigger=trigger))
+    check_duty_cycle(play(act, vm, trigger=trigger))
 
 
 class Stuttering(FakeVcpu):
@@ -162,7 +161,7 @@ def test_a_stall_whose_exits_come_in_bursts_is_found() -> None:
         scene.host.set(vm.vcpus[0], "stuttering", interval=0.9)
         await scene.wait_for(vm, State.STALLED, 15)
 
-    check_share(play(act, vm))
+    check_duty_cycle(play(act, vm))
 
 
 def test_exits_that_are_too_slow_to_be_watched_are_not_watched_and_said_to_be() -> None:
@@ -171,11 +170,11 @@ def test_exits_that_are_too_slow_to_be_watched_are_not_watched_and_said_to_be() 
     async def act(scene: Scene) -> None:
         scene.host.set(vm.vcpus[0], "stuck", interval=4.5)
         await asyncio.sleep(60)
-        armings = scene.watch.report().armings
+        armings = scene.monitor.report().armings
         await asyncio.sleep(600)
         found = scene.find(vm)
         assert found is not None
-        assert (found.verdict.state, scene.watch.report().armings) == (State.NOTIFYING, armings)
+        assert (found.verdict.state, scene.monitor.report().armings) == (State.NOTIFYING, armings)
         assert found.verdict.reason.startswith("it takes notify exits, too slowly to be judged")
 
     play(act, vm)
@@ -187,18 +186,18 @@ def test_interrupts_of_the_host_between_slow_notify_exits_are_no_sign_of_life() 
     async def act(scene: Scene) -> None:
         scene.host.set(vm.vcpus[0], "slow", interval=0.1)
         await scene.wait_for(vm, State.STALLED, 150)
-        armings = scene.watch.report().armings
+        armings = scene.monitor.report().armings
         await asyncio.sleep(120)
         assert scene.state(vm) is State.STALLED
-        assert scene.watch.report().armings - armings <= 12
+        assert scene.monitor.report().armings - armings <= 12
         scene.host.set(vm.vcpus[0], "running")
         assert await scene.wait_for(vm, State.RECOVERED, 15) < 8
 
-    check_share(play(act, vm, registers=False))
+    check_duty_cycle(play(act, vm, registers=False))
 
 
-def test_a_vcpu_that_was_stalled_and_goes_on_is_looked_at_soon() -> None:
-    """Not only when the next look at a stalled vCPU would be due."""
+def test_a_vcpu_that_was_stalled_and_goes_on_is_traced_soon() -> None:
+    """Not only when the next session at a stalled vCPU would be due."""
     vm = FakeVm("web", 100, 1)
 
     async def act(scene: Scene) -> None:
@@ -216,14 +215,14 @@ def test_a_vcpu_that_was_stalled_and_goes_on_is_looked_at_soon() -> None:
 
 
 @pytest.mark.parametrize(("behaviour", "records", "seconds"), [("alternating", 3.0, 0.1), ("others", 3.0, 0.3)])
-def test_a_look_at_a_flood_ends_with_the_first_proof(behaviour: str, records: float, seconds: float) -> None:
+def test_a_session_at_a_flood_ends_with_the_first_proof(behaviour: str, records: float, seconds: float) -> None:
     vm = FakeVm("flood", 1000, 16)
 
     async def act(scene: Scene) -> None:
         for vcpu in vm.vcpus:
             scene.host.set(vcpu, behaviour, interval=0.02)
         await asyncio.sleep(60)
-        report = scene.watch.report()
+        report = scene.monitor.report()
         assert report.armings < 60 * 5
         assert report.records / report.armings <= records
 
@@ -238,8 +237,8 @@ def test_a_stuck_vcpu_that_floods_makes_no_more_records_than_its_pace() -> None:
     async def act(scene: Scene) -> None:
         nonlocal read
         scene.host.set(vm.vcpus[0], "stuck", interval=0.0002)
-        await asyncio.sleep(5.5)  # records are counted when a look ends
-        read = scene.watch.report().records
+        await asyncio.sleep(5.5)  # records are counted when a session ends
+        read = scene.monitor.report().records
 
     host = play(act, vm, trigger=True, rule=StallRule(seconds=100.0))
     armed = sum(ended - began for _, began, ended in host.armed_times)
@@ -247,7 +246,7 @@ def test_a_stuck_vcpu_that_floods_makes_no_more_records_than_its_pace() -> None:
     assert 100 < read / armed <= 64 / 0.1
 
 
-def test_one_failed_look_does_not_slow_down_those_that_follow(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_failed_session_does_not_slow_down_those_that_follow(caplog: pytest.LogCaptureFixture) -> None:
     vm = FakeVm("web", 100, 1)
     tid = vm.vcpus[0].tid
 
@@ -279,27 +278,27 @@ def test_a_tracer_that_fails_for_a_moment_is_soon_tried_again_and_nobody_is_blam
         host.set(vm.vcpus[0], "stuck")
         for _ in range(300):
             await asyncio.sleep(0.01)
-            assert scene.watch.report().problem == ""  # it is this thread alone
+            assert scene.monitor.report().problem == ""  # it is this thread alone
         host.refusal = SourceUnavailable("too many events", "raise the limit")
         host.set(other.vcpus[0], "stuck")
         await asyncio.sleep(3)
-        assert scene.watch.report().problem == "too many events; raise the limit"
+        assert scene.monitor.report().problem == "too many events; raise the limit"
         host.refusal = None
         assert await scene.wait_for(other, State.STALLED, 20) < 13
 
     play(act, vm, other)
 
 
-def test_the_watch_does_not_spin_while_a_look_lasts_longer_than_the_tracepoint_is_kept(
+def test_the_watch_does_not_spin_while_a_session_lasts_longer_than_the_tracepoint_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vm = FakeVm("web", 100, 1)
     rounds: list[float] = []
     keep_up = StallMonitor._keep_up
 
-    async def count(watch: StallMonitor) -> None:
+    async def count(monitor: StallMonitor) -> None:
         rounds.append(asyncio.get_running_loop().time())
-        await keep_up(watch)
+        await keep_up(monitor)
 
     monkeypatch.setattr(StallMonitor, "_keep_up", count)
 
@@ -323,7 +322,7 @@ def test_the_watch_does_not_spin_while_a_look_lasts_longer_than_the_tracepoint_i
     play(act, vm, trigger=True)
 
 
-def test_exits_that_come_faster_are_news_even_if_no_look_has_seen_that_they_had_slowed_down() -> None:
+def test_exits_that_come_faster_are_news_even_if_no_session_has_seen_that_they_had_slowed_down() -> None:
     vm = FakeVm("web", 100, 1)
     vcpu = follow(vm, 1000.0)
     now, count = 1000.0, 0
@@ -360,7 +359,7 @@ def test_older_counts_that_are_handed_over_late_say_nothing() -> None:
     assert vcpu.moved
 
 
-def test_the_more_there_is_to_see_the_more_of_its_share_a_look_may_use_up() -> None:
+def test_the_more_there_is_to_see_the_more_of_its_quota_a_session_may_use_up() -> None:
     vcpu = follow(FakeVm("web", 100, 1), 1000.0)
     parts = [vcpu.quota_part]
     vcpu.detector.observe_records(
@@ -380,10 +379,10 @@ def follow(vm: FakeVm, now: float, number: int = 0) -> TrackedVcpu:
 
 
 class Bench:
-    """TraceScheduler without a watch: who is looked at is up to the test."""
+    """TraceScheduler without a monitor: who is traced is up to the test."""
 
     def __init__(self, host: FakeHost, limits: Limits | None = None) -> None:
-        self.looks = TraceScheduler(
+        self.scheduler = TraceScheduler(
             host,
             limits or Limits(),
             run_inline,
@@ -401,53 +400,53 @@ def run_bench(act: Callable[[FakeHost, Bench], Awaitable[None]], *vms: FakeVm) -
     async def main() -> None:
         host = FakeHost(asyncio.get_running_loop().time, *vms)
         bench = Bench(host)
-        await bench.looks.open()
+        await bench.scheduler.open()
         living = asyncio.create_task(host.live())
         try:
             await act(host, bench)
         finally:
-            await bench.looks.close()
+            await bench.scheduler.close()
             living.cancel()
 
     run_virtual(main())
 
 
-def test_who_waits_for_room_is_looked_at_when_another_look_ends() -> None:
+def test_who_waits_for_room_is_traced_when_another_session_ends() -> None:
     vm = FakeVm("web", 100, 6)
 
     async def act(host: FakeHost, bench: Bench) -> None:
         for number, vcpu in enumerate(vm.vcpus):
             host.set(vcpu, "stuck", interval=0.02)
-            bench.looks.consider(bench.follow(vm, number))
+            bench.scheduler.consider(bench.follow(vm, number))
         await asyncio.sleep(1)
-        assert bench.looks.armings == 4
+        assert bench.scheduler.armings == 4
         await asyncio.sleep(6)
-        assert bench.looks.armings >= 6
+        assert bench.scheduler.armings >= 6
 
     run_bench(act, vm)
 
 
-def test_a_vm_that_has_ended_is_not_looked_at_again() -> None:
+def test_a_vm_that_has_ended_is_not_traced_again() -> None:
     vm = FakeVm("web", 100, 6)
 
     async def act(host: FakeHost, bench: Bench) -> None:
         followed = [bench.follow(vm, number) for number in range(6)]
         for vcpu in followed:
-            bench.looks.consider(vcpu)
+            bench.scheduler.consider(vcpu)
         await asyncio.sleep(5.5)
         for vcpu in followed:
             vcpu.moved = True
-        bench.looks.forget(vm.key)
+        bench.scheduler.forget(vm.key)
         await asyncio.sleep(0.1)
-        armings = bench.looks.armings
+        armings = bench.scheduler.armings
         await asyncio.sleep(100)
-        assert (bench.looks.armings, bench.looks.armed) == (armings, 0)
+        assert (bench.scheduler.armings, bench.scheduler.armed) == (armings, 0)
 
     run_bench(act, vm)
 
 
 @pytest.mark.parametrize("cancelled", ["arming", "disarming"])
-def test_what_a_worker_has_armed_is_disarmed_though_the_look_is_cancelled_twice(cancelled: str) -> None:
+def test_what_a_worker_has_armed_is_disarmed_though_the_session_is_cancelled_twice(cancelled: str) -> None:
     vm = FakeVm("web", 100, 1)
 
     async def main() -> None:
@@ -463,15 +462,15 @@ def test_what_a_worker_has_armed_is_disarmed_though_the_look_is_cancelled_twice(
 
         detector = StallDetector(StallRule(), host.clock())
         subject = Subject(vm.vcpus[0].tid, detector, lambda: True, None, None, lambda changes: None)
-        look = asyncio.create_task(run_trace_session(subject, host, run, 0.5))
+        session = asyncio.create_task(run_trace_session(subject, host, run, 0.5))
         await asyncio.sleep(1.0)
         for _ in range(2):
-            look.cancel()
+            session.cancel()
             await asyncio.sleep(0.01)
-        assert not look.done()  # so whoever closes waits for the worker
+        assert not session.done()  # so whoever closes waits for the worker
         gate.set()
         with pytest.raises(asyncio.CancelledError):
-            await look
+            await session
         assert vm.vcpus[0].armed == []
 
     run_virtual(main())
@@ -490,7 +489,7 @@ def test_records_that_are_odd_are_counted_as_lost_and_prove_nothing(monkeypatch:
     async def act(scene: Scene) -> None:
         scene.host.set(vm.vcpus[0], "stuck")
         await asyncio.sleep(8)
-        assert scene.watch.report().lost_records > 0
+        assert scene.monitor.report().lost_records > 0
         assert scene.state(vm) is State.NOTIFYING
 
     play(act, vm)

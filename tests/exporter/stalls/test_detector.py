@@ -65,13 +65,13 @@ class Story:
         self.changes += self.detector.observe_records(self.now, records, lost=lost, other_rip=other_rip)
         return self
 
-    def watch(self) -> Story:
+    def arm(self) -> Story:
         self.detector.start_window(self.now)
         return self
 
-    def look(self, seconds: float = 1.2, rip: int = R) -> Story:
-        """Look as the agent does: watch, and read and trace every tenth of a second."""
-        self.trace(rip).watch()
+    def session(self, seconds: float = 1.2, rip: int = R) -> Story:
+        """Trace as the agent does: arm the progress event, and read and trace every tenth of a second."""
+        self.trace(rip).arm()
         for _ in range(round(seconds * 10)):
             self.trace(rip, rip).read().wait(0.1)
         self.trace(rip).read()
@@ -97,7 +97,7 @@ def test_a_trigger_is_as_good_as_a_counter() -> None:
 
 
 def test_a_stall_takes_both_its_time_and_its_exits_and_says_what_was_found() -> None:
-    story = Story(nested=True).look()
+    story = Story(nested=True).session()
     assert story.states == [State.NOTIFYING, State.SUSPECT, State.STALLED]
     found = story.changes[-1]
     assert (found.rip, found.nested, found.registers_alike, found.episode) == (R, True, True, 1)
@@ -107,7 +107,7 @@ def test_a_stall_takes_both_its_time_and_its_exits_and_says_what_was_found() -> 
 
 
 def test_a_stall_began_when_its_conditions_held_however_late_that_is_known() -> None:
-    story = Story().trace(R).watch()
+    story = Story().trace(R).arm()
     for _ in range(20):
         story.trace(R).read()
     first = story.changes[1].since_seconds
@@ -117,7 +117,7 @@ def test_a_stall_began_when_its_conditions_held_however_late_that_is_known() -> 
 
 
 def test_a_stall_whose_exits_come_slowly_begins_with_the_last_that_it_takes() -> None:
-    story = Story().trace(R).watch()
+    story = Story().trace(R).arm()
     for _ in range(12):
         story.wait(0.5).trace(R).read()
     assert story.state is State.STALLED
@@ -134,38 +134,38 @@ def test_what_the_last_record_says_is_in_the_verdict() -> None:
     ("rule", "seconds"), [(StallRule(exits=1000), 5.0), (StallRule(seconds=30.0), 5.0), (StallRule(10, 1.0), 0.8)]
 )
 def test_one_of_the_two_is_not_enough(rule: StallRule, seconds: float) -> None:
-    assert Story(rule=rule).look(seconds).state is State.SUSPECT
+    assert Story(rule=rule).session(seconds).state is State.SUSPECT
 
 
-def test_long_looks_add_up() -> None:
+def test_long_session_add_up() -> None:
     story = Story(rule=StallRule(seconds=6.0))
     for _ in range(2):
-        assert story.look(2.5).wait(1.0).states[-1:] == [State.SUSPECT]
-    assert story.look(2.5).state is State.STALLED
+        assert story.session(2.5).wait(1.0).states[-1:] == [State.SUSPECT]
+    assert story.session(2.5).state is State.STALLED
 
 
-def test_short_looks_do_not_add_up() -> None:
-    """A guest that leaves its RIP each second may be there whenever somebody looks for less than that."""
+def test_short_session_do_not_add_up() -> None:
+    """A guest that leaves its RIP each second may be there whenever a session is shorter than that."""
     story = Story()
     for _ in range(20):
-        story.look(0.9).wait(1.0)
+        story.session(0.9).wait(1.0)
     assert story.states == [State.NOTIFYING, State.SUSPECT]
 
 
-def test_records_of_two_looks_are_no_pair() -> None:
+def test_records_of_two_session_are_no_pair() -> None:
     story = Story()
     for _ in range(20):
         story.detector.begin_session()
         story.trace(R).read().wait(1.0)
     assert (story.states, story.detector.same_rip_exits) == ([State.NOTIFYING], 0)
     story.detector.begin_session()
-    assert story.trace(OTHER).states == [State.NOTIFYING]  # progress, but not in the time of this look
+    assert story.trace(OTHER).states == [State.NOTIFYING]  # progress, but not in the time of this session
     assert story.detector.proofs == 0
 
 
 def test_exits_that_nobody_watched_do_not_count() -> None:
-    """Between two looks the guest may do anything and come back."""
-    story = Story().look(0.2)
+    """Between two sessions the guest may do anything and come back."""
+    story = Story().session(0.2)
     for _ in range(20):
         story.counter += 1000
         story.wait(1.0).read().trace(R, R).read()
@@ -173,7 +173,7 @@ def test_exits_that_nobody_watched_do_not_count() -> None:
 
 
 def test_a_span_without_a_record_at_its_end_proves_nothing_of_its_last_exits() -> None:
-    story = Story().trace(R).watch().trace(R, R).read().wait(2.0)
+    story = Story().trace(R).arm().trace(R, R).read().wait(2.0)
     story.counter += 100
     story.read().read()
     assert (story.states[-1:], story.detector.verdict.exits) == ([State.SUSPECT], 2)
@@ -186,7 +186,7 @@ def test_a_span_without_a_record_at_its_end_proves_nothing_of_its_last_exits() -
 
 def test_a_reading_from_before_the_first_record_counts_no_exits() -> None:
     """Between that reading and the record the exits may have been anywhere."""
-    story = Story().trace(R, R).watch().wait(0.1)
+    story = Story().trace(R, R).arm().wait(0.1)
     began = story.now
     story.trace(R)
     story.changes += story.detector.observe_counter(began, story.now + 0.01, story.counter)
@@ -196,7 +196,7 @@ def test_a_reading_from_before_the_first_record_counts_no_exits() -> None:
 
 
 def test_what_was_lost_interrupts_what_was_watched() -> None:
-    story = Story(rule=StallRule(exits=2)).trace(R, R).watch().trace(R).read()
+    story = Story(rule=StallRule(exits=2)).trace(R, R).arm().trace(R).read()
     story.trace(lost=3).wait(2.0).trace(R).read().trace(R).read()
     assert (story.state, story.detector.verdict.exits) == (State.SUSPECT, 3)
 
@@ -204,7 +204,7 @@ def test_what_was_lost_interrupts_what_was_watched() -> None:
 @pytest.mark.parametrize("sign", ["event B", "another RIP"])
 def test_what_proves_progress_comes_before_what_came_with_it(sign: str) -> None:
     """The last record makes the time up, but the guest has been elsewhere."""
-    story = Story().trace(R).watch()
+    story = Story().trace(R).arm()
     for _ in range(9):
         story.wait(0.1).trace(R, R)
     assert story.state is State.SUSPECT
@@ -214,14 +214,14 @@ def test_what_proves_progress_comes_before_what_came_with_it(sign: str) -> None:
 
 
 def test_a_paused_vcpu_that_was_elsewhere_is_not_stuck_again() -> None:
-    story = Story().look().wait(10).read().watch().trace(R, other_rip=True)
+    story = Story().session().wait(10).read().arm().trace(R, other_rip=True)
     assert story.states[-3:] == [State.STALLED, State.UNKNOWN, State.RECOVERED]
 
 
 def test_records_from_before_the_watch_are_not_watched() -> None:
     story = Story().trace(R)
     early = [make_record(story.now + step / 1000, R) for step in range(1, 50)]
-    story.wait(2.0).watch()
+    story.wait(2.0).arm()
     story.changes += story.detector.observe_records(story.now, early)
     story.counter += 50
     story.read().wait(2.0).read()
@@ -246,10 +246,10 @@ def change_register(story: Story, name: str) -> Story:
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=list(ENDS))
 def test_each_sign_of_life_ends_a_suspicion_and_a_stall(end: Callable[[Story], Story]) -> None:
-    story = Story().look(0.5)
+    story = Story().session(0.5)
     assert end(story).states[-1] is State.PROGRESSING
-    assert end(Story().look(0.5)).detector.verdict.rip is None
-    story = Story().look()
+    assert end(Story().session(0.5)).detector.verdict.rip is None
+    story = Story().session()
     assert end(story).states[-2:] == [State.STALLED, State.RECOVERED]
     assert story.changes[-1].rip == R
     assert story.changes[-1].reason
@@ -257,23 +257,23 @@ def test_each_sign_of_life_ends_a_suspicion_and_a_stall(end: Callable[[Story], S
 
 @pytest.mark.parametrize("name", ["rip", "rsp"])
 def test_registers_that_are_stale_on_vmx_are_not_compared(name: str) -> None:
-    assert change_register(Story().look(), name).read().state is State.STALLED
+    assert change_register(Story().session(), name).read().state is State.STALLED
 
 
 def test_a_rep_that_counts_down_is_never_stalled() -> None:
     story = Story()
     for _ in range(600):
-        change_register(story.trace(R, R).watch().trace(R), "rcx").read().wait(0.1)
+        change_register(story.trace(R, R).arm().trace(R), "rcx").read().wait(0.1)
     assert State.STALLED not in story.states
 
 
 def test_a_slow_rep_is_never_stalled_although_it_is_often_suspect() -> None:
-    story = Story(rule=StallRule(exits=2, seconds=2.0)).trace(R).watch()
+    story = Story(rule=StallRule(exits=2, seconds=2.0)).trace(R).arm()
     for second in range(120):
         story.trace(R).read().wait(0.5).trace(R).read().wait(0.5)
         if second % 2:
             change_register(story, "rcx")
-        story.watch()
+        story.arm()
     assert State.SUSPECT in story.states
     assert State.STALLED not in story.states
 
@@ -282,32 +282,32 @@ def test_registers_that_were_read_before_it_came_here_are_not_compared() -> None
     story = Story().trace(R, R)
     early = story.detector.observe_registers(story.now - 5, story.now, {"rax": 99}, nested=False)
     assert (early, story.detector.verdict.registers_alike) == ((), None)
-    assert story.look().state is State.STALLED
+    assert story.session().state is State.STALLED
 
 
 def test_without_registers_the_verdict_says_so() -> None:
-    story = Story(registers=None).look()
+    story = Story(registers=None).session()
     assert (story.state, story.detector.verdict.registers_alike) == (State.STALLED, None)
 
 
 def test_alternating_rips_are_progress() -> None:
     story = Story()
     for _ in range(200):
-        story.trace(R, OTHER).watch().read().wait(0.1)
+        story.trace(R, OTHER).arm().read().wait(0.1)
     assert story.states == [State.NOTIFYING, State.PROGRESSING]
 
 
 def test_rips_in_pairs_are_progress_too() -> None:
     story = Story()
     for _ in range(200):
-        story.trace(R, R, OTHER, OTHER).watch().read().wait(0.1)
+        story.trace(R, R, OTHER, OTHER).arm().read().wait(0.1)
     assert State.STALLED not in story.states
 
 
 def test_a_hidden_rip_is_unknown_and_no_pair() -> None:
     story = Story()
     for _ in range(50):
-        story.trace(None, None).watch().trace(None).read().wait(0.1)
+        story.trace(None, None).arm().trace(None).read().wait(0.1)
     assert (story.states, story.detector.rip_hidden) == ([State.UNKNOWN], True)
     assert (story.detector.traced_exits, story.detector.same_rip_exits) == (150, 0)
 
@@ -315,12 +315,12 @@ def test_a_hidden_rip_is_unknown_and_no_pair() -> None:
 def test_lost_records_make_no_pair_and_no_stall() -> None:
     story = Story()
     for _ in range(50):
-        story.trace(R, R, lost=1).watch().trace(R, lost=1).read().wait(0.1)
+        story.trace(R, R, lost=1).arm().trace(R, lost=1).read().wait(0.1)
     assert story.states == [State.NOTIFYING]
 
 
 def test_a_paused_vcpu_is_unknown_and_not_recovered_and_stuck_again_without_a_second_stall() -> None:
-    story = Story().look()
+    story = Story().session()
     for _ in range(100):
         story.wait(1.0).read()
     assert story.states[-2:] == [State.STALLED, State.UNKNOWN]
@@ -330,12 +330,12 @@ def test_a_paused_vcpu_is_unknown_and_not_recovered_and_stuck_again_without_a_se
 
 
 def test_a_paused_vcpu_that_goes_on_elsewhere_has_recovered() -> None:
-    story = Story().look().wait(10).read().wait(10).read()
+    story = Story().session().wait(10).read().wait(10).read()
     assert story.trace(OTHER).states[-2:] == [State.UNKNOWN, State.RECOVERED]
 
 
 def test_a_slow_stall_is_not_taken_for_a_pause() -> None:
-    story = Story(rule=StallRule(exits=2)).trace(R).watch()
+    story = Story(rule=StallRule(exits=2)).trace(R).arm()
     for _ in range(10):
         story.wait(4.0).trace(R).read()
     assert story.state is State.STALLED
@@ -344,14 +344,14 @@ def test_a_slow_stall_is_not_taken_for_a_pause() -> None:
 
 
 def test_a_suspect_that_takes_no_more_exits_is_quiet_and_begins_afresh() -> None:
-    story = Story().look(0.5)
+    story = Story().session(0.5)
     story.wait(QUIET_SECONDS + 1).read()
     assert (story.state, story.detector.suspected) == (State.QUIET, False)
     assert story.trace(R).states[-1] is State.NOTIFYING
 
 
 def test_a_recovery_is_seen_for_a_while_and_then_what_comes() -> None:
-    story = Story().look().trace(OTHER).trace(R, other_rip=True)
+    story = Story().session().trace(OTHER).trace(R, other_rip=True)
     story.counter += 1
     assert story.wait(1).read().state is State.RECOVERED
     story.counter += 1
@@ -360,20 +360,20 @@ def test_a_recovery_is_seen_for_a_while_and_then_what_comes() -> None:
 
 
 def test_a_second_stall_is_a_second_episode() -> None:
-    story = Story().look().trace(OTHER).look()
+    story = Story().session().trace(OTHER).session()
     assert story.states[-4:] == [State.STALLED, State.RECOVERED, State.SUSPECT, State.STALLED]
     assert story.changes[-1].episode == 2
 
 
 def test_a_counter_that_falls_was_reset_and_counts_nothing() -> None:
-    story = Story(counter=1000, rule=StallRule(exits=2)).trace(R).watch().trace(R, R).read()
+    story = Story(counter=1000, rule=StallRule(exits=2)).trace(R).arm().trace(R, R).read()
     story.counter = 3
     story.wait(2.0).read().trace(R)
     assert (story.state, story.detector.verdict.exits) == (State.SUSPECT, 3)
 
 
 def test_an_older_reading_that_is_handed_over_late_is_no_reset() -> None:
-    story = Story(counter=1000).trace(R).watch().trace(R, R).read()
+    story = Story(counter=1000).trace(R).arm().trace(R, R).read()
     known = (story.detector.notify_exits, story.detector.moved_seconds, story.detector.interval_seconds)
     assert story.detector.observe_counter(story.now - 0.5, story.now + 0.1, 990) == ()
     assert (story.detector.notify_exits, story.detector.moved_seconds, story.detector.interval_seconds) == known
@@ -384,7 +384,7 @@ def test_an_older_reading_that_is_handed_over_late_is_no_reset() -> None:
 
 def test_registers_that_were_read_once_prove_nothing() -> None:
     """They must have been alike for as long as a stall takes: a REP moves them in the meantime."""
-    story = Story(registers=None).trace(R).watch()
+    story = Story(registers=None).trace(R).arm()
     for _ in range(8):
         story.wait(0.1).trace(R, R).read()
     story.registers = dict(ALIKE)
@@ -394,7 +394,7 @@ def test_registers_that_were_read_once_prove_nothing() -> None:
 
 
 def test_a_stall_whose_counter_cannot_be_read_any_more_is_unknown() -> None:
-    story = Story().look()
+    story = Story().session()
     told = story.detector.observe_unread(story.now + 2.9)
     assert (list(told), story.state) == ([], State.STALLED)
     story.wait(3.1).changes += story.detector.observe_unread(story.now)
@@ -418,7 +418,7 @@ def test_a_stall_whose_counter_cannot_be_read_any_more_is_unknown() -> None:
 def test_cpu_time_tells_a_paused_vcpu_from_one_that_runs(
     percent: float | None, still_seconds: float, words: str
 ) -> None:
-    story = Story().look()
+    story = Story().session()
     assert story.state is State.STALLED
     moved = story.now
     for _ in range(10 * 5):
@@ -436,7 +436,7 @@ def test_cpu_time_tells_a_paused_vcpu_from_one_that_runs(
 
 def test_a_stall_says_how_much_of_a_cpu_its_thread_uses_and_is_called_where_that_is_little() -> None:
     """A cgroup may throttle it: CPU time is evidence for who reads the verdict, and no condition."""
-    story = Story().trace(R).watch()
+    story = Story().trace(R).arm()
     for _ in range(12):
         story.detector.observe_cpu_time(story.now, 0.02 * story.now)
         story.trace(R, R).read().wait(0.1)
@@ -454,7 +454,7 @@ def test_cpu_time_of_before_a_suspicion_is_no_evidence() -> None:
 def test_what_was_known_of_a_vcpu_that_cannot_be_read_is_forgotten_in_time() -> None:
     story = Story()
     assert list(story.detector.observe_unread(story.now + 1000)) == []
-    story.look(0.5).wait(QUIET_SECONDS - 1).changes += story.detector.observe_unread(story.now)
+    story.session(0.5).wait(QUIET_SECONDS - 1).changes += story.detector.observe_unread(story.now)
     assert story.state is State.SUSPECT
     story.wait(2).changes += story.detector.observe_unread(story.now)
     assert (story.state, story.detector.suspected) == (State.UNKNOWN, False)
