@@ -76,7 +76,7 @@ def test_only_the_vm_dashboard_asks_for_every_vcpu() -> None:
             assert {m for m in metrics if m.startswith("kvm_vcpu_")} <= {"kvm_vcpu_no_forward_progress"}, query
 
 
-# What the README tells to keep on a central Prometheus.
+# What docs/fleet.md tells to keep on a central Prometheus.
 CENTRAL = re.compile(
     r"instance:kvm_.+|kvm_host_.+|kvm_exporter_.+|kvm_vcpu_no_forward_progress|vm:kvm_vm_notify_window_exits:.+|up"
 )

@@ -29,15 +29,16 @@ from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import MonitorReport, VcpuReport
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport
 from kvm.simulated.host import SimulatedHost
+from tests.documents import ALL_DOCUMENTS, DOCS, find_anchors, find_blocks, find_blocks_anywhere, find_table
 from tests.grafana.promql import TARGET_LABELS, find_joins, find_labels, find_selectors, walk
 from tests.reports import make_report
 
 ROOT: Final = Path(__file__).parents[2]
-README: Final = ROOT / "README.md"
 DIRECTORY: Final = ROOT / "grafana" / "alerts"
 RULE_FILES: Final = sorted(DIRECTORY.glob("*.rules.yml"))
 TEST_FILES: Final = sorted((DIRECTORY / "tests").glob("*.test.yml"))
-RUNBOOK: Final = "https://github.com/kvm-notify-exporter/kvm-notify-exporter#"
+RUNBOOK: Final = DOCS / "runbook.md"
+RUNBOOK_URL: Final = "https://github.com/kvm-notify-exporter/kvm-notify-exporter/blob/main/docs/runbook.md#"
 PACKAGES: Final = {"promtool": "prometheus", "amtool": "prometheus-alertmanager"}
 # Drops labels that a target may have brought along under the names of an owner's, and mostly has not.
 DROPPED_OWNER: Final = re.compile(r"max without \((name, display_name, )?project, vm_namespace, (uuid, )?vmm\)")
@@ -142,30 +143,61 @@ def test_an_alert_says_what_a_person_needs(rule: Rule) -> None:
 
 @pytest.mark.parametrize("rule", ALERTS, ids=by_name)
 def test_an_alert_has_its_place_in_the_runbook(rule: Rule) -> None:
-    anchor = rule.body["annotations"]["runbook_url"].removeprefix(RUNBOOK)
-    assert anchor == rule.name.lower()
-    headings = re.findall(r"^#+ (.+)$", README.read_text(), re.MULTILINE)
-    # GitHub: in lower case, without punctuation, with "-" for spaces.
-    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    assert anchors.count(anchor) == 1, f"README.md needs one heading {rule.name!r} in its runbook"
+    url = rule.body["annotations"]["runbook_url"]
+    assert url == f"{RUNBOOK_URL}{rule.name.lower()}"
+    assert find_anchors(RUNBOOK).count(rule.name.lower()) == 1, f"docs/runbook.md needs one heading {rule.name!r}"
 
 
-def find_readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+def test_the_runbook_is_about_alerts_only() -> None:
+    assert find_anchors(RUNBOOK) == ["runbook", *(rule.name.lower() for rule in sort_as_listed(ALERTS))]
+
+
+def sort_as_listed(rules: list[Rule]) -> list[Rule]:
+    """Sort alerts as docs/alerts.md lists them."""
+    names = [name for name, _severity in find_listed_alerts()]
+    return sorted(rules, key=lambda rule: names.index(rule.name))
+
+
+def find_listed_alerts() -> list[tuple[str, str]]:
+    """The alerts that docs/alerts.md lists, with their severity; each links to its place in the runbook."""
+    listed = []
+    for alert, severity, _says in find_table(DOCS / "alerts.md", "alert", "severity", "says"):
+        link = re.fullmatch(r"\[(\w+)\]\(runbook\.md#(\w+)\)", alert)
+        assert link, alert
+        assert link[2] == link[1].lower()
+        listed.append((link[1], severity))
+    return listed
+
+
+def find_sections() -> dict[str, str]:
+    """What the runbook says of each alert."""
+    parts = re.split(r"^## (.+)$", RUNBOOK.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=by_name)
+def test_the_runbook_says_what_it_means_how_to_confirm_it_and_what_to_do(rule: Rule) -> None:
+    found = re.findall(r"^\*\*(Meaning|Confirm|Do)\b", find_sections()[rule.name], re.MULTILINE)
+    assert found == ["Meaning", "Confirm", "Do"]
 
 
 def test_the_runbook_asks_for_what_is_there() -> None:
-    queries = find_readme_blocks("promql")
+    queries = find_blocks(RUNBOOK, "promql")
     assert len(queries) >= len(ALERTS)
-    for query in queries:
+    for query in [*queries, *find_document_queries()]:
         find_series_labels(query)
+
+
+def find_document_queries() -> list[str]:
+    """The queries of other documents, which their reader puts into Prometheus as they are."""
+    return [block for text in ALL_DOCUMENTS if text != RUNBOOK for block in find_blocks(text, "promql")]
 
 
 @pytest.mark.parametrize(
     ("name", "command"), [("prometheus", "promtool check config"), ("alertmanager", "amtool check-config")]
 )
-def test_configurations_in_the_readme_are_valid(name: str, command: str, tmp_path: Path) -> None:
-    configurations = [block for block in find_readme_blocks("yaml") if block.startswith(f"# {name}.yml")]
+def test_configurations_in_the_documents_are_valid(name: str, command: str, tmp_path: Path) -> None:
+    configurations = [block for block in find_blocks_anywhere("yaml") if block.startswith(f"# {name}.yml")]
     assert configurations
     for configuration in configurations:
         file = tmp_path / f"{name}.yml"
@@ -493,14 +525,15 @@ def test_every_rule_has_been_broken() -> None:
 
 
 def find_series_row(mode: str) -> list[str]:
-    """The cells of the README's table for this ``--vcpu-series``."""
-    (cells,) = re.findall(rf"^\| `{mode}`[^|]*\|(.*)\|$", README.read_text(), re.MULTILINE)
-    return [cell.strip() for cell in cells.split("|")]
+    """The cells of the table of docs/fleet.md for this ``--vcpu-series``."""
+    header = ("`--vcpu-series`", "series of one agent", "50 VMs of 8 vCPUs", "20,000 such hosts")
+    rows = find_table(DOCS / "fleet.md", *header)
+    (cells,) = (cells for first, *cells in rows if first.startswith(f"`{mode}`"))
+    return cells
 
 
-def test_the_readme_says_how_urgent_an_alert_is() -> None:
-    rows = re.findall(r"^\| \[(\w+)\]\(#(\w+)\) \| (\w+) \|", README.read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted((rule.name, rule.name.lower(), rule.body["labels"]["severity"]) for rule in ALERTS)
+def test_the_documents_say_how_urgent_an_alert_is() -> None:
+    assert sorted(find_listed_alerts()) == sorted((rule.name, rule.body["labels"]["severity"]) for rule in ALERTS)
 
 
 KEPT_CENTRALLY: Final = {"kvm_host_info", "kvm_host_vcpus", "kvm_exporter_build_info", "kvm_exporter_source_up"} | {
@@ -515,8 +548,8 @@ KEPT_BESIDE_AGENTS: Final = {"kvm_vm_info", "kvm_vcpu_exits_total", "kvm_vm_noti
 
 
 def find_central_expressions() -> list[tuple[str, re.Pattern[str]]]:
-    """What the README sends to a central Prometheus, each way: where a ``job`` is asked for, it follows a ";"."""
-    documents = [yaml.safe_load(block) for block in find_readme_blocks("yaml")]
+    """What docs/fleet.md sends to a central Prometheus, each way: where a ``job`` is asked for, it follows a ";"."""
+    documents = [yaml.safe_load(block) for block in find_blocks(DOCS / "fleet.md", "yaml")]
     (keep,) = (
         relabeling
         for document in documents
@@ -553,14 +586,14 @@ def test_a_central_prometheus_gets_what_it_needs_and_no_vm() -> None:
         assert not regex.fullmatch("up;node")
 
 
-def test_files_that_the_readme_names_are_there() -> None:
-    paths = re.findall(r"(?<![\w/])grafana/[\w./*-]+", README.read_text())
+def test_files_that_the_documents_name_are_there() -> None:
+    paths = [path for text in ALL_DOCUMENTS for path in re.findall(r"(?<![\w/])grafana/[\w./*-]+", text.read_text())]
     assert {"grafana/alerts/", "grafana/dashboards/*.json", "grafana/provisioning/dashboards/*.yml"} <= set(paths)
     for path in paths:
         assert list(ROOT.glob(path.rstrip("/."))), path
     provider = yaml.safe_load(next((ROOT / "grafana/provisioning/dashboards").glob("*.yml")).read_text())
     for one in provider["providers"]:
-        assert f"cp grafana/dashboards/*.json {one['options']['path']}/" in README.read_text()
+        assert f"cp grafana/dashboards/*.json {one['options']['path']}/" in (DOCS / "dashboards.md").read_text()
 
 
 class HostOfArmedVms:
@@ -594,7 +627,7 @@ def find_notified(snapshot: Snapshot) -> list[VcpuReport]:
 
 @pytest.mark.parametrize(("mode", "of_vcpu", "of_notified"), [("all", 2, 5), ("active", 0, 7), ("none", 0, 2)])
 def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Callable[[str], None]) -> None:
-    """What the README's arithmetic says: 13 of the host, 24 of the agent, 10 a VM, and those of vCPUs."""
+    """What the arithmetic of docs/fleet.md says: 13 of the host, 24 of the agent, 10 a VM, and those of vCPUs."""
     row = find_series_row(mode)
     assert row[0] == " + ".join(["53", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
     healthy = 53 + 10 * 50 + of_vcpu * 50 * 8

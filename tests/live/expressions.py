@@ -1,4 +1,4 @@
-"""Every expression of the rules, the dashboards and the README, as questions for a Prometheus."""
+"""Every expression of the rules, the dashboards and the documents, as questions for a Prometheus."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import promql_parser
 
-from tests.agents import ROOT
+from tests.documents import find_blocks_anywhere
 from tests.grafana.dashboard_queries import find_queries
 from tests.grafana.promql import find_selectors, walk
 from tests.live.monitored_hosts import Question, find_rule_files
@@ -15,7 +15,7 @@ from tests.live.simulated_history import read_groups
 
 # What somebody may choose in a dashboard: one host, or some of them.
 CHOICES = ("demo:9750", "real:9750", "blind:9750", "(demo:9750|twin:9750)")
-# What stands in the README's queries for what an alert says.
+# What stands in the runbook's queries for what an alert says.
 PLACEHOLDERS = re.compile('="(HOST|VM|MICROCODE)"')
 
 
@@ -33,17 +33,16 @@ def find_dashboard_questions(instance: str = ".+") -> list[Question]:
     return [Question(f"{query.dashboard}: {query.place}", query.expr, query.label) for query in queries]
 
 
-def find_readme_questions() -> list[Question]:
-    """What the README tells people to ask: its blocks that are PromQL and about a metric of ours."""
+def find_document_questions() -> list[Question]:
+    """What the documents tell people to ask: their blocks that are PromQL and about a metric of ours."""
     questions = []
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    for block in (block for language, block in blocks if language in ("", "promql")):
+    for block in find_blocks_anywhere("", "promql"):
         try:
             selectors = find_selectors(block)
         except ValueError:
             continue
         if any(re.match(r"(\w+:)?kvm_", selector.metric) for selector in selectors):
-            questions.append(Question("README", PLACEHOLDERS.sub('=~".+"', block.strip())))
+            questions.append(Question("documents", PLACEHOLDERS.sub('=~".+"', block.strip())))
     return questions
 
 
@@ -58,7 +57,7 @@ def find_branches(questions: list[Question]) -> Iterator[Question]:
 
 def find_questions() -> list[Question]:
     """All of them, once each, with the dashboards' variables set to everything; and their branches."""
-    whole = [*find_rule_questions(), *find_dashboard_questions(), *find_readme_questions()]
+    whole = [*find_rule_questions(), *find_dashboard_questions(), *find_document_questions()]
     return list(dict.fromkeys([*whole, *find_branches(whole)]))
 
 

@@ -1,4 +1,4 @@
-"""Makes the picture of the status page that is in the README: ``python -m tests.live.screenshot``.
+"""Makes the picture of the status page that the documents show: ``python -m tests.live.screenshot``.
 
 The simulated host of `demo`, some minutes after its start, while a vCPU is stuck for the second time.
 """

@@ -16,8 +16,8 @@ from tests.grafana.dashboard_queries import find_panels, read_dashboards
 from tests.grafana.promql import find_selectors
 from tests.live.expressions import (
     find_dashboard_questions,
+    find_document_questions,
     find_questions,
-    find_readme_questions,
     find_rule_questions,
 )
 from tests.live.monitored_hosts import Answer, Episode, Question, find_rule_files
@@ -60,9 +60,9 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("alert KvmNotifyTraceBudgetExhausted", ""): _TOO_SHORT,
     ("alert KvmNotifyMetricsMissing", ""): _NO_FAULT,
     ("alert KvmNotifySnapshotStale", ""): _FRESH,
-    ("README", "kvm_exporter_snapshot_timestamp_seconds"): _FRESH,
+    ("documents", "kvm_exporter_snapshot_timestamp_seconds"): _FRESH,
     ("kvm-notify-fleet: Agents with problems", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
-    ("README", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
+    ("documents", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
     ("alert KvmNotifyStallsNotDetected", ""): _TRACED,
     ("kvm-notify-fleet: Hosts that cannot see stalls", ""): _TRACED,
 }
@@ -94,10 +94,10 @@ def test_every_expression_finds_something(episode: Episode, tell: Callable[[str]
     assert [str(question) for question, answer in answers.items() if not answer.found] == []
     of_agents = sum(1 for question in answers if not find_excuse(question))
     rules, panels = find_rule_questions(), [panel for one in read_dashboards() for panel in find_panels(one)]
-    whole = {*rules, *find_dashboard_questions(), *find_readme_questions()}
+    whole = {*rules, *find_dashboard_questions(), *find_document_questions()}
     tell(
-        f"{len(whole)} expressions of {len(rules)} rules, {len(panels)} panels and the README, {len(answers)} with the "
-        f"branches of 'or': non-empty on a real Prometheus, {of_agents} by what agents gave, "
+        f"{len(whole)} expressions of {len(rules)} rules, {len(panels)} panels and the documents, {len(answers)} with "
+        f"the branches of 'or': non-empty on a real Prometheus, {of_agents} by what agents gave, "
         f"{len(answers) - of_agents} by two days of simulated history"
     )
 
