@@ -173,6 +173,7 @@ def test_warning(caplog: pytest.LogCaptureFixture) -> None:
         rip=int(shown["rip"], 16),
         exits=int(shown["exits_at_rip"]),
         stuck_since_seconds=100.0,
+        cpu_percent=float(shown["cpu_percent_of_thread"]),
         idt_vectoring=1 << 31 | 17,
     )
     report = replace(report, vcpu=Vcpu(int(shown["vcpu"]), 0, int(shown["tid"])))

@@ -26,7 +26,7 @@ from exporter.prometheus.collector import CollectorSettings, HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.metrics import METRICS
 from exporter.prometheus.vm_series import VcpuSeries
-from exporter.stalls.verdicts import MonitorReport, VcpuReport
+from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport
 from kvm.simulated.host import SimulatedHost
 from tests.documents import ALL_DOCUMENTS, DOCS, find_anchors, find_blocks, find_blocks_anywhere, find_table
@@ -627,7 +627,7 @@ def find_notified(snapshot: Snapshot) -> list[VcpuReport]:
 
 @pytest.mark.parametrize(("mode", "of_vcpu", "of_notified"), [("all", 2, 5), ("active", 0, 7), ("none", 0, 2)])
 def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Callable[[str], None]) -> None:
-    """What the arithmetic of docs/fleet.md says: 13 of the host, 24 of the agent, 10 a VM, and those of vCPUs."""
+    """What the arithmetic of docs/fleet.md says: 13 of the host, 24 of the agent, 10 a VM, those of vCPUs, one a stall."""
     row = find_series_row(mode)
     assert row[0] == " + ".join(["53", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
     healthy = 53 + 10 * 50 + of_vcpu * 50 * 8
@@ -647,9 +647,11 @@ def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Ca
     series = [line for line in text.splitlines() if not line.startswith("#")]
     notified = len(reports)
     assert notified == 32
+    stalled = sum(report.verdict.state is State.STALLED for report in reports)
+    assert stalled == notified
     claims = sum(line.startswith("kvm_vm_claimed_info{") for line in series)  # of VMs for which nobody vouches
     assert claims == vms // 3
-    assert len(series) == claims + 13 + 24 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified
+    assert len(series) == claims + 13 + 24 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified + stalled
     tell(f"--vcpu-series={mode}: {len(series)} series of {vms} VMs, {vms * vcpus} vCPUs, {notified} with notify exits")
 
 
