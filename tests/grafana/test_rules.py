@@ -627,7 +627,7 @@ def find_notified(snapshot: Snapshot) -> list[VcpuReport]:
 
 @pytest.mark.parametrize(("mode", "of_vcpu", "of_notified"), [("all", 2, 5), ("active", 0, 7), ("none", 0, 2)])
 def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Callable[[str], None]) -> None:
-    """What the arithmetic of docs/fleet.md says: 13 of the host, 24 of the agent, 10 a VM, those of vCPUs, one a stall."""
+    """What the arithmetic of docs/fleet.md says: 13 of the host, 24 of the agent, 10 a VM, and those of vCPUs."""
     row = find_series_row(mode)
     assert row[0] == " + ".join(["53", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
     healthy = 53 + 10 * 50 + of_vcpu * 50 * 8
