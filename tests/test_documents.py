@@ -13,7 +13,7 @@ import yaml
 
 from exporter.cli import COMMANDS, build_parser
 from exporter.prometheus.metrics import METRICS
-from exporter.stalls.stall_log import RECOVERY_ID, STALL_ID, WITHHELD_ID
+from exporter.stalls.stall_log import CONTEXT_LOST_ID, RECOVERY_ID, STALL_ID, WITHHELD_ID
 from exporter.stalls.verdicts import State
 from exporter.web.settings import HEALTHY_PATH, READY_PATH, VCPUS_PATH
 from kvm.host.privileges import NEEDED_CAPABILITIES
@@ -166,7 +166,7 @@ def test_capabilities_are_those_of_the_code() -> None:
 
 def test_messages_can_be_found_in_the_journal() -> None:
     text = (DOCS / "reading-a-warning.md").read_text()
-    assert set(re.findall(r"`([0-9a-f]{32})`", text)) == {STALL_ID, RECOVERY_ID, WITHHELD_ID}
+    assert set(re.findall(r"`([0-9a-f]{32})`", text)) == {STALL_ID, RECOVERY_ID, CONTEXT_LOST_ID, WITHHELD_ID}
     assert set(re.findall(r"MESSAGE_ID=(\w+)", (DOCS / "runbook.md").read_text())) == {STALL_ID}
 
 

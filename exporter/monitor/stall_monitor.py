@@ -24,6 +24,7 @@ from typing import Final
 
 from exporter.monitor.attempts import Attempts
 from exporter.monitor.backends import Backends, PollMode, Reading, Run
+from exporter.monitor.context_losses import ContextLosses, Thread
 from exporter.monitor.cpu_time import observe_cpu_times
 from exporter.monitor.drills import Drills
 from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Poller
@@ -87,6 +88,7 @@ class StallMonitor:
         self._processes = ProcessWatcher(backends.open_pidfd, self._run, self._end_process)
         self._trigger = ManagedTrigger(backends.make_trigger, self._run, self.take_call)
         self._threads = ThreadIndex()
+        self._losses = ContextLosses()
         self._tracked = TrackedVcpus()
         self._stall_log = StallLog()
         self._attempts = Attempts()
@@ -168,7 +170,7 @@ class StallMonitor:
             due.append(self._retry_at)
         if self._reads_singly:
             due.append(self._read_at + TRACK_SECONDS)
-        if self._stall_log.busy:
+        if self._stall_log.busy or self._losses.waiting:
             due.append(now + TRACK_SECONDS)
         try:
             async with asyncio.timeout_at(None if min(due) == _NEVER else max(min(due), now + 0.001)):
@@ -246,6 +248,7 @@ class StallMonitor:
         if self._poller.failing:
             for vcpu in list(self._tracked.active.values()):
                 self._take(vcpu, vcpu.detector.observe_unread(now))
+        self._take_context_losses(now)
         self._drills.end_if_due(now)
         self._stall_log.flush(now, self._unix())
         await self._scheduler.cool(now)
@@ -261,8 +264,26 @@ class StallMonitor:
 
     def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
         self._take(vcpu, vcpu.detector.observe_counter(began, ended, notify_exits))
+        if exits is not None:
+            self._take(vcpu, vcpu.detector.observe_exits(ended, exits))
         vcpu.see_counts(began, ended, notify_exits, exits)
         self._scheduler.consider(vcpu)
+
+    def _take_context_losses(self, now: float) -> None:
+        """Take in which vCPUs have taken an exit with an invalid context; that cannot wait for a trace."""
+
+        def find(thread: Thread) -> Found | None:
+            pid, _, tid, vcpu_id = thread
+            return self._threads.find(NotifyCall(0, pid, tid, vcpu_id))
+
+        placed, unplaced = self._losses.take(self._trigger.read_context_invalid() or {}, find, now)
+        for found in placed:
+            vcpu = self._track(found.reading, found.vcpu)
+            self._take(vcpu, vcpu.detector.observe_context_invalid(now))
+        for pid, _, tid, vcpu_id in unplaced:
+            fields = {"pid": pid, "tid": tid, "vcpu_id": vcpu_id}
+            log.warning("the CPU has lost the state of a vCPU whose VM is not known", extra={"fields": fields})
+        self._poller.wanted |= self._losses.waiting
 
     def _take(self, vcpu: TrackedVcpu, changes: Sequence[Verdict]) -> None:
         """Take in what has been found out about a vCPU."""

@@ -101,7 +101,7 @@ class StallSeries:
             return False if has_notified and vcpu.tid is not None else None
         if found.verdict.state is State.STALLED:
             return True
-        return False if found.can_judge and found.verdict.state is not State.UNKNOWN else None
+        return False if found.can_judge and found.verdict.state not in (State.UNKNOWN, State.CONTEXT_LOST) else None
 
     def _count_invalid(self, key: VmKey, vcpu: Vcpu) -> int:
         """Count by process and vcpu_id; where a process has several VMs, only the thread tells them apart."""

@@ -17,6 +17,8 @@ takes them at one RIP, exit after exit, and shows no other sign of life. What co
   they can be read they must have been alike for as long as the stall takes; where not, the verdict says so.
 - **CPU time** of the vCPU's thread tells a paused vCPU from a stuck one: the stuck one burns its core. It never calls a
   stall, nor forbids one: a stuck vCPU that its cgroup throttles uses little.
+- **Context invalid** is the CPU's own word that it has lost the guest's state: it takes no second exit, and lasts until
+  the vCPU leaves the guest again.
 - **Silence** proves nothing. A stuck vCPU whose counter stands still may be paused, and of one whose counter cannot be
   read nothing is known: both are ``unknown``.
 
@@ -71,6 +73,7 @@ class StallDetector:
         self._ended: Suspicion | None = None
         self._window: ObservationWindow | None = None
         self._cpu = CpuMeter()
+        self._exits_when_lost: int | None = None
         self._at_rip: float | None = None  # when it was last seen at the suspected RIP, by what is being taken in
         self._changes: list[Verdict] = []
 
@@ -161,7 +164,7 @@ class StallDetector:
         unread = self._counter.find_unread(now, self._last_record_seconds)
         stalled = self._suspicion is not None and self._suspicion.stalled
         limit = self._counter.still_limit_seconds if stalled else QUIET_SECONDS
-        if self.state is not State.QUIET and unread >= limit:
+        if self.state not in (State.QUIET, State.CONTEXT_LOST) and unread >= limit:
             if not stalled:
                 self._forget()
             self._enter(State.UNKNOWN, now, "its counter cannot be read")
@@ -208,6 +211,21 @@ class StallDetector:
     def observe_cpu_time(self, now: float, cpu_seconds: float) -> None:
         """Take in how much CPU time, user and system, the vCPU's thread has used since it began."""
         self._cpu.observe(now, cpu_seconds)
+
+    def observe_context_invalid(self, now: float) -> Sequence[Verdict]:
+        """Take in that a notify exit came with an invalid context: whatever else was thought of the vCPU is void."""
+        self._forget()
+        self._window = self._exits_when_lost = None
+        self._enter(State.CONTEXT_LOST, now, "the CPU has lost its state (context invalid)")
+        return self._take_changes()
+
+    def observe_exits(self, now: float, exits: int) -> Sequence[Verdict]:
+        """Take in all exits of the vCPU: one whose state was lost runs again if it takes more of them."""
+        if self.state is State.CONTEXT_LOST:
+            if self._exits_when_lost is not None and exits != self._exits_when_lost:
+                self._enter(State.NOTIFYING, now, "it runs again, after its state had been lost")
+            self._exits_when_lost = exits
+        return self._take_changes()
 
     def begin_session(self) -> None:
         """Say that records will come that are not in a row with those before: what happened meanwhile was not seen."""
@@ -332,6 +350,8 @@ class StallDetector:
     def _rest(self, now: float) -> None:
         """Take in that the counter has not moved."""
         still = self._counter.find_still(now)
+        if self.state is State.CONTEXT_LOST:
+            return
         if self.state is State.STALLED:
             if still >= (PAUSED_SECONDS if self._cpu.is_idle else self._counter.still_limit_seconds):
                 self._enter(State.UNKNOWN, now, explain_stillness(self._cpu))

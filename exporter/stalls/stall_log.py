@@ -28,6 +28,7 @@ HOST_LINES: Final = 5
 # For `journalctl MESSAGE_ID=...`: which kind of message it is, in whatever words.
 STALL_ID: Final = "5d0c1f6ad8f84bd79a2ee0c5d5a7c3b1"
 RECOVERY_ID: Final = "2f6b9b3f3f5e4f0d8d0b2f4b7a4e1c92"
+CONTEXT_LOST_ID: Final = "6c1d3b0e6a2c4f0e9a7f53c1f0d4b8e2"
 WITHHELD_ID: Final = "9f0f2f8e0d6c4a55b6f1d3f0b8a9e7d4"
 
 MEANING: Final = (
@@ -46,6 +47,14 @@ ACTION: Final = (
     "Details: /api/v1/vcpus of this agent."
 )
 ACTION_INVALID: Final = "Tell the owner and reset the VM: its VMM has stopped it, or will."
+MEANING_LOST: Final = (
+    "The CPU says that it has lost the state of this vCPU (context invalid): the vCPU cannot go on. That is the fault "
+    "of the processor or its microcode, not of the guest."
+)
+ACTION_LOST: Final = (
+    "Tell the owner and reset the VM: its VMM has stopped it, or will. Compare CPU and microcode of the hosts where "
+    "this happens (kvm_host_info)."
+)
 
 
 _Key = tuple[VmKey, int]
@@ -63,6 +72,9 @@ class StallLog:
         self._vm_lines: dict[VmKey, float] = {}
         self._withheld: list[VmKey] = []
         self._summed_up_at = float("-inf")
+        # Of lost contexts: lines of their own, so that stalls cannot withhold them.
+        self._lost_lines: deque[float] = deque()
+        self._lost_vms: dict[VmKey, float] = {}
 
     @property
     def busy(self) -> bool:
@@ -74,6 +86,10 @@ class StallLog:
         key = (report.vm.key, report.vcpu.vcpu_id)
         if report.drill:
             self._tell_drill(report, now, unix)
+        elif report.verdict.state is State.CONTEXT_LOST:
+            self._waiting.pop(key, None)
+            self._told.pop(key, None)
+            self._tell_context_lost(report, now)
         elif report.verdict.state is State.STALLED and key not in self._told and key not in self._waiting:
             self._waiting[key] = report
             self._tell_waiting(now, unix, newest=key)
@@ -90,6 +106,7 @@ class StallLog:
         for vm, vcpu_id in [found for found in (*self._waiting, *self._told) if found[0] == key]:
             self.tell_unplugged(vm, vcpu_id, now, "vCPU is gone: its VM has ended")
         self._vm_lines.pop(key, None)
+        self._lost_vms.pop(key, None)
 
     def tell_unplugged(self, vm: VmKey, vcpu_id: int, now: float, what: str = "vCPU is gone") -> None:
         """Tell that a VM has one vCPU less, where people know of a stall of it."""
@@ -128,6 +145,21 @@ class StallLog:
         self._host_lines.append(now)
         self._vm_lines[key[0]] = now
         _write_stall(report, now, unix)
+
+    def _tell_context_lost(self, report: VcpuReport, now: float) -> None:
+        while self._lost_lines and now - self._lost_lines[0] >= WINDOW_SECONDS:
+            self._lost_lines.popleft()
+        key = report.vm.key
+        if len(self._lost_lines) >= HOST_LINES or now - self._lost_vms.get(key, float("-inf")) < WINDOW_SECONDS:
+            self.suppressed += 1
+            self._withheld.append(key)
+            return
+        self.warnings += 1
+        self._lost_lines.append(now)
+        self._lost_vms[key] = now
+        fields = _name(report) | {"context": "invalid", "meaning": MEANING_LOST, "action": ACTION_LOST}
+        text = f"{_mark(report)}the CPU has lost the state of a vCPU"
+        log.warning(text, extra={"fields": fields, "message_id": CONTEXT_LOST_ID})
 
     def _tell_drill(self, report: VcpuReport, now: float, unix: float) -> None:
         if report.verdict.state is State.STALLED:

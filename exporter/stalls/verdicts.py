@@ -22,6 +22,7 @@ class State(StrEnum):
     SUSPECT = "suspect"
     STALLED = "stalled"
     RECOVERED = "recovered"
+    CONTEXT_LOST = "context_lost"
     UNKNOWN = "unknown"
 
 

@@ -88,7 +88,16 @@ def make_title(frame: Frame, view: StatusView) -> str:
     """Return the title: what is the matter comes first, for whoever sees a row of tabs."""
     stalled = len(view.find_in(State.STALLED))
     drills = len(view.find_in(State.STALLED, drill=True))
-    matter = f"{stalled:,} stalled · " if stalled else "Drill · " if drills else ""
+    lost = len(view.find_in(State.CONTEXT_LOST))
+    matter = (
+        f"{lost:,} lost by the CPU · "
+        if lost
+        else f"{stalled:,} stalled · "
+        if stalled
+        else "Drill · "
+        if drills
+        else ""
+    )
     return f"{matter}{TITLE}" + (f" · {clean_name(frame.host_name)}" if frame.host_name else "")
 
 

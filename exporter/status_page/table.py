@@ -18,6 +18,7 @@ from exporter.status_page.view import Found, Row, StatusView
 
 # Told apart by shape and word as well as by colour.
 _MARKS: Final = {
+    State.CONTEXT_LOST: "✖",
     State.STALLED: "■",
     State.SUSPECT: "▲",
     State.UNKNOWN: "?",
@@ -94,10 +95,12 @@ def _render_row(view: StatusView, row: Row, with_details: bool) -> str:
 def _render_state(view: StatusView, row: Row) -> str:
     if row.state is None:
         return '<span class="state">not watched</span>'
-    text = f'<span class="state"><span aria-hidden="true">{_MARKS[row.state]}</span> {row.state}</span>'
+    text = (
+        f'<span class="state"><span aria-hidden="true">{_MARKS[row.state]}</span> {row.state.replace("_", " ")}</span>'
+    )
     text += ' <span class="tag">drill, not real</span>' * row.drill
     since = row.report.verdict.stuck_since_seconds if row.report else None
-    if since is not None and row.state in (State.STALLED, State.SUSPECT, State.UNKNOWN):
+    if since is not None and row.state in (State.CONTEXT_LOST, State.STALLED, State.SUSPECT, State.UNKNOWN):
         moment = render_moment(view.unix - view.now + since, view.unix)
         text += f' <span class="soft">since {moment}, {render_duration(view.now - since)}</span>'
     return text

@@ -111,6 +111,9 @@ def make_headline(view: StatusView, with_details: bool) -> Headline:
 
 
 def _tell_stuck(view: StatusView, with_details: bool) -> Headline | None:
+    if lost := view.find_in(State.CONTEXT_LOST):
+        text = f"The CPU has lost the state of {count_things(len(lost), 'vCPU')}: {_list_rows(lost, with_details)}."
+        return Headline(Level.BAD, text, _EXPLAIN_LOST)
     if stalled := view.find_in(State.STALLED):
         text = f"{count_things(len(stalled), 'vCPU makes', 'vCPUs make')} no forward progress"
         return Headline(Level.BAD, f"{text}: {_list_rows(stalled, with_details)}.", _EXPLAIN_STALL)
@@ -152,6 +155,8 @@ def _tell_calm(view: StatusView) -> Headline:
     new = view.find_in(State.NOTIFYING)
     text = f"No vCPU {'that was read ' * _has_unread(view)}is {'known to be ' * bool(new)}stuck."
     meaning = f"{count_rows(new)} {'has' if len(new) == 1 else 'have'} yet to be judged." if new else _EXPLAIN_NOTIFIED
+    if not new and view.report is not None and view.report.context_invalid is None:
+        meaning += " Whether the CPU has lost a guest's state at one is not known: that takes the BPF trigger."
     return Headline(Level.CALM, f"{text} {_count_notified(view)}", meaning)
 
 
@@ -213,9 +218,13 @@ _EXPLAIN_STALL: Final = (
     "It takes notify exits at one RIP and does nothing else. The host is safe: each exit gives the CPU back. Ask the "
     "owner what runs there; pause or reset the VM if its CPU time is needed."
 )
+_EXPLAIN_LOST: Final = (
+    "A notify exit came with an invalid context: the vCPU cannot go on, and the VMM stops the VM. That is the fault of "
+    "the processor or its microcode. Tell the owner and reset the VM."
+)
 _EXPLAIN_STILL: Final = "Its counter stands still: the VM may be paused or stopped."
 _EXPLAIN_INCOMPLETE: Final = "There may be VMs that are not listed; kvm-notify-exporter check says what to do."
-_EXPLAIN_NOTIFIED: Final = "Their guests go on: a notify exit now and then costs a guest time and does no harm."
+_EXPLAIN_NOTIFIED: Final = "Their guests go on: a notify exit now and then costs a guest time, and no more."
 
 
 def _explain_none(view: StatusView) -> str:

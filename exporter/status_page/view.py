@@ -211,15 +211,16 @@ def _iterate_untold(
             yield Row(reading.vm, vcpu, reading, state, notify_exits=count)
 
 
+_SEVERITIES: Final = {State.CONTEXT_LOST: 0, State.STALLED: 1, State.SUSPECT: 2}
+
+
 def _rank(row: Row) -> tuple[int, bool, float, int, str, int]:
     """Return where a row stands. Rates count by their magnitude, so that rows do not swap places all the time."""
-    severity = 3
-    if row.state is State.STALLED:
-        severity = 0
-    elif row.state is State.SUSPECT:
-        severity = 1
+    severity = 4
+    if row.state in _SEVERITIES:
+        severity = _SEVERITIES[row.state]
     elif row.state is State.UNKNOWN and row.report and row.report.verdict.stuck_since_seconds is not None:
-        severity = 2
+        severity = 3
     magnitude = round(2 * math.log2(row.rate)) if row.rate else -math.inf
     count = row.notify_exits or 0
     return (severity, row.drill, -magnitude, -count, row.vm.id, row.history_id)

@@ -31,7 +31,7 @@ def build_document(report: MonitorReport, now: float, unix: float, with_details:
 
 def _sort(reports: tuple[VcpuReport, ...]) -> list[VcpuReport]:
     """Put what matters first."""
-    order = [State.STALLED, State.SUSPECT, State.UNKNOWN, State.RECOVERED]
+    order = [State.CONTEXT_LOST, State.STALLED, State.SUSPECT, State.UNKNOWN, State.RECOVERED]
     ranks = {state: rank for rank, state in enumerate(order)}
     return sorted(reports, key=lambda r: (ranks.get(r.verdict.state, len(ranks)), r.vm.id, r.vcpu.index))
 
@@ -59,7 +59,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         "registers_alike": verdict.registers_alike,
         "cpu_percent_of_thread": None if verdict.cpu_percent is None else round(verdict.cpu_percent, 1),
         "nested": verdict.nested,
-        "context_invalid": verdict.context_invalid,
+        "context_invalid": verdict.context_invalid or verdict.state is State.CONTEXT_LOST,
         "delivering": name_vector(verdict.idt_vectoring) or None,
         "source": report.source or None,
         "drill": report.drill,

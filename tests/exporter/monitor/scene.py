@@ -32,11 +32,11 @@ class Scene:
         reports = [r for r in self.monitor.report().vcpus if r.vm.key == vm.key and r.vcpu.index == vcpu]
         return reports[-1] if reports else None
 
-    async def wait_for(self, vm: FakeVm, state: State, seconds: float = 10.0) -> float:
+    async def wait_for(self, vm: FakeVm, state: State, seconds: float = 10.0, vcpu: int = 0) -> float:
         """Wait for a state; returns how long it took."""
         began = self.host.clock()
-        while self.state(vm) is not state:
-            assert self.host.clock() < began + seconds, (self.state(vm), self.find(vm))
+        while self.state(vm, vcpu) is not state:
+            assert self.host.clock() < began + seconds, (self.state(vm, vcpu), self.find(vm, vcpu))
             await asyncio.sleep(0.005)
             self.host.settle()
         return self.host.clock() - began

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 
 import pytest
 
 from exporter.stalls.verdicts import State
-from kvm.bpf.notify_trigger import TriggerStatus, VcpuThread
+from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.errors import SourceUnavailable
 from kvm.model import Protection
 from tests.exporter.monitor.scene import Scene, play
@@ -53,6 +54,51 @@ def test_exits_with_an_invalid_context_are_told_by_the_trigger() -> None:
         assert scene.monitor.report().context_invalid == {(100, 77, 110, 0): 3}
 
     play(act, FakeVm("web", 100, 1), trigger=True)
+
+
+def test_one_exit_with_an_invalid_context_is_reported_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """One is the normal case: the VMM stops the VM at it, so there is no second exit and no trace."""
+    vm = FakeVm("web", 100, 2)
+
+    async def act(scene: Scene) -> None:
+        trigger = scene.host.trigger
+        assert trigger is not None
+        scene.host.set(vm.vcpus[1], "running", interval=1.0)
+        await asyncio.sleep(100)
+        scene.host.settle()
+        vm.vcpus[1].notify_exits += 1
+        trigger.invalid = {VcpuThread(*vm.key[:2], vm.vcpus[1].tid, 2): 1}
+        trigger.tell(vm.vcpus[1], scene.host.clock())
+        scene.host.set(vm.vcpus[1], "idle")
+        assert await scene.wait_for(vm, State.CONTEXT_LOST, vcpu=1) < 0.1
+        await asyncio.sleep(600)
+        found = scene.find(vm, 1)
+        assert found is not None
+        assert (found.verdict.state, found.can_judge) == (State.CONTEXT_LOST, True)
+        assert found.verdict.reason == "the CPU has lost its state (context invalid)"
+        scene.host.set(vm.vcpus[1], "running", interval=0.1)  # somebody has reset the VM
+        await scene.wait_for(vm, State.NOTIFYING, vcpu=1)
+        await scene.wait_for(vm, State.QUIET, 120, vcpu=1)
+
+    play(act, vm, trigger=True)
+    (line,) = [r for r in caplog.records if r.getMessage() == "the CPU has lost the state of a vCPU"]
+    assert line.levelno == logging.WARNING
+    fields = line.fields  # type: ignore[attr-defined]
+    assert (fields["name"], fields["vcpu"], fields["tid"], fields["context"]) == ("web", 1, vm.vcpus[1].tid, "invalid")
+
+
+def test_a_lost_context_of_a_thread_that_nobody_knows_is_reported_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def act(scene: Scene) -> None:
+        assert scene.host.trigger is not None
+        scene.host.trigger.invalid = {VcpuThread(4242, 77, 4250, 3): 1}
+        scene.monitor.take_call(NotifyCall(1, 4242, 4250, 3))
+        await asyncio.sleep(30)
+
+    play(act, FakeVm("web", 100, 1), trigger=True)
+    told = [r.fields for r in caplog.records if "whose VM is not known" in r.getMessage()]  # type: ignore[attr-defined]
+    assert told == [{"pid": 4242, "tid": 4250, "vcpu_id": 3}]
 
 
 def test_what_was_counted_for_a_vm_that_has_ended_is_forgotten() -> None:

@@ -58,6 +58,7 @@ def make_found(reading: VmReading, vcpu: int, state: State, *, drill: bool = Fal
     [
         (State.STALLED, 1.0),
         (State.SUSPECT, 0.0),
+        (State.CONTEXT_LOST, None),
         (State.NOTIFYING, 0.0),
         (State.PROGRESSING, 0.0),
         (State.RECOVERED, 0.0),

@@ -443,6 +443,27 @@ def test_a_stall_says_how_much_of_a_cpu_its_thread_uses_and_is_called_where_that
     assert (story.state, round(story.changes[-1].cpu_percent or 0)) == (State.STALLED, 2)
 
 
+@pytest.mark.parametrize("before", ["quiet", "notifying", "suspect", "stalled"])
+def test_a_lost_context_is_known_at_once_and_until_the_vcpu_runs_again(before: str) -> None:
+    story = Story()
+    if before == "notifying":
+        story.trace(R)
+    elif before in ("suspect", "stalled"):
+        story.session(0.5 if before == "suspect" else 1.2)
+    story.counter += 1
+    story.changes += story.detector.observe_context_invalid(story.now)
+    story.changes += story.detector.observe_exits(story.now, 1000)
+    for _ in range(200):
+        story.wait(1.0).read()
+        story.changes += story.detector.observe_exits(story.now, 1000)
+        story.changes += story.detector.observe_unread(story.now + 100.0)
+    assert (story.state, story.changes[-1].state) == (State.CONTEXT_LOST, State.CONTEXT_LOST)
+    assert (story.detector.suspected, story.detector.verdict.rip) == (False, None)
+    story.changes += story.detector.observe_exits(story.now, 1001)
+    assert story.state is State.NOTIFYING
+    assert story.session().state is State.STALLED
+
+
 def test_cpu_time_of_before_a_suspicion_is_no_evidence() -> None:
     story = Story()
     for _ in range(3):

@@ -45,6 +45,28 @@ def told(caplog: pytest.LogCaptureFixture) -> Told:
     return Told(caplog)
 
 
+def test_a_lost_context_is_never_withheld_behind_stalls(told: Told) -> None:
+    told.tell(*(make_report(vm=make_vm(f"vm{number}", 100 + number)) for number in range(3 * HOST_LINES)))
+    victim = make_vm("victim", 9999)
+    (line,) = told.tell(make_report(State.CONTEXT_LOST, vm=victim))
+    assert (line["msg"], line["name"], line["context"]) == (
+        "the CPU has lost the state of a vCPU",
+        "victim",
+        "invalid",
+    )
+    assert "not of the guest" in str(line["meaning"])
+
+
+def test_lost_contexts_have_a_limit_of_their_own_and_one_vm_cannot_use_it_up(told: Told) -> None:
+    flood, victim = make_vm("flood", 100), make_vm("victim", 200)
+    lines = told.tell(*(make_report(State.CONTEXT_LOST, vm=flood, vcpu=vcpu) for vcpu in range(100)))
+    assert [line["vcpu"] for line in lines] == [0]
+    assert [line["name"] for line in told.tell(make_report(State.CONTEXT_LOST, vm=victim))] == ["victim"]
+    assert (told.log.warnings, told.log.suppressed) == (2, 99)
+    (summary,) = told.pass_time(1.0)
+    assert (summary["withheld"], summary["vms"]) == (99, 1)
+
+
 def test_a_line_says_who_where_what_since_when_and_what_to_do(told: Told) -> None:
     (line,) = told.tell(make_report())
     del line["time"]

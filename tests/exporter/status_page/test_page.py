@@ -260,6 +260,8 @@ def test_headlines_by_what_matters() -> None:
     text = "5 vCPUs make no forward progress: vCPU 0 of web-0, vCPU 0 of web-1, vCPU 0 of web-2"
     assert tell(*[State.STALLED] * 5).startswith(text)
     assert "and 2 more." in tell(*[State.STALLED] * 5)
+    lost = tell(State.STALLED, State.CONTEXT_LOST)
+    assert lost == "The CPU has lost the state of 1 vCPU: vCPU 0 of web-1."
     assert tell(State.SUSPECT, State.QUIET) == "1 vCPU may be stuck: vCPU 0 of web-0."
     assert tell(State.UNKNOWN).startswith("1 vCPU was stuck and cannot be judged now")
     assert tell(State.PROGRESSING).startswith("No vCPU is stuck. 2 vCPUs have taken notify exits.")
