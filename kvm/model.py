@@ -11,8 +11,9 @@ An absent number is absent: ``None``, or no key. It is never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 NOTIFY_WINDOW_EXITS = "notify_window_exits"
@@ -175,8 +176,7 @@ class NotifyExit:
     idt_vectoring: int
 
 
-@dataclass(frozen=True, slots=True)
-class VmCounters:
+class VmCounters(NamedTuple):
     """What one source read of one VM.
 
     ``vcpu_ids`` are KVM's ids in ascending order; ``tids`` and each tuple of ``per_vcpu`` stand in the same order.
@@ -187,8 +187,8 @@ class VmCounters:
 
     vcpu_ids: tuple[int, ...] = ()
     tids: tuple[int | None, ...] = ()
-    per_vcpu: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    totals: Mapping[str, int] = field(default_factory=dict)
+    per_vcpu: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    totals: Mapping[str, int] = MappingProxyType({})
     notify_window_cycles: int | None = None
     notify_flags: int | None = None
     problem: str = ""

@@ -115,7 +115,7 @@ static size_t scrape(char *out)
 		}
 		fd = syscall(SYS_pidfd_getfd, pidfd, v->fd, 0);
 		if (fd < 0)
-			exit(1);
+			continue; // a VM of somebody else's, which has ended since
 		if (!notify)
 			find_offsets(fd, &notify, &exits);
 		low = notify < exits ? notify : exits;
