@@ -113,13 +113,20 @@ class _KeptSource:
         return SourceReport(self.source.name, up=False, reason=self._failure.reason, remedy=self._failure.remedy)
 
 
-class _Numbers:
-    """A VM's vCPUs with their numbers, for as long as ``known``, from which they follow, is the same."""
+class _KeptVm:
+    """What is kept of a VM: its vCPUs with their numbers, as long as ``known``, from which they follow, is the same.
+
+    ``reading`` is the last one, judged by what ``host`` supports.
+    """
+
+    __slots__ = ("host", "known", "looked_at", "reading", "vcpus")
 
     def __init__(self) -> None:
         self.vcpus: tuple[Vcpu, ...] = ()
         self.known: tuple[object, ...] | None = None
         self.looked_at = float("-inf")
+        self.host: Host | None = None
+        self.reading: VmReading | None = None
 
 
 def _read_mark(path: Path) -> tuple[int, int] | None:
@@ -166,7 +173,7 @@ class HostReader:
         self._host_read_at = float("-inf")
         self._kvm_module, self._kvm_device = kvm_module, kvm_device
         self._kvm_marks: tuple[tuple[int, int] | None, ...] | None = None
-        self._numbers: dict[VmKey, _Numbers] = {}
+        self._kept: dict[VmKey, _KeptVm] = {}
         self._thread_lookups_left = 0
         self._all_tried = False
 
@@ -178,7 +185,7 @@ class HostReader:
             self._host, self._host_read_at = self._read_host(), now
         answers = self._read_counters(now)
         vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
-        self._numbers = {key: self._numbers.get(key) or _Numbers() for key in answers}
+        self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}
         self._thread_lookups_left = THREADS_VMS
         readings = [self._assemble(vm, answers[key], now) for key, vm in vms.items()]
         for reading in readings:
@@ -283,23 +290,36 @@ class HostReader:
             )
 
     def _assemble(self, vm: Vm, answer: _Answer, now: float) -> VmReading:
-        return VmReading(
+        kept, counters = self._kept[vm.key], answer.counters
+        before = kept.reading
+        # Where nothing of a VM has moved, a source that knows all of it gives the same object: 0.2 us instead of 1.5.
+        if (
+            before is not None
+            and before.counters is counters
+            and before.vm is vm
+            and before.source == answer.source
+            and answer.knows_threads
+            and kept.host is self._host
+        ):
+            return before
+        kept.host = self._host
+        kept.reading = VmReading(
             vm=vm,
             source=answer.source,
-            vcpus=self._number(vm, answer, now),
+            vcpus=self._number(kept, vm, answer, now),
             vcpu_count=len(answer.all_vcpu_ids) if answer.all_vcpu_ids is not None else None,
-            counters=answer.counters,
-            protection=judge_protection(self._host.notify_supported, answer.counters.notify_flags),
+            counters=counters,
+            protection=judge_protection(self._host.notify_supported, counters.notify_flags),
         )
+        return kept.reading
 
-    def _number(self, vm: Vm, answer: _Answer, now: float) -> tuple[Vcpu, ...]:
+    def _number(self, kept: _KeptVm, vm: Vm, answer: _Answer, now: float) -> tuple[Vcpu, ...]:
         """Return the vCPUs that were read; the same tuple as long as nothing changes."""
         key = vm.key
-        numbers = self._numbers[key]
         known = (answer.counters.vcpu_ids, answer.counters.tids, answer.all_vcpu_ids)
-        if numbers.known == known and not self._should_look_again(numbers, answer, now):
-            return numbers.vcpus
-        numbers.known, numbers.looked_at = known, now
+        if kept.known == known and not self._should_look_again(kept, answer, now):
+            return kept.vcpus
+        kept.known, kept.looked_at = known, now
         tids = self._find_threads(key, answer)
         all_ids = sorted(tids)
         indexes = {tid: read_index(self._proc, key.pid, tid) for tid in tids.values() if tid is not None}
@@ -307,14 +327,14 @@ class HostReader:
         numbered = number_vcpus(all_ids, threads, indexes, vm.owner.cpu_topology)
         read = set(answer.counters.vcpu_ids)
         vcpus = tuple(vcpu for vcpu in numbered if vcpu.vcpu_id in read)
-        if vcpus != numbers.vcpus:
-            numbers.vcpus = vcpus
-        return numbers.vcpus
+        if vcpus != kept.vcpus:
+            kept.vcpus = vcpus
+        return kept.vcpus
 
-    def _should_look_again(self, numbers: _Numbers, answer: _Answer, now: float) -> bool:
-        if answer.knows_threads or now - numbers.looked_at < THREADS_SECONDS or not self._thread_lookups_left:
+    def _should_look_again(self, kept: _KeptVm, answer: _Answer, now: float) -> bool:
+        if answer.knows_threads or now - kept.looked_at < THREADS_SECONDS or not self._thread_lookups_left:
             return False
-        if all(vcpu.tid is not None for vcpu in numbers.vcpus):
+        if all(vcpu.tid is not None for vcpu in kept.vcpus):
             return False
         self._thread_lookups_left -= 1
         return True

@@ -57,6 +57,8 @@ class IncreaseTracker:
 
     def __init__(self) -> None:
         self._memories: dict[VmKey, _Memory] = {}
+        self.moved_vms: set[VmKey] = set()
+        """The VMs of which ``last_moves`` has something to tell: few of a host's."""
         self._zero_after_unix_seconds = math.inf
         self.increases_total = 0
         self.readable = False
@@ -75,6 +77,8 @@ class IncreaseTracker:
                 memory = self._memories[reading.vm.key] = _Memory(from_zero, started)
             memory.last_seen_seconds = snapshot.monotonic_seconds
             self._observe_vm(memory, reading, snapshot.unix_seconds)
+            if memory.last_moves:
+                self.moved_vms.add(reading.vm.key)
         self._forget_before(snapshot.monotonic_seconds - MEMORY_SECONDS)
 
     def last_moves(self, key: VmKey) -> Mapping[int, float]:
@@ -85,6 +89,7 @@ class IncreaseTracker:
     def _forget_before(self, oldest_seconds: float) -> None:
         for key in [key for key, memory in self._memories.items() if memory.last_seen_seconds < oldest_seconds]:
             memory = self._memories.pop(key)
+            self.moved_vms.discard(key)
             # Should this VM come back, it must not count from 0 a second time.
             if memory.start_time_seconds is not None:
                 self._zero_after_unix_seconds = max(self._zero_after_unix_seconds, memory.start_time_seconds)

@@ -23,7 +23,7 @@ from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.stall_series import StallSeries
-from exporter.prometheus.vm_series import VcpuSeries, VmSeries
+from exporter.prometheus.vm_series import Rendered, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
 from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, Vm, VmKey, VmReading
@@ -104,6 +104,7 @@ class HostCollector:
         self._errors = ReadErrors()
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._shown: list[tuple[VmReading, VmSeries]] = []
+        self._rendered: dict[str, tuple[list[Rendered], list[Family]]] = {}
 
     @property
     def sources(self) -> tuple[SourceReport, ...]:
@@ -171,7 +172,7 @@ class HostCollector:
             vm = reading.vm
             lines, shown = kept.get(vm.key, (None, False))
             if lines is None or not lines.fits(reading):
-                lines, shown = VmSeries(reading), self.settings.shows(vm)
+                lines, shown = VmSeries(reading, self.settings.vcpu_series), self.settings.shows(vm)
             if lines.vm_label in labels:
                 message = f"another VM has the id {vm.id!r} too"
                 self._errors.record(reading.source, vm.key.pid, "duplicate_vm", message)
@@ -181,42 +182,39 @@ class HostCollector:
             if shown:
                 yield reading, lines
 
-    def _render_vms(self, render: Callable[[VmReading, VmSeries], Iterable[tuple[Metric, str]]]) -> list[Family]:
+    def _render_vms(self, collector: str, render: Callable[[VmReading, VmSeries], Rendered]) -> list[Family]:
         """Make families of what ``render`` says of each VM; a VM that it cannot render is left out."""
-        families: dict[Metric, Family] = {}
+        rendered = []
         for reading, lines in self._shown:
             try:
-                rendered = list(render(reading, lines))
+                rendered.append(render(reading, lines))
             except Exception as err:  # noqa: BLE001 - one VM's nonsense costs that VM's series only
                 why = str(err) if isinstance(err, MalformedData) else repr(err)
                 self._errors.record(reading.source, reading.vm.key.pid, "malformed", why)
-                continue
-            for metric, text in rendered:
-                if metric not in families:
-                    families[metric] = Family(metric)
-                families[metric].chunks.append(text)
-        return list(families.values())
+        # Who the VMs are changes seldom: then all lists are those of the scrape before, and to compare them takes 5 us.
+        before, families = self._rendered.get(collector, ([], []))
+        if rendered != before:
+            families = join_families(rendered)
+            self._rendered[collector] = rendered, families
+        return families
 
     def _collect_vms(self) -> list[Family]:
-        def render(reading: VmReading, lines: VmSeries) -> Iterator[tuple[Metric, str]]:
-            yield from lines.render_state(reading)
-            if total := lines.render_sum(reading):
-                yield metrics.VM_NOTIFY_WINDOW_EXITS, total
-
-        return self._render_vms(render)
+        return self._render_vms("vm", lambda reading, lines: lines.render_vm(reading))
 
     def _collect_vcpus(self) -> list[Family]:
-        with_series = self.settings.vcpu_series is not VcpuSeries.NONE
+        with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
+        if not (with_series or verdicts):
+            return []
 
-        def render(reading: VmReading, lines: VmSeries) -> Iterator[tuple[Metric, str]]:
-            if with_series:
-                yield from lines.render_vcpus(reading, self.settings.vcpu_series)
-                if moves := lines.render_last_moves(self._increases.last_moves(reading.vm.key)):
-                    yield metrics.VCPU_LAST_NOTIFY_EXIT, moves
-            if self._verdicts is not None:
-                yield from self._verdicts.render_vcpus(reading, with_series)
+        def render(reading: VmReading, lines: VmSeries) -> Rendered:
+            rendered = lines.render_vcpus(reading) if with_series else []
+            if with_series and reading.vm.key in self._increases.moved_vms:
+                rendered = [*rendered, *lines.render_last_moves(self._increases.last_moves(reading.vm.key))]
+            if verdicts and verdicts.concerns(reading):
+                rendered = [*rendered, *verdicts.render_vcpus(reading, with_series)]
+            return rendered
 
-        return self._render_vms(render) if with_series or self._verdicts else []
+        return self._render_vms("vcpu", render)
 
     def _collect_host(self) -> list[Family]:
         snapshot = self._snapshot()
@@ -256,6 +254,15 @@ class HostCollector:
         if self.snapshot is None:
             raise LookupError("no snapshot has been taken")
         return self.snapshot
+
+
+def join_families(rendered: Iterable[Rendered]) -> list[Family]:
+    """Put the lines of all VMs together, metric by metric."""
+    texts: dict[Metric, list[str]] = {}
+    for lines in rendered:
+        for metric, text in lines:
+            texts.setdefault(metric, []).append(text)
+    return [Family(metric, ["".join(chunks)]) for metric, chunks in texts.items()]
 
 
 def _count_vms(snapshot: Snapshot) -> list[Family]:

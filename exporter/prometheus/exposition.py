@@ -39,9 +39,9 @@ class Family:
 
     __slots__ = ("chunks", "metric")
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, chunks: list[str] | None = None) -> None:
         self.metric = metric
-        self.chunks: list[str] = []
+        self.chunks: list[str] = [] if chunks is None else chunks
 
     def add(self, label_values: Sequence[str], value: float) -> None:
         """Append one sample, its label values in the order of ``metric.labels``."""

@@ -45,13 +45,18 @@ class StallSeries:
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
 
+    def concerns(self, reading: VmReading) -> bool:
+        """Tell whether there is anything to say of a VM's vCPUs: of nearly all there is not."""
+        if any(reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())):
+            return True
+        key = reading.vm.key
+        return key in self._found or key in self._drills
+
     def render_vcpus(self, reading: VmReading, with_counters: bool) -> Iterator[tuple[Metric, str]]:
         """Yield what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""
         found, drills = self._found.get(reading.vm.key, {}), self._drills.get(reading.vm.key, {})
         column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
         notified = [vcpu for vcpu, count in zip(reading.vcpus, column, strict=False) if count]
-        if not (found or drills or notified):
-            return
         if with_counters and not self._report.problem:
             yield from _render_traces(reading, found)
         if self._report.context_invalid is not None:

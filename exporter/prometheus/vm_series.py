@@ -1,7 +1,8 @@
 """The sample lines of one VM, kept from snapshot to snapshot: most of them never change.
 
 A ``VmSeries`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
-given anew in each snapshot.
+given anew at each look. What it gives is the same list as before where nothing has moved: then the lines of the whole
+host need not be put together anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from exporter.prometheus.exposition import SampleLines, escape_label_value, rend
 from exporter.prometheus.metrics import Metric, order_labels
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmReading
+
+Rendered = list[tuple[Metric, str]]
+"""Lines of any number of metrics, those of one metric in one text."""
 
 VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
     (NOTIFY_WINDOW_EXITS, metrics.VCPU_NOTIFY_WINDOW_EXITS),
@@ -35,15 +39,17 @@ class VmSeries:
     ``vm_label`` is the label ``vm`` as it is printed: what tells series apart.
     """
 
-    def __init__(self, reading: VmReading) -> None:
+    def __init__(self, reading: VmReading, vcpu_series: VcpuSeries) -> None:
         self.vm_label = escape_label_value(reading.vm.id)
         self._vm = reading.vm
         self._vcpus = reading.vcpus
+        self._vcpu_series = vcpu_series
         self._state: tuple[object, ...] = ()
-        self._state_lines: list[tuple[Metric, str]] = []
-        self._sum_lines = SampleLines(metrics.VM_NOTIFY_WINDOW_EXITS, [(reading.vm.id,)])
+        self._vm_lines: Rendered = []
         self._positions: Sequence[int] = ()
-        self._vcpu_lines: dict[str, SampleLines] = {}
+        self._templates: dict[str, SampleLines] = {}
+        self._vcpu_reading: VmReading | None = None
+        self._vcpu_lines: Rendered = []
 
     def fits(self, reading: VmReading) -> bool:
         """Tell whether these lines are about this reading's VM and vCPUs."""
@@ -54,30 +60,39 @@ class VmSeries:
         self._vm, self._vcpus = reading.vm, reading.vcpus
         return True
 
-    def render_state(self, reading: VmReading) -> list[tuple[Metric, str]]:
-        """Render what is no counter: who the VM is, since when, how many vCPUs it has, how it is protected."""
-        state = (reading.source, reading.vcpu_count, reading.protection, reading.counters.notify_window_cycles)
+    def render_vm(self, reading: VmReading) -> Rendered:
+        """Render what is told of the VM as a whole: who it is, how it is protected, the sum of its notify exits."""
+        counters = reading.counters
+        state = (
+            reading.source,
+            reading.vcpu_count,
+            reading.protection,
+            counters.notify_window_cycles,
+            counters.per_vcpu.get(NOTIFY_WINDOW_EXITS),
+            counters.totals.get(NOTIFY_WINDOW_EXITS),
+        )
         if state != self._state:
-            self._state_lines = _render_state(reading)
+            self._vm_lines = _render_vm(reading)
             self._state = state
-        return self._state_lines
+        return self._vm_lines
 
-    def render_sum(self, reading: VmReading) -> str:
-        """Render the VM's sum of notify exits; "" where it is not known for every vCPU."""
-        total = sum_notify_exits(reading)
-        return "" if total is None else self._sum_lines.render((total,))
-
-    def render_vcpus(self, reading: VmReading, series: VcpuSeries) -> list[tuple[Metric, str]]:
+    def render_vcpus(self, reading: VmReading) -> Rendered:
         """Render the counters of the VM's vCPUs, one text for each metric that was read.
 
         Raises MalformedData where the numbers cannot be told to belong to the vCPUs: one vCPU's number on another's
         series would be a wrong number, and two equal series would cost the whole scrape.
         """
+        if reading is not self._vcpu_reading:
+            self._vcpu_lines = self._render_columns(reading)
+            self._vcpu_reading = reading
+        return self._vcpu_lines
+
+    def _render_columns(self, reading: VmReading) -> Rendered:
         columns = reading.counters.per_vcpu
-        positions = _find_positions(reading, series)
+        positions = _find_positions(reading, self._vcpu_series)
         if positions != self._positions:
             self._positions = positions
-            self._vcpu_lines = {}
+            self._templates = {}
         lines = []
         for statistic, metric in VCPU_COUNTERS:
             column = columns.get(statistic)
@@ -91,23 +106,22 @@ class VmSeries:
             lines.append((metric, self._render_column(statistic, metric, column)))
         return lines
 
-    def render_last_moves(self, last_moves: Mapping[int, float]) -> str:
-        """Render when each vCPU was last seen to take a notify exit; "" where none was."""
-        if not last_moves:
-            return ""
-        return "".join(
-            render_sample(metrics.VCPU_LAST_NOTIFY_EXIT, (str(vcpu.index), self._vm.id), last_moves[vcpu.vcpu_id])
+    def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
+        """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
+        metric = metrics.VCPU_LAST_NOTIFY_EXIT
+        return [
+            (metric, render_sample(metric, (str(vcpu.index), self._vm.id), last_moves[vcpu.vcpu_id]))
             for vcpu in self._vcpus
             if vcpu.vcpu_id in last_moves
-        )
+        ]
 
     def _render_column(self, statistic: str, metric: Metric, column: tuple[int, ...]) -> str:
-        lines = self._vcpu_lines.get(statistic)
+        lines = self._templates.get(statistic)
         if lines is None:
             if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
                 raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
             label_sets = [(str(self._vcpus[position].index), self._vm.id) for position in self._positions]
-            lines = self._vcpu_lines[statistic] = SampleLines(metric, label_sets)
+            lines = self._templates[statistic] = SampleLines(metric, label_sets)
         if len(self._positions) < len(column):
             column = tuple([column[position] for position in self._positions])
         return lines.render(column)
@@ -131,7 +145,7 @@ def _find_positions(reading: VmReading, series: VcpuSeries) -> Sequence[int]:
     return tuple([position for position, value in enumerate(notify_exits) if value > 0])
 
 
-def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
+def _render_vm(reading: VmReading) -> Rendered:
     vm, owner = reading.vm, reading.vm.owner
     # Alerts are routed by project and vm_namespace: only what somebody vouches for may say whose VM it is.
     is_vouched = owner.identity.is_vouched
@@ -165,6 +179,7 @@ def _render_state(reading: VmReading) -> list[tuple[Metric, str]]:
     ]
     if reading.protection is Protection.ARMED:
         samples.append((metrics.VM_NOTIFY_WINDOW, (vm.id,), reading.counters.notify_window_cycles))
+    samples.append((metrics.VM_NOTIFY_WINDOW_EXITS, (vm.id,), sum_notify_exits(reading)))
     lines = [(metric, render_sample(metric, labels, value)) for metric, labels, value in samples if value is not None]
     states = [
         render_sample(metrics.VM_NOTIFY_PROTECTION, (state, vm.id), int(state is reading.protection))

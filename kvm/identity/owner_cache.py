@@ -111,11 +111,14 @@ class OwnerCache:
         self._end_idle_children()
         found = {}
         for key, lookup in self._lookups.items():
-            if lookup.reading is not None:
-                found[key] = lookup.reading.owner
-                for problem in lookup.reading.problems:
+            reading = lookup.reading
+            if reading is None:
+                continue
+            found[key] = reading.owner
+            if reading.problems:
+                for problem in reading.problems:
                     self._on_error(lookup.pid, *problem)
-                lookup.reading = lookup.reading._replace(problems=())
+                lookup.reading = reading._replace(problems=())
         return found
 
     def close(self) -> None:

