@@ -180,7 +180,7 @@ class VmCounters(NamedTuple):
     """What one source read of one VM.
 
     ``vcpu_ids`` are KVM's ids in ascending order; ``tids`` and each tuple of ``per_vcpu`` stand in the same order.
-    ``totals`` are sums over the whole VM; a source gives them only where they cover every vCPU.
+    ``totals`` are sums over every vCPU of the VM, from a source that has no numbers of single ones.
     ``notify_window_cycles`` and ``notify_flags`` are ``kvm->arch.notify_window`` and ``notify_vmexit_flags``, None
     where the source cannot see them. ``problem`` says why something is missing, "" where nothing is.
     """

@@ -95,9 +95,17 @@ def _build_vm(reading: VmReading) -> dict[str, object]:
         "protection": reading.protection,
         "notify_window_cycles": reading.counters.notify_window_cycles,
         "vcpu_count": reading.vcpu_count,
-        "totals": dict(reading.counters.totals),
+        "totals": _sum_counters(reading),
         "vcpus": list(_build_vcpus(reading)),
     }
+
+
+def _sum_counters(reading: VmReading) -> dict[str, int]:
+    """Sum over all vCPUs, as far as all were read."""
+    counters = reading.counters
+    if counters.totals or len(reading.vcpus) != reading.vcpu_count:
+        return dict(counters.totals)
+    return {name: sum(column) for name, column in counters.per_vcpu.items()}
 
 
 def _build_vcpus(reading: VmReading) -> Iterable[dict[str, object]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import platform
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from exporter.flags import (
     DEFAULT_ADDRESS,
@@ -17,6 +19,10 @@ from exporter.monitor.stall_monitor import StallMonitor
 from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.counters.bpf import BpfSource
 from kvm.simulated.host import SimulatedHost
+
+# A snapshot makes some thousand objects and lets go of as many, none of them in a circle. At Python's own threshold of
+# 700 that had the collector run seven times a scrape of 10,000 vCPUs: a tenth of its time.
+GC_THRESHOLD: Final = 50_000
 
 
 def run_server(arguments: argparse.Namespace) -> int:
@@ -32,6 +38,7 @@ def run_server(arguments: argparse.Namespace) -> int:
         exporter_metrics=not arguments.disable_exporter_metrics,
         host_name=platform.node(),
     )
+    gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
     with contextlib.ExitStack() as stack:
         if arguments.command == "demo":
             simulated = SimulatedHost()

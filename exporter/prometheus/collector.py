@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -193,9 +193,12 @@ class HostCollector:
                 self._errors.record(reading.source, reading.vm.key.pid, "malformed", why)
         # Who the VMs are changes seldom: then all lists are those of the scrape before, and to compare them takes 5 us.
         before, families = self._rendered.get(collector, ([], []))
-        if rendered != before:
-            families = join_families(rendered)
-            self._rendered[collector] = rendered, families
+        if rendered == before:
+            for family in families:
+                family.join()
+            return families
+        families = group_lines(rendered)
+        self._rendered[collector] = rendered, families
         return families
 
     def _collect_vms(self) -> list[Family]:
@@ -256,13 +259,13 @@ class HostCollector:
         return self.snapshot
 
 
-def join_families(rendered: Iterable[Rendered]) -> list[Family]:
+def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
     """Put the lines of all VMs together, metric by metric."""
-    texts: dict[Metric, list[str]] = {}
+    chunks: defaultdict[Metric, list[str]] = defaultdict(list)
     for lines in rendered:
         for metric, text in lines:
-            texts.setdefault(metric, []).append(text)
-    return [Family(metric, ["".join(chunks)]) for metric, chunks in texts.items()]
+            chunks[metric].append(text)
+    return [Family(metric, texts) for metric, texts in chunks.items()]
 
 
 def _count_vms(snapshot: Snapshot) -> list[Family]:

@@ -47,6 +47,11 @@ class Family:
         """Append one sample, its label values in the order of ``metric.labels``."""
         self.chunks.append(render_sample(self.metric, label_values, value))
 
+    def join(self) -> None:
+        """Make one chunk of all: worth it for a family that is rendered again and again."""
+        if len(self.chunks) > 1:
+            self.chunks = ["".join(self.chunks)]
+
 
 class SampleLines:
     """The sample lines of one metric over fixed label sets, with numbers that change from snapshot to snapshot."""

@@ -93,7 +93,7 @@ class VmSeries:
         if positions != self._positions:
             self._positions = positions
             self._templates = {}
-        lines = []
+        lines: Rendered = []
         for statistic, metric in VCPU_COUNTERS:
             column = columns.get(statistic)
             if column is None or not positions:
