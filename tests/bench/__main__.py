@@ -1,8 +1,13 @@
 """``make bench``: one scrape of 10,000 vCPUs by the real agent, beside a plain C program, in one run.
 
 Absolute times differ from machine to machine and from minute to minute; the ratios of one run are what counts. C and
-agent take turns, and medians are compared. C finds the vCPUs once and then duplicates, reads, closes and prints two
-series a vCPU; the agent answers whole scrapes over HTTP, request to last byte, with everything else that it exports.
+agent take turns, and each round has a ratio of its own: their median is told, with the least and the greatest. CPU time
+suffers least from what else runs on the machine. C finds the vCPUs once and then duplicates, reads, closes and prints
+two series a vCPU; the agent answers whole scrapes over HTTP, request to last byte, with everything else that it
+exports.
+
+Where counters are ``still``, no guest runs, and the agent has most lines ready. Where they ``move``, each vCPU takes a
+VM exit before each round.
 """
 
 from __future__ import annotations
@@ -15,32 +20,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.bench.crowd import open_crowd
+from tests.bench.crowd import Crowd, open_crowd
 from tests.waiting import wait_until
 
 ROUNDS = 15
 SOURCE = Path(__file__).with_name("reference_scrape.c")
-REQUEST = b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+REQUEST = "GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nAccept-Encoding: {}\r\n\r\n"
+HEADER = (
+    "eventfds  source    counters  coding    C find  C round  scrape  ratio to C (least, greatest)"
+    "   C CPU  agent CPU  ratio to C (least, greatest)  start  resident"
+)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Medians in seconds, but for ``resident_bytes`` and ``start_seconds`` (process start to first good scrape)."""
+class Round:
+    """One round of the C program: vCPUs found, and how long finding and the rest took, in seconds."""
 
+    vcpus: int
     find_seconds: float
-    c_seconds: float
-    scrape_seconds: float
+    seconds: float
     cpu_seconds: float
-    start_seconds: float
-    resident_bytes: int
-    series: int
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """One scrape: from request to last byte, and the CPU time of all of the agent's threads meanwhile."""
+
+    seconds: float
+    cpu_seconds: float
+    answer: bytes
 
 
 class Agent:
@@ -50,25 +65,26 @@ class Agent:
         self._process = psutil.Process(pid)
         self._path = path
 
-    def scrape(self) -> tuple[float, bytes]:
-        """Scrape once; returns seconds from request to last byte, and the answer."""
+    def scrape(self, coding: str = "identity") -> Scrape:
+        """Scrape once."""
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(self._path))
-            started = time.perf_counter()
-            client.sendall(REQUEST)
+            cpu_before, started = self._read_cpu_seconds(), time.perf_counter()
+            client.sendall(REQUEST.format(coding).encode())
             pieces = []
             while piece := client.recv(1 << 20):
                 pieces.append(piece)
-            return time.perf_counter() - started, b"".join(pieces)
-
-    def read_cpu_seconds(self) -> float:
-        """Read the CPU time that the agent has used, all threads."""
-        times = self._process.cpu_times()
-        return times.user + times.system
+            seconds = time.perf_counter() - started
+            return Scrape(seconds, self._read_cpu_seconds() - cpu_before, b"".join(pieces))
 
     def read_resident_bytes(self) -> int:
         """Read the agent's resident memory."""
         return self._process.memory_info().rss
+
+    def _read_cpu_seconds(self) -> float:
+        """Read the CPU time of all threads, in nanoseconds; cpu_times() would tell hundredths of seconds."""
+        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 @contextmanager
@@ -96,40 +112,52 @@ def open_agent(directory: Path, source: str) -> Iterator[Agent]:
             process.terminate()
 
 
-def run_reference(binary: Path, rounds: int) -> tuple[int, float, float]:
-    """Run the C program; returns vCPUs found, seconds to find them, and the median round in seconds."""
-    lines = subprocess.run([binary, str(rounds)], capture_output=True, text=True, check=True).stdout.split("\n")
-    found, find_ms = lines[0].split()
-    return int(found), float(find_ms) / 1e3, statistics.median(float(line) for line in lines[1:] if line) / 1e3
+def run_reference(binary: Path) -> Round:
+    """Run the C program."""
+    find, round_ = subprocess.run([binary, "1"], capture_output=True, text=True, check=True).stdout.splitlines()
+    vcpus, find_ms = find.split()
+    ms, cpu_ms = round_.split()
+    return Round(int(vcpus), float(find_ms) / 1e3, float(ms) / 1e3, float(cpu_ms) / 1e3)
 
 
-def measure(binary: Path, source: str, vcpus: int) -> Measured:
-    """Measure one source against C, on whatever runs now; ``vcpus`` must all be there."""
-    with tempfile.TemporaryDirectory() as directory:
-        started = time.perf_counter()
-        with open_agent(Path(directory), source) as agent:
-            start_seconds = time.perf_counter() - started
-            scrapes, rounds, cpu_before, finds = [], [], agent.read_cpu_seconds(), []
-            for _ in range(ROUNDS):
-                found, find_seconds, c_seconds = run_reference(binary, 1)
-                if found < vcpus:
-                    raise RuntimeError(f"the C program found {found} of {vcpus} vCPUs")
-                rounds.append(c_seconds)
-                finds.append(find_seconds)
-                seconds, answer = agent.scrape()
-                scrapes.append(seconds)
-            series = answer.count(b"\nkvm_vcpu_exits_total{") + answer.count(b"\nkvm_vcpu_notify_window_exits_total{")
-            if series < 2 * vcpus:
-                raise RuntimeError(f"{source}: the agent gave {series} of {2 * vcpus} series")
-            return Measured(
-                statistics.median(finds),
-                statistics.median(rounds),
-                statistics.median(scrapes),
-                (agent.read_cpu_seconds() - cpu_before) / ROUNDS,
-                start_seconds,
-                agent.read_resident_bytes(),
-                series,
-            )
+def measure(agent: Agent, binary: Path, crowd: Crowd, vcpus: int, *, moving: bool, coding: str) -> str:
+    """Let C and agent take turns; returns the figures, in the order of ``HEADER``. ``vcpus`` must all be there."""
+    rounds, scrapes = [], []
+    for _ in range(ROUNDS):
+        if moving:
+            crowd.run()
+        rounds.append(run_reference(binary))
+        scrapes.append(agent.scrape(coding))
+        if rounds[-1].vcpus < vcpus:
+            raise RuntimeError(f"the C program found {rounds[-1].vcpus} of {vcpus} vCPUs")
+    check_complete(agent.scrape().answer, vcpus)
+    find, wall, cpu = (
+        statistics.median(getattr(round_, name) for round_ in rounds) * 1e3
+        for name in ("find_seconds", "seconds", "cpu_seconds")
+    )
+    agent_wall, agent_cpu = (
+        statistics.median(getattr(scrape, name) for scrape in scrapes) * 1e3 for name in ("seconds", "cpu_seconds")
+    )
+    wall_ratio = describe([scrape.seconds / round_.seconds for scrape, round_ in zip(scrapes, rounds, strict=True)])
+    cpu_ratio = describe(
+        [scrape.cpu_seconds / round_.cpu_seconds for scrape, round_ in zip(scrapes, rounds, strict=True)]
+    )
+    return (
+        f"{find:5.0f} ms  {wall:4.1f} ms {agent_wall:4.1f} ms  {wall_ratio}"
+        f"  {cpu:4.1f} ms  {agent_cpu:6.1f} ms  {cpu_ratio}"
+    )
+
+
+def check_complete(answer: bytes, vcpus: int) -> None:
+    """Make sure that a scrape has two series of each vCPU."""
+    series = answer.count(b"\nkvm_vcpu_exits_total{") + answer.count(b"\nkvm_vcpu_notify_window_exits_total{")
+    if series < 2 * vcpus:
+        raise RuntimeError(f"the agent gave {series} of {2 * vcpus} series")
+
+
+def describe(ratios: Sequence[float]) -> str:
+    """Describe the ratios of all rounds: the median, the least and the greatest."""
+    return f"{statistics.median(ratios):10.2f} ({min(ratios):.2f}, {max(ratios):.2f})     "
 
 
 def main() -> None:
@@ -138,27 +166,30 @@ def main() -> None:
     parser.add_argument("--vms", type=int, default=625)
     parser.add_argument("--vcpus", type=int, default=16)
     parser.add_argument("--sources", default="bpf,stats_fd")
+    parser.add_argument("--eventfds", default="0,300")
     parser.add_argument("--settle-seconds", type=float, default=31, help="wait until no process is young any more")
     arguments = parser.parse_args()
     total = arguments.vms * arguments.vcpus
-    print(f"{total} vCPUs in {arguments.vms} processes; medians of {ROUNDS} scrapes", flush=True)
-    header = "eventfds  source    C find  C read+print  scrape  ratio to C  agent CPU/scrape  start  resident"
-    print(header, flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        binary = Path(directory) / "reference_scrape"
+    print(f"{total} vCPUs in {arguments.vms} processes; medians of {ROUNDS} scrapes\n{HEADER}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        binary = directory / "reference_scrape"
         subprocess.run(["cc", "-O2", "-Wall", "-o", str(binary), str(SOURCE)], check=True)
-        for eventfds in (0, 300):
-            with open_crowd(arguments.vms, arguments.vcpus, eventfds):
+        for eventfds in arguments.eventfds.split(","):
+            with open_crowd(arguments.vms, arguments.vcpus, int(eventfds)) as crowd:
+                crowd.run()  # the first run of a guest makes its page tables
                 time.sleep(arguments.settle_seconds)
                 for source in arguments.sources.split(","):
-                    got = measure(binary, source, total)
-                    print(
-                        f"{eventfds:8}  {source:8}  {got.find_seconds * 1e3:3.0f} ms  {got.c_seconds * 1e3:9.1f} ms"
-                        f"  {got.scrape_seconds * 1e3:3.0f} ms  {got.scrape_seconds / got.c_seconds:10.2f}"
-                        f"  {got.cpu_seconds * 1e3:13.0f} ms  {got.start_seconds:3.1f} s"
-                        f"  {got.resident_bytes / 1e6:5.0f} MB",
-                        flush=True,
-                    )
+                    started = time.perf_counter()
+                    with open_agent(directory, source) as agent:
+                        start_seconds = time.perf_counter() - started
+                        for moving, coding in ((False, "identity"), (True, "identity"), (True, "gzip")):
+                            row = measure(agent, binary, crowd, total, moving=moving, coding=coding)
+                            print(
+                                f"{eventfds:>8}  {source:8}  {'moving' if moving else 'still':8}  {coding:8}  {row}"
+                                f"  {start_seconds:3.1f} s  {agent.read_resident_bytes() / 1e6:5.0f} MB",
+                                flush=True,
+                            )
 
 
 if __name__ == "__main__":

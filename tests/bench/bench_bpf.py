@@ -46,7 +46,7 @@ def measure_reads(make: Callable[[], BpfSource], binary: Path, rounds: int = ROU
         source.read()  # the first read finds the fd of each VM's file; they are checked from then on
         walls, kernels, users, references, vcpus = [], [], [], [], 0
         for _ in range(rounds):
-            references.append(run_reference(binary, 1)[2])
+            references.append(run_reference(binary).seconds)
             before, started = resource.getrusage(resource.RUSAGE_THREAD), time.perf_counter()
             found = source.read()
             walls.append(time.perf_counter() - started)

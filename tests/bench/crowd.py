@@ -1,7 +1,8 @@
-"""Makes thousands of vCPUs on /dev/kvm: processes that hold VMs as VMMs do, and do nothing else.
+"""Makes thousands of vCPUs on /dev/kvm: processes that hold VMs as VMMs do, and run them when they are told to.
 
 Run as a program it forks, one process a VM; each makes its vCPUs with their stats fds (as QEMU 8.1 does) and some
-eventfds. It prints ``ready`` when all are there, and ends, with all of them, at the end of its input.
+eventfds. It prints ``ready`` when all are there. For each line of its input every vCPU takes a VM exit (the guest
+halts), and ``ready`` is printed again; it ends, with all of them, at the end of its input.
 """
 
 from __future__ import annotations
@@ -11,25 +12,36 @@ import fcntl
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_GET_STATS_FD = 0xAE01, 0xAE41, 0xAECE  # include/uapi/linux/kvm.h
+from tests.live.tiny_guest import CODE, KVM_RUN, KVM_SET_REGS, Vcpu, Vm
+
+HALT_FOR_EVER = b"\xf4\xeb\xfd"  # hlt; jmp to it
 
 
 def hold_vm(vcpus: int, eventfds: int, ready: int) -> None:
-    """Make one VM, say so on the pipe ``ready``, and wait for the end."""
-    kvm = os.open("/dev/kvm", os.O_RDWR)
-    vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+    """Make one VM, say so on the pipe ``ready``, and let each vCPU run to its next halt at each SIGUSR1."""
+    vm = Vm()
+    vm.memory[CODE : CODE + len(HALT_FOR_EVER)] = HALT_FOR_EVER
+    registers = struct.pack("<18Q", *[0] * 16, CODE, 2)  # rip, rflags
+    made = []
     for vcpu_id in range(vcpus):
-        fcntl.ioctl(fcntl.ioctl(vm, KVM_CREATE_VCPU, vcpu_id), KVM_GET_STATS_FD, 0)
+        vcpu = Vcpu(vm, vcpu_id, vcpu_id, "")
+        vcpu.create(with_stats_fd=True)
+        fcntl.ioctl(vcpu.fd, KVM_SET_REGS, registers)
+        made.append(vcpu.fd)
     for _ in range(eventfds):
         os.eventfd(0)
-    os.write(ready, b".")
-    signal.pause()
+    while True:
+        os.write(ready, b".")
+        signal.sigwait({signal.SIGUSR1})
+        for fd in made:
+            fcntl.ioctl(fd, KVM_RUN, 0)
 
 
 def main() -> None:
@@ -40,6 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     told, ready = os.pipe()
     members = []
     for _ in range(arguments.vms):
@@ -52,25 +65,48 @@ def main() -> None:
         members.append(member)
     os.close(ready)
     try:
-        for _ in members:
-            if not os.read(told, 1):
-                raise SystemExit("a member of the crowd could not make its VM")
-        print("ready", flush=True)
-        sys.stdin.read()
+        while True:
+            for _ in members:
+                if not os.read(told, 1):
+                    raise SystemExit("a member of the crowd could not make its VM")
+            print("ready", flush=True)
+            if not sys.stdin.readline():
+                break
+            for member in members:
+                os.kill(member, signal.SIGUSR1)
     finally:
         for member in members:
             os.kill(member, signal.SIGKILL)
 
 
+class Crowd:
+    """A crowd that is there."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.wait()
+
+    def run(self) -> None:
+        """Let every vCPU take a VM exit: every ``exits`` moves."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until all have done what they were told."""
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            raise RuntimeError("the crowd has fallen apart")
+
+
 @contextmanager
-def open_crowd(vms: int, vcpus: int, eventfds: int = 0) -> Iterator[int]:
-    """Hold a crowd of ``vms`` processes with ``vcpus`` vCPUs each; gives the pid of their parent."""
-    words = [sys.executable, str(Path(__file__)), str(vms), str(vcpus), str(eventfds)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError("the crowd did not come together")
-        yield process.pid
+def open_crowd(vms: int, vcpus: int, eventfds: int = 0) -> Iterator[Crowd]:
+    """Hold a crowd of ``vms`` processes with ``vcpus`` vCPUs each."""
+    words = [sys.executable, "-m", "tests.bench.crowd", str(vms), str(vcpus), str(eventfds)]
+    root = Path(__file__).parent.parent.parent
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        yield Crowd(process)
         process.communicate()
 
 
