@@ -15,21 +15,24 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from exporter.build_info import BuildInfo
 from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import Family
+from exporter.prometheus.exposition import CounterLines, Family
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.stall_series import StallSeries
-from exporter.prometheus.vm_series import Rendered, VcpuSeries, VmSeries
+from exporter.prometheus.vm_series import VCPU_COUNTERS, Rendered, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
 from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, Vm, VmKey, VmReading
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ShownVm = tuple[VmReading, VmSeries]
 
 COLLECTORS: Final = ("host", "vm", "vcpu", "exporter")
 SNAPSHOT: Final = "snapshot"
@@ -103,8 +106,9 @@ class HostCollector:
         self._increases = IncreaseTracker()
         self._errors = ReadErrors()
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
-        self._shown: list[tuple[VmReading, VmSeries]] = []
-        self._rendered: dict[str, tuple[list[Rendered], list[Family]]] = {}
+        self._shown: list[ShownVm] = []
+        self._vm_families: tuple[list[Rendered], list[Family]] = ([], [])
+        self._counters = {metric: CounterLines() for _, metric in VCPU_COUNTERS}
 
     @property
     def sources(self) -> tuple[SourceReport, ...]:
@@ -164,7 +168,7 @@ class HostCollector:
         self.snapshot = snapshot
         return []
 
-    def _arrange(self, snapshot: Snapshot) -> Iterator[tuple[VmReading, VmSeries]]:
+    def _arrange(self, snapshot: Snapshot) -> Iterator[ShownVm]:
         """Yield the VMs that are to be shown with their kept lines, each label ``vm`` once."""
         kept, self._lines = self._lines, {}
         labels = set()
@@ -182,42 +186,66 @@ class HostCollector:
             if shown:
                 yield reading, lines
 
-    def _render_vms(self, collector: str, render: Callable[[VmReading, VmSeries], Rendered]) -> list[Family]:
-        """Make families of what ``render`` says of each VM; a VM that it cannot render is left out."""
-        rendered = []
-        for reading, lines in self._shown:
+    def _ask_vms(self, vms: Iterable[ShownVm], ask: Callable[[VmSeries, VmReading], T]) -> Iterator[tuple[ShownVm, T]]:
+        """Ask for something of each VM; one that makes no sense is recorded and left out."""
+        for shown in vms:
+            reading, lines = shown
             try:
-                rendered.append(render(reading, lines))
+                answer = ask(lines, reading)
             except Exception as err:  # noqa: BLE001 - one VM's nonsense costs that VM's series only
                 why = str(err) if isinstance(err, MalformedData) else repr(err)
                 self._errors.record(reading.source, reading.vm.key.pid, "malformed", why)
-        # Who the VMs are changes seldom: then all lists are those of the scrape before, and to compare them takes 5 us.
-        before, families = self._rendered.get(collector, ([], []))
-        if rendered == before:
-            for family in families:
-                family.join()
-            return families
-        families = group_lines(rendered)
-        self._rendered[collector] = rendered, families
-        return families
+            else:
+                yield shown, answer
 
     def _collect_vms(self) -> list[Family]:
-        return self._render_vms("vm", lambda reading, lines: lines.render_vm(reading))
+        rendered = [lines for _, lines in self._ask_vms(self._shown, VmSeries.render_vm)]
+        # Who the VMs are changes seldom: then all lists are those of the scrape before, and to compare them takes 5 us.
+        before, families = self._vm_families
+        if rendered != before:
+            families = group_lines(rendered)
+            for family in families:
+                family.join()
+            self._vm_families = rendered, families
+        return families
 
     def _collect_vcpus(self) -> list[Family]:
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
-        if not (with_series or verdicts):
-            return []
+        if not with_series:
+            return self._collect_verdicts(self._shown) if verdicts else []
+        found = list(self._ask_vms(self._shown, VmSeries.take_columns))
+        templates: dict[Metric, list[str]] = {metric: [] for metric in self._counters}
+        columns: dict[Metric, list[tuple[int, ...]]] = {metric: [] for metric in self._counters}
+        for _, taken in found:
+            for metric, template, column in taken:
+                templates[metric].append(template)
+                columns[metric].append(column)
+        families = [
+            Family(metric, [lines.render(templates[metric], columns[metric])])
+            for metric, lines in self._counters.items()
+            if templates[metric]
+        ]
+        return families + self._collect_verdicts([shown for shown, _ in found])
 
-        def render(reading: VmReading, lines: VmSeries) -> Rendered:
-            rendered = lines.render_vcpus(reading) if with_series else []
-            if with_series and reading.vm.key in self._increases.moved_vms:
-                rendered = [*rendered, *lines.render_last_moves(self._increases.last_moves(reading.vm.key))]
-            if verdicts and verdicts.concerns(reading):
-                rendered = [*rendered, *verdicts.render_vcpus(reading, with_series)]
+    def _collect_verdicts(self, vms: Iterable[ShownVm]) -> list[Family]:
+        """Tell when vCPUs have taken notify exits and what the watch says of them: of few VMs there is anything."""
+        with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
+        moved = self._increases.moved_vms if with_series else ()
+
+        def render(lines: VmSeries, reading: VmReading) -> Rendered:
+            rendered: Rendered = []
+            if reading.vm.key in moved:
+                rendered += lines.render_last_moves(self._increases.last_moves(reading.vm.key))
+            if verdicts:
+                rendered += verdicts.render_vcpus(reading, with_series)
             return rendered
 
-        return self._render_vms("vcpu", render)
+        concerned = [
+            (reading, lines)
+            for reading, lines in vms
+            if (verdicts and verdicts.concerns(reading)) or (moved and reading.vm.key in moved)
+        ]
+        return group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
 
     def _collect_host(self) -> list[Family]:
         snapshot = self._snapshot()

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import SampleLines, escape_label_value, render_sample
+from exporter.prometheus.exposition import escape_label_value, make_template, render_sample
 from exporter.prometheus.metrics import Metric, order_labels
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmReading
 
 Rendered = list[tuple[Metric, str]]
 """Lines of any number of metrics, those of one metric in one text."""
+Column = tuple[Metric, str, tuple[int, ...]]
+"""The template of one counter's lines, and the numbers for it."""
 
 VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
     (NOTIFY_WINDOW_EXITS, metrics.VCPU_NOTIFY_WINDOW_EXITS),
@@ -46,10 +48,8 @@ class VmSeries:
         self._vcpu_series = vcpu_series
         self._state: tuple[object, ...] = ()
         self._vm_lines: Rendered = []
-        self._positions: Sequence[int] = ()
-        self._templates: dict[str, SampleLines] = {}
-        self._vcpu_reading: VmReading | None = None
-        self._vcpu_lines: Rendered = []
+        self._positions: Sequence[int] = range(len(reading.vcpus))
+        self._templates: dict[Metric, str] = {}
 
     def fits(self, reading: VmReading) -> bool:
         """Tell whether these lines are about this reading's VM and vCPUs."""
@@ -76,35 +76,42 @@ class VmSeries:
             self._state = state
         return self._vm_lines
 
-    def render_vcpus(self, reading: VmReading) -> Rendered:
-        """Render the counters of the VM's vCPUs, one text for each metric that was read.
+    def take_columns(self, reading: VmReading) -> list[Column]:
+        """Take the counters of the VM's vCPUs that are to be shown, one column for each metric that was read.
 
         Raises MalformedData where the numbers cannot be told to belong to the vCPUs: one vCPU's number on another's
         series would be a wrong number, and two equal series would cost the whole scrape.
         """
-        if reading is not self._vcpu_reading:
-            self._vcpu_lines = self._render_columns(reading)
-            self._vcpu_reading = reading
-        return self._vcpu_lines
-
-    def _render_columns(self, reading: VmReading) -> Rendered:
-        columns = reading.counters.per_vcpu
-        positions = _find_positions(reading, self._vcpu_series)
-        if positions != self._positions:
-            self._positions = positions
-            self._templates = {}
-        lines: Rendered = []
+        numbers = reading.counters.per_vcpu
+        if self._vcpu_series is not VcpuSeries.ALL:
+            self._choose_active(numbers.get(NOTIFY_WINDOW_EXITS, ()))
+        columns = []
         for statistic, metric in VCPU_COUNTERS:
-            column = columns.get(statistic)
-            if column is None or not positions:
+            column = numbers.get(statistic)
+            if column is None or not self._positions:
                 continue
             if len(column) != len(self._vcpus):
                 raise MalformedData(
                     f"{reading.source} of VM {self._vm.id!r}",
                     f"{len(column)} values of {statistic} for {len(self._vcpus)} vCPUs",
                 )
-            lines.append((metric, self._render_column(statistic, metric, column)))
-        return lines
+            if len(self._positions) < len(column):
+                column = tuple([column[position] for position in self._positions])
+            columns.append((metric, self._templates.get(metric) or self._make_template(metric), column))
+        return columns
+
+    def _choose_active(self, notify_exits: Sequence[int]) -> None:
+        positions = tuple([position for position, value in enumerate(notify_exits) if value > 0])
+        if positions != self._positions:
+            self._positions = positions
+            self._templates = {}
+
+    def _make_template(self, metric: Metric) -> str:
+        if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
+            raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
+        label_sets = [(str(self._vcpus[position].index), self._vm.id) for position in self._positions]
+        self._templates[metric] = make_template(metric, label_sets)
+        return self._templates[metric]
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
@@ -115,17 +122,6 @@ class VmSeries:
             if vcpu.vcpu_id in last_moves
         ]
 
-    def _render_column(self, statistic: str, metric: Metric, column: tuple[int, ...]) -> str:
-        lines = self._templates.get(statistic)
-        if lines is None:
-            if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
-                raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
-            label_sets = [(str(self._vcpus[position].index), self._vm.id) for position in self._positions]
-            lines = self._templates[statistic] = SampleLines(metric, label_sets)
-        if len(self._positions) < len(column):
-            column = tuple([column[position] for position in self._positions])
-        return lines.render(column)
-
 
 def sum_notify_exits(reading: VmReading) -> int | None:
     """Return the VM's sum of notify exits; None unless every vCPU is in it."""
@@ -133,16 +129,6 @@ def sum_notify_exits(reading: VmReading) -> int | None:
     if column is not None and len(column) == len(reading.vcpus) == reading.vcpu_count:
         return sum(column)
     return reading.counters.totals.get(NOTIFY_WINDOW_EXITS)
-
-
-def _find_positions(reading: VmReading, series: VcpuSeries) -> Sequence[int]:
-    """Find which vCPUs, by their place in ``reading.vcpus``, are to have series."""
-    if series is VcpuSeries.ALL:
-        return range(len(reading.vcpus))
-    if series is VcpuSeries.NONE:
-        return ()
-    notify_exits = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
-    return tuple([position for position, value in enumerate(notify_exits) if value > 0])
 
 
 def _render_vm(reading: VmReading) -> Rendered:

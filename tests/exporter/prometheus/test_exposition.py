@@ -19,10 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.registry import CollectorRegistry
 
 from exporter.prometheus.exposition import (
+    CounterLines,
     Family,
-    SampleLines,
     compress_document,
     escape_label_value,
+    make_template,
     open_self_metrics,
     render_document,
     render_metadata,
@@ -135,9 +136,9 @@ def test_openmetrics_is_prometheus_clients(family: tuple[Metric, Samples]) -> No
 def test_templates_are_prometheus_clients(family: tuple[Metric, Samples]) -> None:
     metric, samples = family
     ours = Family(metric)
-    lines = SampleLines(metric, [label_values for label_values, _ in samples])
+    lines, template = CounterLines(), make_template(metric, [label_values for label_values, _ in samples])
     for values in (tuple(0 for _ in samples), tuple(int(value) for _, value in samples)):
-        ours.chunks = [lines.render(values)]
+        ours.chunks = [lines.render([template], [values])]
     assert_same_lines(render_text([ours]), encode_theirs(build_theirs(metric, samples)))
     assert render_text([ours]) == render_text([build_ours(metric, samples)])
 
@@ -168,14 +169,13 @@ def test_any_label_value_is_readable(value: str) -> None:
 def test_undecodable_bytes_cost_nothing_else() -> None:
     name = b"web\xff%d".decode(errors="surrogateescape")
     assert escape_label_value(name) == "web\ufffd%d"
-    assert SampleLines(VCPU_EXITS, [("0", name)]).render((7,)) == (
-        'kvm_vcpu_exits_total{vcpu="0",vm="web\ufffd%d"} 7\n'
-    )
+    line = CounterLines().render([make_template(VCPU_EXITS, [("0", name)])], [(7,)])
+    assert line == 'kvm_vcpu_exits_total{vcpu="0",vm="web\ufffd%d"} 7\n'
 
 
 @pytest.mark.parametrize("value", [0, 1, 2**53 + 1, 2**63, 2**64 - 1])
 def test_integers_keep_all_digits(value: int) -> None:
-    line = SampleLines(VCPU_EXITS, [("0", "a")]).render((value,))
+    line = CounterLines().render([make_template(VCPU_EXITS, [("0", "a")])], [(value,)])
     assert line == f'kvm_vcpu_exits_total{{vcpu="0",vm="a"}} {value}\n'
     (parsed,) = parse_text(render_text([build_ours(VCPU_EXITS, [(("0", "a"), value)])]))
     assert parsed.samples[0].value == value
@@ -198,11 +198,25 @@ def test_numbers_are_spelled_as_go_reads_them(value: float, spelling: str) -> No
 
 
 def test_template_wants_one_number_for_each_series() -> None:
-    lines = SampleLines(VCPU_EXITS, [("0", "a"), ("1", "a")])
+    lines, template = CounterLines(), make_template(VCPU_EXITS, [("0", "a"), ("1", "a")])
     for values in ((1,), (1, 2, 3)):
         with pytest.raises(TypeError):
-            lines.render(values)
-    assert lines.render((1, 2)).count("\n") == 2
+            lines.render([template], [values])
+    assert lines.render([template], [(1, 2)]).count("\n") == 2
+
+
+def test_what_comes_and_moves_is_rendered_and_what_stands_still_is_the_same_text() -> None:
+    lines = CounterLines()
+    one, other = (make_template(VCPU_EXITS, [("0", vm)]) for vm in "ab")
+    assert lines.render([one], [(1,)]) == 'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\n'
+    both = lines.render([one, other], [(1,), (2,)])
+    assert both == 'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\nkvm_vcpu_exits_total{vcpu="0",vm="b"} 2\n'
+    assert lines.render([one, other], [(1,), (2,)]) is both
+    assert lines.render([other, one], [(1,), (2,)]).splitlines() == [
+        'kvm_vcpu_exits_total{vcpu="0",vm="b"} 1',
+        'kvm_vcpu_exits_total{vcpu="0",vm="a"} 2',
+    ]
+    assert lines.render([other], [(3,)]) == 'kvm_vcpu_exits_total{vcpu="0",vm="b"} 3\n'
 
 
 def test_series_wants_every_label() -> None:
@@ -335,15 +349,13 @@ def fastest_seconds(action: Callable[[], object], times: int) -> float:
 
 def test_templates_are_much_faster_than_prometheus_client() -> None:
     vms: Sequence[str] = [f"5107a7ed-0000-4000-8000-{number:012x}" for number in range(125)]
-    templates = [SampleLines(VCPU_EXITS, [(str(index), vm) for index in range(16)]) for vm in vms]
+    lines = CounterLines()
+    templates = [make_template(VCPU_EXITS, [(str(index), vm) for index in range(16)]) for vm in vms]
     looks = [[tuple(10**9 * vm + look + index for index in range(16)) for vm in range(len(vms))] for look in range(8)]
     next_look = itertools.cycle(looks)
 
     def render_ours() -> bytes:
-        family = Family(VCPU_EXITS)
-        for template, column in zip(templates, next(next_look), strict=True):
-            family.chunks.append(template.render(column))
-        return render_text([family]).encode()
+        return render_text([Family(VCPU_EXITS, [lines.render(templates, next(next_look))])]).encode()
 
     def render_theirs() -> bytes:
         family = CounterMetricFamily("kvm_vcpu_exits", VCPU_EXITS.help, labels=["vcpu", "vm"])
