@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from kvm.model import Vm
@@ -53,11 +53,15 @@ class ReadErrors:
         if (pid, source, kind) not in self._logged:
             self._new.setdefault((pid, source, kind), message)
 
-    def log_new(self, vms: Mapping[int, Vm]) -> None:
+    def log_new(self, found: Iterable[Vm]) -> None:
         """Log the troubles that are new since the last look, and forget those of VMs that have ended.
 
-        ``vms`` are the VMs of this look, by pid.
+        ``found`` are the VMs of this look; where there never was any trouble, nobody asks for them.
         """
+        if not (self._new or self._logged):
+            self._vm_pids = set()
+            return
+        vms = {vm.key.pid: vm for vm in found}
         for (pid, source, kind), why in self._new.items():
             fields: dict[str, object] = {"source": source, "kind": kind, "reason": why}
             if pid:

@@ -191,7 +191,7 @@ class HostReader:
         for reading in readings:
             if not reading.source:
                 self._errors.record("none", reading.vm.key.pid, "unread", reading.counters.problem)
-        self._errors.log_new({vm.key.pid: vm for vm in vms.values()})
+        self._errors.log_new(vms.values())
         return Snapshot(
             monotonic_seconds=now,
             unix_seconds=unix,

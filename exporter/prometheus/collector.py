@@ -164,7 +164,7 @@ class HostCollector:
             self._verdicts = StallSeries(self._read_report(), snapshot.readings, offset)
         self._increases.observe(snapshot)
         self._shown = list(self._arrange(snapshot))
-        self._errors.log_new({reading.vm.key.pid: reading.vm for reading in snapshot.readings})
+        self._errors.log_new(reading.vm for reading in snapshot.readings)
         self.snapshot = snapshot
         return []
 

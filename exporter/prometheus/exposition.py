@@ -133,13 +133,13 @@ def render_text(families: Iterable[Family], openmetrics: bool = False) -> str:
 
 def render_document(families: Iterable[Family], self_metrics: CollectorRegistry, form: Format) -> bytes:
     """Render the whole answer to a scrape: our families, then what ``self_metrics`` holds, in one valid document."""
-    ours = render_text(families, form.openmetrics).encode()
+    ours = render_text(families, form.openmetrics)
     try:
         theirs = form.encoder(self_metrics)
     except Exception as err:  # noqa: BLE001 - a fault in the agent's own figures must not cost the VMs' series
         log.error("the agent's own process metrics are left out", extra={"fields": {"err": repr(err)}})
         theirs = form.encoder(CollectorRegistry())
-    return ours + theirs
+    return (ours + theirs.decode()).encode()
 
 
 def open_self_metrics(enabled: bool) -> CollectorRegistry:
