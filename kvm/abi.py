@@ -15,6 +15,9 @@ KVM_CREATE_VM = 0xAE01
 KVM_CHECK_EXTENSION = 0xAE03
 KVM_GET_VCPU_MMAP_SIZE = 0xAE04
 KVM_CREATE_VCPU = 0xAE41
+KVM_RUN = 0xAE80
+KVM_SET_REGS = 0x4090AE82
+KVM_ENABLE_CAP = 0x4068AEA3
 KVM_GET_STATS_FD = 0xAECE
 
 KVM_CAP_BINARY_STATS_FD = 203
@@ -31,6 +34,12 @@ class NotifyVmexitFlags(IntFlag):
 
 KVM_EXIT_NOTIFY = 37
 KVM_NOTIFY_CONTEXT_INVALID = 1 << 0
+
+# struct kvm_enable_cap without what is 0: cap, flags, args[0]
+KVM_ENABLE_CAP_ARGUMENT = struct.Struct("=2IQ88x")
+# struct kvm_regs: rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8 to r15, rip, rflags
+KVM_REGS = struct.Struct("=18Q")
+KVM_RUN_IMMEDIATE_EXIT = 1  # where in struct kvm_run
 
 # struct kvm_stats_header: flags, name_size, num_desc, id_offset, desc_offset, data_offset
 KVM_STATS_HEADER = struct.Struct("=6I")

@@ -88,6 +88,20 @@ class _TestRunOpts(ctypes.Structure):
     )
 
 
+class _OpenOpts(ctypes.Structure):
+    """struct bpf_object_open_opts (tools/lib/bpf/libbpf.h) as far as we need it: libbpf 0.6 and later have that."""
+
+    _fields_ = (
+        ("sz", _SIZE),
+        ("object_name", _STR),
+        ("relaxed_maps", ctypes.c_bool),
+        ("pin_root_path", _STR),
+        ("reserved", _U32),
+        ("kconfig", _STR),
+        ("btf_custom_path", _STR),
+    )
+
+
 class Messages:
     """Takes libbpf's messages to the log, and keeps the last ones of each thread."""
 
@@ -181,18 +195,31 @@ def _messages() -> Messages:
 
 
 class BpfObject:
-    """One object file: opened on construction, loaded by ``load``, closed by ``close`` with all links made from it."""
+    """One object file: opened on construction, loaded by ``load``, closed by ``close`` with all links made from it.
 
-    def __init__(self, library: Library, path: Path) -> None:
+    ``types`` is the BTF that says where the kernel's structs have their fields, None for vmlinux's.
+    """
+
+    def __init__(self, library: Library, path: Path, types: bytes | None = None) -> None:
         self.library = library
-        content = path.read_bytes()
-        self._handle: int | None = library.call("bpf_object__open_mem", content, len(content), None)
+        self._handle: int | None = None
         self._links: list[int] = []
         self._program_fds: dict[str, int] = {}
+        self._types_fd = -1 if types is None else _keep_in_memory(types)
+        content = path.read_bytes()
+        options = _OpenOpts(sz=ctypes.sizeof(_OpenOpts))
+        if self._types_fd >= 0:
+            options.btf_custom_path = f"/proc/self/fd/{self._types_fd}".encode()
+        try:
+            self._handle = library.call("bpf_object__open_mem", content, len(content), ctypes.byref(options))
+        except BaseException:
+            self.close()
+            raise
 
     def load(self) -> None:
         """Bring maps and programs into the kernel; raises OSError."""
         self.library.call("bpf_object__load", self._handle)
+        self._drop_types()
 
     def close(self) -> None:
         """Take everything out of the kernel again; may be called twice."""
@@ -201,6 +228,12 @@ class BpfObject:
         if self._handle is not None:
             self.library.call_void("bpf_object__close", self._handle)
             self._handle = None
+        self._drop_types()
+
+    def _drop_types(self) -> None:
+        if self._types_fd >= 0:
+            os.close(self._types_fd)
+            self._types_fd = -1
 
     def skip_program(self, name: str) -> None:
         """Leave a program out of ``load``."""
@@ -262,6 +295,18 @@ class BpfObject:
 
     def _find_map(self, name: str) -> int:
         return self.library.call("bpf_object__find_map_by_name", self._handle, name.encode())
+
+
+def _keep_in_memory(content: bytes) -> int:
+    """Return the fd of a file without a name: libbpf takes types by a path only."""
+    fd = os.memfd_create("types", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def read_iterator(library: Library, link_fd: int, buffer: bytearray) -> Iterator[memoryview]:

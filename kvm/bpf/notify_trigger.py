@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvm import abi
+from kvm.bpf.btf import read_types
 from kvm.bpf.libbpf import LIBRARY, BpfObject, Library, RingBuffer, open_library
 from kvm.bpf.refusals import check_own_pid, explain
+from kvm.errors import MalformedData, SourceUnavailable
 
 OBJECT = Path(__file__).parent / "programs" / "notify.bpf.o"
 FUNCTION = "handle_notify"
@@ -87,12 +89,14 @@ class NotifyTrigger:
         flags: int = abi.KVM_NOTIFY_CONTEXT_INVALID,
         library: str = LIBRARY,
         kallsyms: Path = Path("/proc/kallsyms"),
+        sys: Path = Path("/sys"),
     ) -> None:
         self._on_call = on_call
         self._function = function
         self._settings = (records_per_second, exit_reason, flags)
         self._library_name = library
         self._kallsyms = kallsyms
+        self._sys = sys
         self._lock = threading.RLock()
         self._object: BpfObject | None = None
         self._control: mmap.mmap | None = None
@@ -167,7 +171,11 @@ class NotifyTrigger:
                 self._object = None
 
     def _open(self, library: Library) -> TriggerStatus:
-        self._object = BpfObject(library, OBJECT)
+        try:
+            types = read_types(self._sys)
+        except MalformedData as err:
+            raise SourceUnavailable(str(err)) from err
+        self._object = BpfObject(library, OBJECT, types)
         try:
             for program in ("on_entry", "on_return"):
                 self._object.set_target(program, self._function)

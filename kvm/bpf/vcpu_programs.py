@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kvm.bpf.libbpf import BpfObject, Library, read_iterator
 from kvm.bpf.vcpu_decode import IDENTITY, STATE_RECORD, VM_RECORD, HostBlocks, decode_files
+from kvm.errors import MalformedData
 
 OBJECT = Path(__file__).parent / "programs" / "vcpus.bpf.o"
 
@@ -38,7 +39,7 @@ CONTROL_FIELDS = (
     ("wanted_vm", "Q"),
     *((name, "I") for name in ("wanted_vcpu_id", "wanted_bytes", "own_tgid", "found")),
     *((name, "I") for name in ("exits_offset", "notify_window_exits_offset")),
-    *((name, "I") for name in ("round", "vms", "vcpus", "broken", "next_vm", "unowned", "slots", "reserved")),
+    *((name, "I") for name in ("round", "vms", "vcpus", "broken", "next_vm", "unowned", "slots", "strange")),
 )
 CONTROL_BYTES = struct.calcsize("=" + "".join(format_ for _, format_ in CONTROL_FIELDS))
 
@@ -94,13 +95,21 @@ class RoomNeeded(Exception):
 class VcpuPrograms:
     """The loaded programs ``names``, with room for ``capacity`` vCPUs and ``statistics`` values of each.
 
-    Construction raises OSError (libbpf's messages say more).
+    ``types`` is the BTF that says where KVM's structs have their fields, None for vmlinux's. Construction raises
+    OSError (libbpf's messages say more).
     """
 
-    def __init__(self, library: Library, capacity: int, statistics: int, names: Sequence[str] = ALL) -> None:
+    def __init__(
+        self,
+        library: Library,
+        capacity: int,
+        statistics: int,
+        names: Sequence[str] = ALL,
+        types: bytes | None = None,
+    ) -> None:
         self.library = library
         self.names = tuple(names)
-        self._object = BpfObject(library, OBJECT)
+        self._object = BpfObject(library, OBJECT, types)
         self._maps: list[mmap.mmap] = []
         self._links: dict[str, int] = {}
         self._buffer = bytearray(FILE_BUFFER_BYTES)
@@ -170,8 +179,14 @@ class VcpuPrograms:
         )
 
     def read_files(self) -> HostBlocks:
-        """Read every VM by the open files of all processes; raises OSError, MalformedData."""
+        """Read every VM by the open files of all processes; raises OSError, MalformedData.
+
+        Malformed is also what has a vCPU's name and is none by the types that we have: then they are of another KVM.
+        """
+        self.control.write(strange=0)
         block = b"".join(map(bytes, read_iterator(self.library, self._link("read_files"), self._buffer)))
+        if strange := self.control.read("strange"):
+            raise MalformedData("files called a vCPU's", f"{strange} lead to none where the kernel's types say")
         return decode_files(block, self.control.read("statistics"), MAX_STATISTICS, "records of read_files")
 
     def read_vcpu(self, vm: int, vcpu_id: int, statistics_bytes: int) -> bytes | None:

@@ -11,8 +11,9 @@ to dup, pread, close and print as many statistics fds that it has found before (
 - KVM's own list of VMs (``read_vms``): 5 ms, and 2.5 ms without the eventfds, though it looks at no file but the VM's.
 
 So the last is the way here, and the first its fallback: on opening, the list has to lead to a VM of our own before it
-is trusted. A few counters of each vCPU are copied, 8 bytes each; all 1,120 bytes of statistics and the registers are
-had of single vCPUs by ``read_vcpu``.
+is trusted, and that VM has to be read as what it is (``kvm/bpf/fingerprint.py``) before anything is. A few counters of
+each vCPU are copied, 8 bytes each; all 1,120 bytes of statistics and the registers are had of single vCPUs by
+``read_vcpu``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvm.binary_stats import VALUE_BYTES, find_counters
+from kvm.bpf.btf import read_types
+from kvm.bpf.fingerprint import refuse_layout, refuse_own_vcpu, take_fingerprint
 from kvm.bpf.libbpf import LIBRARY, Library, open_library
 from kvm.bpf.refusals import check_own_pid, explain
 from kvm.bpf.vcpu_decode import (
@@ -104,6 +107,7 @@ class BpfSource:
         self._programs: VcpuPrograms | None = None
         self._assembler = VmAssembler(())
         self._described: dict[str, Statistic] = {}
+        self._types: bytes | None = None
         self._marks = (-1, -1)
         self._unowned: dict[int, float] = {}
         self._unheld: set[int] = set()
@@ -164,21 +168,23 @@ class BpfSource:
         """
         with self._lock:
             programs = self._ready()
-            if self.method != "list" or "read_vcpu" not in programs.names:
+            if not self._reads_state(programs):
                 raise SourceUnavailable(f"single vCPUs cannot be read here: {self.method_reason}")
             kvm = self._assembler.find_kvm(key)
-            if kvm is None:
-                return None
-            ends = (statistic.offset + statistic.size * VALUE_BYTES for statistic in self._described.values())
-            length = min(max(ends, default=0), STATISTICS_BYTES)
-            try:
-                block = self._try_list(lambda: programs.read_vcpu(kvm, vcpu_id, length))
-            except (OSError, ListChanged) as err:
-                raise SourceUnavailable(f"reading a vCPU by BPF failed: {err}") from err
-            if block is None:
-                return None
-            state = decode_state(block, length, self._described)
-            return state if self._is_thread_of(key, state.tid) else None
+            state = None if kvm is None else self._read_state(programs, kvm, vcpu_id)
+            return state if state is not None and self._is_thread_of(key, state.tid) else None
+
+    def _reads_state(self, programs: VcpuPrograms) -> bool:
+        return self.method == "list" and "read_vcpu" in programs.names
+
+    def _read_state(self, programs: VcpuPrograms, kvm: int, vcpu_id: int) -> VcpuState | None:
+        ends = (statistic.offset + statistic.size * VALUE_BYTES for statistic in self._described.values())
+        length = min(max(ends, default=0), STATISTICS_BYTES)
+        try:
+            block = self._try_list(lambda: programs.read_vcpu(kvm, vcpu_id, length))
+        except (OSError, ListChanged) as err:
+            raise SourceUnavailable(f"reading a vCPU by BPF failed: {err}") from err
+        return None if block is None else decode_state(block, length, self._described)
 
     def _is_thread_of(self, key: VmKey, tid: int | None) -> bool:
         """Tell whether a vCPU's thread belongs to the VM's process: memory of a VM that ended is used for others."""
@@ -214,6 +220,9 @@ class BpfSource:
             self.open()
         elif self._programs is not None and self._should_try_again():
             self.open()
+        return self._loaded()
+
+    def _loaded(self) -> VcpuPrograms:
         if self._programs is None:
             raise SourceUnavailable("it is not open")
         return self._programs
@@ -224,13 +233,13 @@ class BpfSource:
 
     def _open(self, library: Library) -> None:
         self._opened_at = self._clock()
+        self._types = self._read_types()
         with ExitStack() as stack:
             vm, self.method_reason = self._make_vm(stack)
             self._described = {} if vm is None else vm.statistics
             programs = self._programs = self._load(library, len(self._wanted))
             learnt = programs.learn() if vm is None else programs.learn(vm.vm_fd, vm.vcpu_fd)
             check_own_pid(programs.control.read("own_tgid"))
-            self._choose_statistics(programs)
             self.method = "files" if learnt else "names"
             if learnt and "list_vms" in programs.names:
                 # The list does not stand still while a VM comes or goes.
@@ -238,7 +247,49 @@ class BpfSource:
                     self.method = "list"
                 else:
                     self.method_reason = "KVM's list of VMs does not lead to a VM of our own"
-        self._unowned, self._unheld = {}, set()
+            self._unowned, self._unheld = {}, set()
+            if vm is not None:
+                self._check_layout(vm, learnt)
+        self._choose_statistics(self._loaded())
+        if self.method == "names":
+            self._try_names(self._loaded())
+
+    def _try_names(self, programs: VcpuPrograms) -> None:
+        """Make sure that the VMs that there are can be read; raises SourceUnavailable."""
+        try:
+            programs.read_files()
+        except MalformedData as err:
+            raise refuse_layout(str(err)) from err
+
+    def _read_types(self) -> bytes | None:
+        try:
+            return read_types(self._sys)
+        except (OSError, MalformedData) as err:
+            # vmlinux's may do; the fingerprint tells.
+            log.warning("the kvm module's own types cannot be used", extra={"fields": {"err": str(err)}})
+            return None
+
+    def _check_layout(self, vm: ThrowawayVm, learnt: bool) -> None:
+        """Make sure that a vCPU of our own is read as what it is; raises SourceUnavailable."""
+        if not learnt:
+            raise refuse_own_vcpu(["it is not found by its file"])
+        fingerprint = take_fingerprint(vm)
+        programs = self._loaded()
+        address = programs.control.read("wanted_vm")
+        programs.control.write_offsets([self._described[fingerprint.counter].offset])
+        self._assembler = VmAssembler([fingerprint.counter])
+        try:
+            found = self._read(programs)
+        except MalformedData as err:
+            raise SourceUnavailable(str(err)) from err
+        key = self._assembler.find_key(address)
+        differences = list(fingerprint.find_differences(None if key is None else found.get(key)))
+        programs = self._loaded()  # larger ones, perhaps
+        if not differences and self._reads_state(programs):
+            state = self._read_state(programs, address, fingerprint.vcpu_id)
+            differences = list(fingerprint.find_state_differences(state))
+        if differences:
+            raise refuse_own_vcpu(differences)
 
     def _make_vm(self, stack: ExitStack) -> tuple[ThrowawayVm | None, str]:
         try:
@@ -254,10 +305,10 @@ class BpfSource:
             self.method_reason = "this kernel has no bpf_loop() (Linux 5.17)"
         for names in choices[:-1]:
             try:
-                return VcpuPrograms(library, self._capacity, statistics, names)
+                return VcpuPrograms(library, self._capacity, statistics, names, self._types)
             except OSError as err:
                 self.method_reason = explain(err, library.messages.kept(), self._proc, self._sys).reason
-        return VcpuPrograms(library, self._capacity, statistics, choices[-1])
+        return VcpuPrograms(library, self._capacity, statistics, choices[-1], self._types)
 
     def _choose_statistics(self, programs: VcpuPrograms) -> None:
         """Find where the wanted counters stand: by the kernel's own descriptors, else by its types."""
@@ -329,7 +380,7 @@ class BpfSource:
     def _grow(self, programs: VcpuPrograms, vcpus: int) -> VcpuPrograms:
         """Load the programs again with more room, and let them take over what these have learnt."""
         self._capacity = 1 << (vcpus + vcpus // 4).bit_length()
-        larger = VcpuPrograms(programs.library, self._capacity, len(self._wanted), programs.names)
+        larger = VcpuPrograms(programs.library, self._capacity, len(self._wanted), programs.names, self._types)
         larger.control.take_over(programs.control)
         programs.close()
         self._programs = larger

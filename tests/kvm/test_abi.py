@@ -16,6 +16,7 @@ EXPRESSIONS = {
         name: name
         for name in """
         KVM_GET_API_VERSION KVM_CREATE_VM KVM_CHECK_EXTENSION KVM_GET_VCPU_MMAP_SIZE KVM_CREATE_VCPU KVM_GET_STATS_FD
+        KVM_RUN KVM_SET_REGS KVM_ENABLE_CAP
         KVM_CAP_BINARY_STATS_FD KVM_CAP_X86_NOTIFY_VMEXIT KVM_EXIT_NOTIFY KVM_NOTIFY_CONTEXT_INVALID
         KVM_STATS_TYPE_MASK EXIT_REASON_NOTIFY SYS_pidfd_open SYS_openat2 SYS_pidfd_getfd
         SYS_fsopen SYS_fsconfig SYS_fsmount FSOPEN_CLOEXEC FSCONFIG_CMD_CREATE FSMOUNT_CLOEXEC
@@ -28,6 +29,9 @@ EXPRESSIONS = {
         KCMP_FILE NS_GET_USERNS RESOLVE_NO_MAGICLINKS RESOLVE_IN_ROOT NETLINK_KOBJECT_UEVENT
         """.split()
     },
+    "KVM_RUN_IMMEDIATE_EXIT": "offsetof(struct kvm_run, immediate_exit)",
+    "KVM_ENABLE_CAP_ARGUMENT.size": "sizeof(struct kvm_enable_cap)",
+    "KVM_REGS.size": "sizeof(struct kvm_regs)",
     "KVM_STATS_HEADER.size": "sizeof(struct kvm_stats_header)",
     "KVM_STATS_DESC.size": "sizeof(struct kvm_stats_desc)",
     "OPEN_HOW.size": "sizeof(struct open_how)",
@@ -55,6 +59,11 @@ NOT_IN_HEADERS = {
     "KVM_ISA_VMX",
 }
 FIELDS = {
+    "KVM_ENABLE_CAP_ARGUMENT": ("struct kvm_enable_cap", ["cap", "flags", "args"]),
+    "KVM_REGS": (
+        "struct kvm_regs",
+        [*"rax rbx rcx rdx rsi rdi rsp rbp".split(), *(f"r{n}" for n in range(8, 16)), "rip", "rflags"],
+    ),
     "KVM_STATS_HEADER": (
         "struct kvm_stats_header",
         ["flags", "name_size", "num_desc", "id_offset", "desc_offset", "data_offset"],

@@ -152,6 +152,7 @@ struct kvm_vcpu {
 	struct pid *pid;
 	struct kvm_vcpu_arch arch;
 	struct kvm_vcpu_stat stat;
+	char stats_id[48];
 };
 
 #pragma clang attribute pop

@@ -26,6 +26,18 @@ static __always_inline enum kind recognise(const struct file *file)
 	return (*(__u64 *)name & 0xffffffffffffffULL) == 0x6d762d6d766bULL ? VM : OTHER; /* kvm-vm and its NUL */
 }
 
+/* struct kvm_vcpu.stats_id lies behind the statistics and begins with "kvm-": if it does so where the types say, then
+ * the statistics are where they say. */
+static __always_inline bool looks_like_vcpu(const struct kvm_vcpu *vcpu)
+{
+	__u32 begin = 0;
+
+	if (!bpf_core_field_exists(vcpu->stats_id))
+		return false;
+	bpf_probe_read_kernel(&begin, sizeof(begin), FIELD(vcpu, struct kvm_vcpu, stats_id));
+	return begin == NAME_BEGINS;
+}
+
 SEC("iter/task_file")
 int read_files(struct bpf_iter__task_file *ctx)
 {
@@ -53,6 +65,9 @@ int read_files(struct bpf_iter__task_file *ctx)
 	record.online_vcpus = BPF_CORE_READ(kvm, online_vcpus.counter);
 	read_notify(kvm, &record.notify_window, &record.notify_vmexit_flags, &record.has_notify);
 	if (kind == VCPU) {
+		/* With nothing learnt there was no VM of ours to try the types with. */
+		if (!control.vcpu_fops && !looks_like_vcpu(vcpu))
+			control.strange++;
 		record.vcpu_id = BPF_CORE_READ(vcpu, vcpu_id);
 		record.tid = read_tid(vcpu);
 		for (int i = 0; i < MAX_STATISTICS && i < control.statistics; i++)

@@ -25,8 +25,8 @@ struct control {
 	/* answers of a read */
 	__u32 round, vms, vcpus, broken;
 	__u32 next_vm, unowned;
-	/* how many slots of fd tables were looked at in this read */
-	__u32 slots, reserved;
+	/* how many slots of fd tables were looked at in this read, and how many files called a vCPU's led to none */
+	__u32 slots, strange;
 };
 struct control control;
 

@@ -11,6 +11,7 @@
 #define CHUNK 16
 #define SEARCH_ROUNDS 64
 #define LOWEST_POINTER 0x1000
+#define NAME_BEGINS 0x2d6d766b /* "kvm-" */
 
 /* ---- what a VM and a vCPU say of themselves ----------------------------------------------------------------------- */
 
@@ -47,7 +48,7 @@ static __always_inline bool looks_like_vm(const void *kvm)
 	__u32 begin = 0;
 
 	bpf_probe_read_kernel(&begin, sizeof(begin), FIELD(kvm, struct kvm, stats_id));
-	return begin == 0x2d6d766b;
+	return begin == NAME_BEGINS;
 }
 
 /* ---- the vCPUs of a VM ---------------------------------------------------------------------------------------------- */
