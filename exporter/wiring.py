@@ -27,6 +27,7 @@ from kvm.counters.stats_fd import StatsFdSource
 from kvm.discovery.processes import is_thread_of, open_vm_process
 from kvm.discovery.uevents import open_uevents, read_uevent
 from kvm.discovery.vm_discovery import Discovery
+from kvm.host.kvm_device import may_run_tds
 from kvm.identity.owner_cache import OwnerCache
 from kvm.identity.vm_ids import OWNER_WAIT_SECONDS
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SnapshotReader
@@ -57,6 +58,7 @@ def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, bp
         open_pidfd=open_vm_process,
         is_thread=is_thread_of,
         read_cpu_time=read_cpu_time,
+        may_run_tds=partial(may_run_tds, SYSFS),
         make_trigger=make_trigger if arguments.trigger_bpf else None,
     )
     return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)

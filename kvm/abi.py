@@ -59,8 +59,12 @@ class KvmStatsType(IntEnum):
 
 KVM_STATS_TYPE_MASK = 0xF
 
+# arch/x86/include/uapi/asm/kvm.h: struct kvm.arch.vm_type, Linux 6.16
+KVM_X86_TDX_VM = 5
+
 # arch/x86/include/uapi/asm/vmx.h and arch/x86/include/asm/vmx.h ------------------------------------------------------
 EXIT_REASON_NOTIFY = 75
+VMX_EXIT_REASONS_SGX_ENCLAVE_MODE = 1 << 27  # arch/x86/include/asm/vmx.h; no header of userspace has it
 NOTIFY_VM_CONTEXT_INVALID = 1 << 0  # arch/x86/include/asm/vmx.h; no header of userspace has it
 
 # arch/x86/kvm/trace.h: the field isa of kvm:kvm_exit

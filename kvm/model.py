@@ -165,7 +165,7 @@ class Statistic:
 class NotifyExit:
     """One traced notify exit: a record of the tracepoint kvm:kvm_exit with reason 75.
 
-    ``time_ns`` is CLOCK_MONOTONIC, ``rip`` the guest's instruction pointer (None where KVM hides it),
+    ``time_ns`` is CLOCK_MONOTONIC, ``rip`` the guest's instruction pointer (None where the record does not tell it),
     ``qualification`` the exit qualification, ``idt_vectoring`` the IDT-vectoring information.
     """
 
@@ -281,7 +281,8 @@ class VcpuState:
     ``registers`` are the guest's general registers and ``rip`` as KVM has them in memory; those in ``stale`` KVM has
     not fetched since the guest last ran (on VMX rip and rsp, unless something asked for them): they prove nothing.
     ``statistics`` has every statistic that the kernel describes, histograms too. ``guest_mode`` says whether the vCPU
-    ran a nested guest, None where the kernel does not tell.
+    ran a nested guest, ``state_protected`` that KVM cannot read its registers (guest_state_protected), ``vm_type`` is
+    its VM's KVM_X86_*_VM; None where the kernel does not tell.
     """
 
     vcpu_id: int
@@ -289,6 +290,8 @@ class VcpuState:
     registers: Mapping[str, int]
     stale: frozenset[str]
     statistics: Mapping[str, tuple[int, ...]]
+    state_protected: bool | None = None
+    vm_type: int | None = None
 
     @property
     def guest_mode(self) -> bool | None:

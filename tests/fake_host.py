@@ -35,13 +35,24 @@ ALLOWANCE = 64
 @dataclass
 class Exit:
     seconds: float
-    rip: int
+    rip: int | None
     is_notify: bool
+
+
+# What a vCPU does at a time, by its behaviour: RIPs, and whether the exit is a notify exit. Others run.
+ACTS: dict[str, list[tuple[int | None, bool]]] = {
+    "stuck": [(R, True), (R, False)],
+    "stuck at 0": [(0, True), (0, False)],
+    "alternating": [(R, True), (R + 16, True)],
+    "others": [(R, True), (R + 2, False)],
+    "rep": [(R, True)],
+    "enclave": [(None, True)],
+}
 
 
 @dataclass
 class FakeVcpu:
-    """``behaviour`` is what it does: idle, stuck, alternating, others, rep, running."""
+    """``behaviour`` is what it does: idle, running, or one of ACTS."""
 
     tid: int
     interval: float = 0.01
@@ -50,6 +61,7 @@ class FakeVcpu:
     exits: int = 0
     rcx: int = 10**6
     until: float = 1000.0
+    untraceable: str = ""
     armed: list[FakeArmed] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
@@ -68,20 +80,10 @@ class FakeVcpu:
         if self.behaviour == "idle":
             self.until = now
 
-    def act(self) -> list[tuple[int, bool]]:
-        match self.behaviour:
-            case "stuck":
-                return [(R, True), (R, False)]
-            case "alternating":
-                return [(R, True), (R + 16, True)]
-            case "others":
-                return [(R, True), (R + 2, False)]
-            case "rep":
-                self.rcx -= 1
-                return [(R, True)]
-            case "hidden":
-                return [(0, True)]
-        return [(R + 64, False)]
+    def act(self) -> list[tuple[int | None, bool]]:
+        if self.behaviour == "rep":
+            self.rcx -= 1
+        return ACTS.get(self.behaviour, [(R + 64, False)])
 
 
 class FakeArmed:
@@ -108,7 +110,7 @@ class FakeArmed:
             if self._host.loses:
                 self.lost += 1
             else:
-                self._exits.append(NotifyExit(round(made.seconds * 1e9), self._vcpu.tid, made.rip or None, 0, 0))
+                self._exits.append(NotifyExit(round(made.seconds * 1e9), self._vcpu.tid, made.rip, 0, 0))
 
     def read(self) -> FakeRecords:
         self._host.settle()
@@ -238,7 +240,8 @@ class FakeHost:
         for vm in self.vms:
             if vm.key == key and vm.is_readable and vcpu_id < 2 * len(vm.vcpus):
                 vcpu = vm.vcpus[vcpu_id // 2]
-                return Reading({"rax": 1, "rcx": vcpu.rcx, "rip": 3}, False, vcpu.notify_exits, vcpu.exits)
+                registers = {"rax": 1, "rcx": vcpu.rcx, "rip": 3}
+                return Reading(registers, False, vcpu.notify_exits, vcpu.exits, vcpu.untraceable)
         return None
 
     def read_cpu_time(self, pid: int, tid: int) -> float | None:

@@ -43,9 +43,9 @@ class Backends:
 
     ``reader`` is read from worker threads, one read at a time. ``read_vcpu`` reads one vCPU of the newest snapshot and
     returns None if it is gone; it raises SourceUnavailable. ``open_pidfd`` opens a pidfd of a VM's process and raises
-    VmGone. ``is_thread`` tells whether a thread belongs to a process, ``read_cpu_time``
-    how many seconds it has run. ``make_trigger`` makes a trigger that hands its
-    calls to the given function.
+    VmGone. ``is_thread`` tells whether a thread belongs to a process, ``read_cpu_time`` how many seconds it has run,
+    ``may_run_tds`` whether a vCPU of which nothing can be read may be a TD's. ``make_trigger`` makes a trigger that
+    hands its calls to the given function.
     """
 
     reader: SnapshotReader
@@ -54,6 +54,7 @@ class Backends:
     open_pidfd: Callable[[VmKey], int] | None = None
     is_thread: Callable[[int, int], bool] = is_any_thread
     read_cpu_time: Callable[[int, int], float | None] | None = None
+    may_run_tds: Callable[[], bool] = bool  # no
     make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None
 
 
@@ -106,9 +107,13 @@ class Run(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One vCPU as it was read in one go: its current registers, and KVM's counters."""
+    """One vCPU as it was read in one go: its current registers, and KVM's counters.
+
+    ``untraceable`` is why its exits must not be traced or tell nothing; "" where they may be.
+    """
 
     registers: Mapping[str, int]
     nested: bool | None
     notify_exits: int
     exits: int
+    untraceable: str = ""

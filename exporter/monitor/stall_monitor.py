@@ -81,6 +81,7 @@ class StallMonitor:
             limits or Limits(),
             self._run,
             is_thread=backends.is_thread,
+            may_run_tds=backends.may_run_tds,
             read=self._single.read,
             read_cpu_time=backends.read_cpu_time,
             on_change=self._take,

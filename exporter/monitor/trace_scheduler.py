@@ -28,8 +28,9 @@ _NEVER: Final = float("inf")
 class TraceScheduler:
     """Starts sessions as the budget allows, and keeps count.
 
-    ``is_thread`` tells whether a thread belongs to a process, ``read`` reads a vCPU (None where it cannot be had),
-    ``read_cpu_time`` a thread's CPU time, all in worker threads; ``on_change`` takes verdicts.
+    ``is_thread`` tells whether a thread belongs to a process, ``may_run_tds`` whether a vCPU that cannot be read may be
+    a TD's, ``read`` reads a vCPU (None where it cannot be had), ``read_cpu_time`` a thread's CPU time, all in worker
+    threads; ``on_change`` takes verdicts.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TraceScheduler:
         run: Run,
         *,
         is_thread: Callable[[int, int], bool],
+        may_run_tds: Callable[[], bool],
         read: Callable[[VcpuKey], Reading | None],
         read_cpu_time: Callable[[int, int], float | None] | None,
         on_change: Callable[[TrackedVcpu, Sequence[Verdict]], None],
@@ -50,7 +52,7 @@ class TraceScheduler:
         self._tracer, self._run = tracer, run
         self._budget = TraceBudget(limits)
         self._is_thread, self._read, self._on_change = is_thread, read, on_change
-        self._read_cpu_time = read_cpu_time
+        self._read_cpu_time, self._may_run_tds = read_cpu_time, may_run_tds
         # Those that wait for a session, have one or had one; a VM that has ended has none here.
         self._vcpus: dict[VcpuKey, TrackedVcpu] = {}
         self._timers: dict[VcpuKey, asyncio.TimerHandle] = {}
@@ -151,6 +153,9 @@ class TraceScheduler:
             read_cpu_time=self._read_cpu_time and partial(self._read_cpu_time, vcpu.key.vm.pid, tid),
             on_change=partial(self._on_change, vcpu),
         )
+        if obstacle := await self._run(partial(self._find_obstacle, vcpu.key)):
+            self._on_change(vcpu, vcpu.detector.observe_hidden(asyncio.get_running_loop().time(), obstacle))
+            return
         self.armed += 1
         self.armings += 1
         try:
@@ -172,6 +177,13 @@ class TraceScheduler:
             self.records += subject.records
             self.lost += subject.lost
             self._note_interval(vcpu)
+
+    def _find_obstacle(self, key: VcpuKey) -> str:
+        """Say why a vCPU must not be armed, "" where it may be; in a worker thread."""
+        reading = self._read(key)
+        if reading is not None:
+            return reading.untraceable
+        return "it may be a TD, whose exits are never traced: nothing can be read of it" if self._may_run_tds() else ""
 
     def _end(self, vcpu: TrackedVcpu, task: asyncio.Task[None]) -> None:
         """Plan what comes after a session; every one ends here, whatever has become of it."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from exporter.monitor.backends import Reading
+from kvm import abi
 from kvm.errors import SourceUnavailable
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuKey, VcpuState, VmKey
 
@@ -39,6 +40,17 @@ class VcpuReader:
             return None
 
 
+def find_obstacle(state: VcpuState) -> str:
+    """Say why a vCPU's exits must not be traced, "" where they may be.
+
+    To make a record KVM reads the guest's RIP. Of a TD it must not: for one that is debugged, Linux 7.3 warns of that,
+    and a host with panic_on_warn ends.
+    """
+    if state.vm_type == abi.KVM_X86_TDX_VM:
+        return "it is a TD: its RIP cannot be known, and its exits are never traced"
+    return "KVM cannot read the registers of this guest" if state.state_protected else ""
+
+
 def make_vcpu_reader(
     read_vcpu: Callable[[VmKey, int], VcpuState | None],
 ) -> Callable[[VmKey, int], Reading | None]:
@@ -52,6 +64,6 @@ def make_vcpu_reader(
         if counts[0] is None or counts[1] is None:
             raise SourceUnavailable("this kernel does not describe its statistics of a vCPU")
         registers = {name: value for name, value in state.registers.items() if name not in state.stale}
-        return Reading(registers, state.guest_mode, counts[0][0], counts[1][0])
+        return Reading(registers, state.guest_mode, counts[0][0], counts[1][0], find_obstacle(state))
 
     return read

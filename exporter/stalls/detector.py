@@ -3,7 +3,8 @@
 A notify exit says that a guest opened no event window for a while. One is no proof of anything. A vCPU is stuck if it
 takes them at one RIP, exit after exit, and shows no other sign of life. What counts, and what does not:
 
-- **The RIP** is taken from trace records only. Where KVM hides it, nothing can be said, and equal unknowns are no pair.
+- **The RIP** is taken from trace records only; 0 is one like any other. Where it is not known (KVM cannot read the
+  guest's registers, or the exit was out of an SGX enclave), nothing can be said, and equal unknowns are no pair.
 - **A pair** are two records in a row, of one trace session, at one RIP. Records that come late, or beside lost ones,
   make no pair. A record at another RIP always proves progress, whenever it comes, unless it is older than the
   suspicion. So does the progress event (any exit at another RIP). What comes together is judged together: a stall is
@@ -170,6 +171,11 @@ class StallDetector:
             self._enter(State.UNKNOWN, now, "its counter cannot be read")
         return self._take_changes()
 
+    def observe_hidden(self, now: float, reason: str) -> Sequence[Verdict]:
+        """Take in that the RIP of this vCPU cannot be had, and why."""
+        self._hide(now, reason)
+        return self._take_changes()
+
     def observe_records(
         self, now: float, records: Iterable[NotifyExit], *, lost: int = 0, other_rip: bool = False
     ) -> Sequence[Verdict]:
@@ -247,11 +253,9 @@ class StallDetector:
     def _take_record(self, record: NotifyExit, trusted: bool) -> None:
         seconds = record.time_ns / _NS
         self.traced_exits += 1
-        self.rip_hidden = record.rip is None
+        self.rip_hidden = False
         if record.rip is None:
-            self._run = RecordRun()
-            if self._suspicion is None:
-                self._enter(State.UNKNOWN, seconds, "KVM hides the RIP of this guest")
+            self._hide(seconds, "it was in an SGX enclave, where its RIP is not known")
             return
         late = seconds < self._last_record_seconds
         in_order = trusted and not late
@@ -267,6 +271,14 @@ class StallDetector:
             self._run = RecordRun()
             return
         self._extend_run(record, record.rip, seconds, apart, in_order)
+
+    def _hide(self, seconds: float, reason: str) -> None:
+        self.rip_hidden = True
+        self._run = RecordRun()
+        if self._window:
+            self._window.interrupt()
+        if self._suspicion is None:
+            self._enter(State.UNKNOWN, seconds, reason)
 
     def _extend_run(self, record: NotifyExit, rip: int, seconds: float, apart: float, in_order: bool) -> None:
         """Take in a record at the RIP of the one before, or at the first RIP that is known."""

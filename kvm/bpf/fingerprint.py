@@ -59,6 +59,8 @@ class Fingerprint:
         for name, value in state.registers.items():
             yield from _compare(name, value, self.registers[name])
         yield from _compare("stale registers", sorted(state.stale), [])
+        yield from _compare("guest_state_protected", bool(state.state_protected), False)
+        yield from _compare("vm_type", state.vm_type or 0, 0)
 
 
 def _compare(what: str, read: object, expected: object) -> Iterator[str]:

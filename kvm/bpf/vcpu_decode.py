@@ -28,8 +28,9 @@ IDENTITY = struct.Struct("=Ii")
 # struct file_record, without its values: kvm, start_boottime, tgid, fd, is_vcpu, is_owner, notify_window,
 # notify_vmexit_flags, has_notify, vcpu_id, tid, online_vcpus
 FILE_RECORD = struct.Struct("=2Q8IiI")
-# struct vcpu_state without its statistics: regs, rip, regs_avail, vcpu_id, tid
-STATE_RECORD = struct.Struct("=18QIi")
+# struct vcpu_state without its statistics: regs, rip, regs_avail, vcpu_id, tid, guest_state_protected, vm_type
+STATE_RECORD = struct.Struct("=18QIi2I")
+_NOT_KNOWN = 0xFFFFFFFF
 
 NS_PER_TICK = 1_000_000_000 // abi.USER_HZ
 # enum kvm_reg (arch/x86/include/asm/kvm_host.h); bit N of regs_avail says that register N is not stale
@@ -245,7 +246,7 @@ def join_blocks(blocks: HostBlocks, more: HostBlocks) -> HostBlocks:
 
 def decode_state(block: bytes, length: int, statistics: Mapping[str, Statistic]) -> VcpuState:
     """Decode a struct vcpu_state with ``length`` bytes of statistics; one that lies beyond them is left out."""
-    *registers, available, vcpu_id, tid = STATE_RECORD.unpack_from(block)
+    *registers, available, vcpu_id, tid, is_protected, vm_type = STATE_RECORD.unpack_from(block)
     raw = block[STATE_RECORD.size : STATE_RECORD.size + length]
     values = {
         name: struct.unpack_from(f"={statistic.size}Q", raw, statistic.offset)
@@ -258,4 +259,6 @@ def decode_state(block: bytes, length: int, statistics: Mapping[str, Statistic])
         MappingProxyType(dict(zip(REGISTERS, registers, strict=True))),
         frozenset(name for bit, name in enumerate(REGISTERS) if not available >> bit & 1),
         MappingProxyType(values),
+        None if is_protected == _NOT_KNOWN else bool(is_protected),
+        None if vm_type == _NOT_KNOWN else vm_type,
     )

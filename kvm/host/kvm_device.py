@@ -21,6 +21,16 @@ def find_kvm_module(sysfs: Path) -> str:
     return ""
 
 
+def may_run_tds(sysfs: Path) -> bool:
+    """Tell whether TDs (guests of Intel TDX) may run here: kvm_intel says so, or cannot be asked."""
+    try:
+        return (sysfs / "module/kvm_intel/parameters/tdx").read_text(errors="replace").strip() != "N"
+    except FileNotFoundError:
+        return False  # no kvm_intel, or one without TDX
+    except OSError:
+        return True
+
+
 def open_kvm(device: Path) -> int:
     """Open /dev/kvm; raises SourceUnavailable with what to do."""
     try:

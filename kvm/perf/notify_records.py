@@ -28,6 +28,8 @@ def build_mask_filter(field: str, value: int, mask: int) -> str:
     return " && ".join([f"!({field} & {mask & ~value:#x})", *set_bits])
 
 
+# While the CPU is in enclave mode the record has not the guest's RIP but the enclave's asynchronous exit pointer: the
+# same wherever in the enclave the exit was (SDM volume 3, "Interactions with VMX").
 # The exit reason is the low half of the field; the CPU sets bits above it, such as 26 for a bus lock and 27 for
 # enclave mode (SDM volume 3, "Basic VM-Exit Information"). On SVM the same number is another exit.
 NOTIFY_FILTER = f"{build_mask_filter('exit_reason', abi.EXIT_REASON_NOTIFY, _REASON_MASK)} && isa == {abi.KVM_ISA_VMX}"
@@ -51,11 +53,16 @@ class TraceRecords(NamedTuple):
 
 
 def decode_notify_exit(tracepoint: Tracepoint, sample: Sample, tid: int) -> NotifyExit | None:
-    """Decode a record of kvm:kvm_exit; None where it is too short or tells of another exit."""
+    """Decode a record of kvm:kvm_exit; None where it is too short or tells of another exit.
+
+    A RIP of 0 is one like any other. It is unknown for an exit out of an SGX enclave; of a guest whose registers KVM
+    cannot read nobody makes records (exporter/monitor/trace_scheduler.py).
+    """
     try:
         reason, isa, rip, qualification, vectoring = tracepoint.decode(sample.raw, FIELDS)
     except MalformedData:
         return None
     if reason & _REASON_MASK != abi.EXIT_REASON_NOTIFY or isa != abi.KVM_ISA_VMX:
         return None
-    return NotifyExit(sample.time_ns, tid, rip or None, qualification, vectoring)
+    in_enclave = reason & abi.VMX_EXIT_REASONS_SGX_ENCLAVE_MODE
+    return NotifyExit(sample.time_ns, tid, None if in_enclave else rip, qualification, vectoring)

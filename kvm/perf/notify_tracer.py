@@ -5,8 +5,7 @@ them. Two perf events are opened for one thread, never CPU-wide:
 
 * **A** takes notify exits: `NOTIFY_FILTER`, SESSION_RECORDS of them, then the kernel switches it off.
 * **B** takes the first exit of any kind at another RIP than one that A has seen: proof that the guest moves. Interrupts
-  of the host that hit a stuck guest are exits at its own RIP and do not count, nor does anything else at that RIP. An
-  exit with a hidden RIP (0) does count as another one: no vCPU hides it sometimes.
+  of the host that hit a stuck guest are exits at its own RIP and do not count, nor does anything else at that RIP.
 
 Both write to one ring, so one fd wakes the reader for both, and A's records can never fill it before they are read.
 

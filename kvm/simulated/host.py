@@ -191,7 +191,9 @@ class SimulatedHost:
                 work = exits[vcpu_id] - notify[vcpu_id]
                 statistics = {NOTIFY_WINDOW_EXITS: (notify[vcpu_id],), EXITS: (exits[vcpu_id],), "guest_mode": (0,)}
                 registers = {"rax": work, "rcx": work // 7, "rip": 0, "rsp": 0}
-                return VcpuState(vcpu_id, vcpus[vcpu_id].tid, registers, frozenset({"rip", "rsp"}), statistics)
+                return VcpuState(
+                    vcpu_id, vcpus[vcpu_id].tid, registers, frozenset({"rip", "rsp"}), statistics, False, 0
+                )
         return None
 
     def read_cpu_time(self, pid: int, tid: int) -> float | None:

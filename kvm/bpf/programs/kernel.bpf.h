@@ -110,7 +110,9 @@ typedef struct {
 	int counter;
 } atomic_t;
 
+/* vm_type was an unsigned long before it was a byte: its lowest byte comes first. */
 struct kvm_arch {
+	unsigned char vm_type;
 	__u32 notify_window, notify_vmexit_flags;
 };
 
@@ -128,6 +130,7 @@ struct kvm_vcpu_arch {
 	unsigned long regs[16];
 	unsigned long rip;
 	__u32 regs_avail;
+	bool guest_state_protected;
 };
 
 /* ... and this field is a bitmap there; the part of a type's name after three underscores is for us alone. */

@@ -98,11 +98,14 @@ struct {
 	__type(value, struct owner);
 } owners SEC(".maps");
 
+#define NOT_KNOWN 0xffffffff /* of a field that this kernel's structs do not have */
+
 struct vcpu_state {
 	__u64 regs[16];
 	__u64 rip, regs_avail;
 	__u32 vcpu_id;
 	__s32 tid;
+	__u32 guest_state_protected, vm_type;
 	__u8 statistics[STATISTICS_BYTES];
 };
 

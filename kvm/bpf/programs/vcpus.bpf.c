@@ -267,6 +267,7 @@ static long find_wanted_vcpu(__u32 index, struct vcpu_walk *walk)
 static __always_inline void read_state(const struct kvm_vcpu *vcpu, struct vcpu_state *state)
 {
 	const struct kvm_vcpu___bitmap *flavour = (void *)vcpu;
+	const struct kvm *kvm = BPF_CORE_READ(vcpu, kvm);
 	__u32 bytes = control.wanted_bytes;
 
 	state->vcpu_id = BPF_CORE_READ(vcpu, vcpu_id);
@@ -277,6 +278,11 @@ static __always_inline void read_state(const struct kvm_vcpu *vcpu, struct vcpu_
 	state->regs_avail = bpf_core_field_exists(flavour->arch.regs_avail)
 				    ? BPF_CORE_READ(flavour, arch.regs_avail[0])
 				    : BPF_CORE_READ(vcpu, arch.regs_avail);
+	state->guest_state_protected = state->vm_type = NOT_KNOWN;
+	if (bpf_core_field_exists(vcpu->arch.guest_state_protected))
+		state->guest_state_protected = BPF_CORE_READ(vcpu, arch.guest_state_protected);
+	if (bpf_core_field_exists(kvm->arch.vm_type))
+		state->vm_type = BPF_CORE_READ(kvm, arch.vm_type);
 	if (bytes <= STATISTICS_BYTES)
 		bpf_probe_read_kernel(state->statistics, bytes, FIELD(vcpu, struct kvm_vcpu, stat));
 }

@@ -53,6 +53,7 @@ def play(
     make_trigger: Callable[[FakeTrigger], None] = lambda trigger: None,
     rule: StallRule | None = None,
     run: Run = run_inline,
+    may_run_tds: bool = False,
 ) -> FakeHost:
     """Run a stall monitor in virtual time while something happens; nothing may be left behind."""
 
@@ -73,6 +74,7 @@ def play(
             open_pidfd=host.hold,
             is_thread=host.is_thread,
             read_cpu_time=host.read_cpu_time if cpu_time else None,
+            may_run_tds=lambda: may_run_tds,
             make_trigger=open_trigger if trigger else None,
         )
         monitor = StallMonitor(backends, rule=rule or StallRule(), poll=poll, unix=lambda: 1.8e9 + loop.time(), run=run)

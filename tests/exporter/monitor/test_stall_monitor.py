@@ -45,7 +45,7 @@ def test_a_stall_is_found_and_reported_and_so_is_its_end(trigger: bool, caplog: 
 
 @pytest.mark.parametrize("trigger", [False, True], ids=["polled", "triggered"])
 @pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
-@pytest.mark.parametrize("behaviour", ["alternating", "others", "rep", "hidden"])
+@pytest.mark.parametrize("behaviour", ["alternating", "others", "rep", "enclave"])
 def test_a_guest_that_makes_progress_is_never_stalled(behaviour: str, registers: bool, trigger: bool) -> None:
     if behaviour == "rep" and not registers:
         return  # cannot be told apart, and the log line says so
@@ -60,9 +60,57 @@ def test_a_guest_that_makes_progress_is_never_stalled(behaviour: str, registers:
         found = scene.find(vm)
         assert found is not None
         assert found.traced_exits > 0
-        assert found.can_judge == (behaviour != "hidden")
+        assert found.can_judge == (behaviour != "enclave")
 
     play(act, vm, trigger=trigger, registers=registers)
+
+
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+def test_a_guest_that_is_stuck_at_rip_0_is_stalled(registers: bool, caplog: pytest.LogCaptureFixture) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck at 0")
+        assert await scene.wait_for(vm, State.STALLED) < 5
+
+    play(act, vm, registers=registers)
+    (stall,) = read_lines(caplog)
+    assert stall["rip"] == "0x0"
+
+
+def test_a_vcpu_whose_exits_must_not_be_traced_is_never_armed_and_unknown() -> None:
+    td, other = FakeVm("td", 100, 1), FakeVm("web", 200, 1)
+    td.vcpus[0].untraceable = "it is a TD"
+
+    async def act(scene: Scene) -> None:
+        for vm in (td, other):
+            scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(other, State.STALLED)
+        await asyncio.sleep(120)
+        found = scene.find(td)
+        assert found is not None
+        assert (found.verdict.state, found.verdict.reason) == (State.UNKNOWN, "it is a TD")
+        assert (found.can_judge, found.traced_exits) == (False, 0)
+        assert scene.monitor.report().armings == len({began for _, began, _ in scene.host.armed_times}) > 0
+
+    host = play(act, td, other, trigger=True)
+    assert {tid for tid, _, _ in host.armed_times} == {other.vcpus[0].tid}
+
+
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+def test_where_tds_may_run_a_vcpu_that_cannot_be_read_is_never_armed(registers: bool) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED if registers else State.UNKNOWN)
+        found = scene.find(vm)
+        assert found is not None
+        assert found.can_judge == registers
+        assert registers or found.verdict.reason.startswith("it may be a TD")
+
+    host = play(act, vm, registers=registers, may_run_tds=True)
+    assert bool(host.armed_times) == registers
 
 
 def test_without_registers_a_stall_is_found_by_polling_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Occasional(FakeVcpu):
     """When ``occasional``: each notify exit at another RIP, and others between."""
 
-    def act(self) -> list[tuple[int, bool]]:
+    def act(self) -> list[tuple[int | None, bool]]:
         if self.behaviour != "occasional":
             return super().act()
         return [(R + 16 * (self.notify_exits + 1), True), (5, False)]
@@ -40,7 +40,7 @@ class Wanderer(FakeVcpu):
 
     stay = 13
 
-    def act(self) -> list[tuple[int, bool]]:
+    def act(self) -> list[tuple[int | None, bool]]:
         if self.behaviour != "wandering":
             return super().act()
         return [(R + 256, False)] if self.exits % (self.stay + 1) == self.stay else [(R, True)]
@@ -51,7 +51,7 @@ class Ticked(FakeVcpu):
 
     ticks = 13
 
-    def act(self) -> list[tuple[int, bool]]:
+    def act(self) -> list[tuple[int | None, bool]]:
         if self.behaviour != "slow":
             return super().act()
         return [(R, self.exits % self.ticks == 0)]
@@ -149,7 +149,7 @@ def test_a_slow_stall_is_found_as_soon_as_its_share_allows(interval: float, with
 class Stuttering(FakeVcpu):
     """When ``stuttering``: stuck at R, with two notify exits at a time."""
 
-    def act(self) -> list[tuple[int, bool]]:
+    def act(self) -> list[tuple[int | None, bool]]:
         return [(R, True), (R, True)] if self.behaviour == "stuttering" else super().act()
 
 
@@ -387,6 +387,7 @@ class Bench:
             limits or Limits(),
             run_inline,
             is_thread=host.is_thread,
+            may_run_tds=lambda: False,
             read=lambda key: None,
             read_cpu_time=None,
             on_change=lambda vcpu, changes: None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,25 @@ def test_registers_that_are_stale_are_left_out() -> None:
     unknown = make_vcpu_reader(lambda key, vcpu_id: make_state(counts))(KEY, 7)
     assert unknown is not None
     assert unknown.nested is None
+
+
+@pytest.mark.parametrize(
+    ("protected", "vm_type", "obstacle"),
+    [
+        (None, None, ""),
+        (False, 0, ""),
+        (False, 1, ""),
+        (True, 0, "KVM cannot read the registers of this guest"),
+        (True, 5, "it is a TD: its RIP cannot be known, and its exits are never traced"),
+        (False, 5, "it is a TD: its RIP cannot be known, and its exits are never traced"),
+    ],
+)
+def test_what_must_not_be_traced_says_why(protected: bool | None, vm_type: int | None, obstacle: str) -> None:
+    state = make_state({NOTIFY_WINDOW_EXITS: (5,), EXITS: (9,)})
+    state = replace(state, state_protected=protected, vm_type=vm_type)
+    reading = make_vcpu_reader(lambda key, vcpu_id: state)(KEY, 7)
+    assert reading is not None
+    assert reading.untraceable == obstacle
 
 
 def test_a_vcpu_that_is_gone_is_none_and_one_without_statistics_is_no_zero() -> None:

@@ -312,6 +312,35 @@ def test_a_hidden_rip_is_unknown_and_no_pair() -> None:
     assert (story.detector.traced_exits, story.detector.same_rip_exits) == (150, 0)
 
 
+def test_a_rip_of_0_is_one_like_any_other() -> None:
+    story = Story().session(rip=0)
+    assert story.states == [State.NOTIFYING, State.SUSPECT, State.STALLED]
+    assert story.detector.verdict.rip == 0
+
+
+def test_an_exit_out_of_an_enclave_between_two_at_one_rip_breaks_the_row() -> None:
+    story = Story()
+    for _ in range(50):
+        story.trace(R, None, R, None).arm().read().wait(0.1)
+    assert State.SUSPECT not in story.states
+    story = Story().trace(R, R).arm()
+    for _ in range(50):
+        story.trace(R, None).read().wait(0.1)
+    assert State.STALLED not in story.states
+
+
+def test_what_cannot_be_traced_is_unknown_with_the_reason_until_it_is_quiet() -> None:
+    story = Story()
+    story.counter += 1
+    story.read().changes += story.detector.observe_hidden(story.now, "it is a TD")
+    assert story.states == [State.NOTIFYING, State.UNKNOWN]
+    verdict = story.detector.verdict
+    assert (verdict.state, verdict.reason, story.detector.rip_hidden) == (State.UNKNOWN, "it is a TD", True)
+    story.counter += 1
+    assert story.read().state is State.UNKNOWN
+    assert story.wait(100).read().state is State.QUIET
+
+
 def test_lost_records_make_no_pair_and_no_stall() -> None:
     story = Story()
     for _ in range(50):

@@ -207,9 +207,12 @@ def test_one_vcpu_in_full() -> None:
         "guest_mode": Statistic("guest_mode", 1, 0, 1, 24, 0),
         "beyond": Statistic("beyond", 0, 0, 1, 32, 0),
     }
-    state = decode_state(STATE_RECORD.pack(*registers, fresh, 3, 501) + raw, 32, statistics)
+    state = decode_state(STATE_RECORD.pack(*registers, fresh, 3, 501, 1, 5) + raw, 32, statistics)
     assert (state.vcpu_id, state.tid) == (3, 501)
     assert state.stale == {"rsp", "rip"}
     assert (state.registers["rax"], state.registers["r15"], state.registers["rip"]) == (100, 115, 116)
     assert state.statistics == {"exits": (1,), "hist": (2, 3), "guest_mode": (0,)}
     assert state.guest_mode is False
+    assert (state.state_protected, state.vm_type) == (True, 5)
+    unknown = decode_state(STATE_RECORD.pack(*registers, fresh, 3, 501, 2**32 - 1, 2**32 - 1) + raw, 32, statistics)
+    assert (unknown.state_protected, unknown.vm_type) == (None, None)

@@ -95,7 +95,10 @@ def test_what_is_shared_with_vcpus_lies_where_python_takes_it() -> None:
     vm = "kvm mm start_boottime tgid vm_fd first count notify_window notify_vmexit_flags next has_notify missing"
     assert structs["vm"] == (vcpu_decode.VM_RECORD.size, place(f"{vm} reserved", "Q Q Q I i I I I I I I I I"))
     assert structs["vcpu_identity"] == (vcpu_decode.IDENTITY.size, place("vcpu_id tid", "I i"))
-    state = place("regs rip regs_avail vcpu_id tid statistics", f"16Q Q Q I i {vcpu_programs.STATISTICS_BYTES}s")
+    state = place(
+        "regs rip regs_avail vcpu_id tid guest_state_protected vm_type statistics",
+        f"16Q Q Q I i I I {vcpu_programs.STATISTICS_BYTES}s",
+    )
     assert structs["vcpu_state"] == (vcpu_decode.STATE_RECORD.size + vcpu_programs.STATISTICS_BYTES, state)
 
 

@@ -72,3 +72,17 @@ def test_the_back_end_is_named_before_the_common_module(tmp_path: Path) -> None:
     assert kvm_device.find_kvm_module(tmp_path) == "kvm"
     (tmp_path / "module" / "kvm_amd").mkdir()
     assert kvm_device.find_kvm_module(tmp_path) == "kvm_amd"
+
+
+@pytest.mark.parametrize(("text", "may"), [(None, False), ("N\n", False), ("Y\n", True), ("", True), ("?", True)])
+def test_tds_may_run_where_kvm_intel_does_not_say_no(text: str | None, may: bool, tmp_path: Path) -> None:
+    path = tmp_path / "module" / "kvm_intel" / "parameters" / "tdx"
+    path.parent.mkdir(parents=True)
+    if text is not None:
+        path.write_text(text)
+    assert kvm_device.may_run_tds(tmp_path) is may
+
+
+def test_tds_may_run_where_kvm_intel_cannot_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "module" / "kvm_intel" / "parameters" / "tdx").mkdir(parents=True)
+    assert kvm_device.may_run_tds(tmp_path)

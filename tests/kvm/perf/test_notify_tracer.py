@@ -66,7 +66,18 @@ def test_the_filter_fits_what_ioctl_can_pass() -> None:
 def test_records_of_each_kernel(kernel: str, high: int, rip: int, info1: int, info2: int) -> None:
     tracepoint = read_tracepoint(kernel)
     sample = pack(tracepoint, exit_reason=high << 16 | NOTIFY, isa=VMX, guest_rip=rip, info1=info1, info2=info2)
-    assert decode_notify_exit(tracepoint, sample, 42) == NotifyExit(123, 42, rip or None, info1, info2)
+    known = None if high >> 11 & 1 else rip  # bit 27 of the reason: in an SGX enclave
+    assert decode_notify_exit(tracepoint, sample, 42) == NotifyExit(123, 42, known, info1, info2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rip", [0, 1, 0x7F0000001234])
+def test_a_rip_is_unknown_in_an_enclave_only(kernel: str, rip: int) -> None:
+    tracepoint = read_tracepoint(kernel)
+    outside = pack(tracepoint, exit_reason=NOTIFY, isa=VMX, guest_rip=rip)
+    assert decode_notify_exit(tracepoint, outside, 42) == NotifyExit(123, 42, rip, 0, 0)
+    inside = pack(tracepoint, exit_reason=NOTIFY | 1 << 27, isa=VMX, guest_rip=rip)
+    assert decode_notify_exit(tracepoint, inside, 42) == NotifyExit(123, 42, None, 0, 0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
