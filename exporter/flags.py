@@ -182,7 +182,7 @@ def add_monitor_flags(parser: argparse.ArgumentParser, *, of_this_host: bool) ->
         type=PollMode,
         choices=list(PollMode),
         default=PollMode.AUTO,
-        help="poll only VMs whose counter can move, where nothing else tells of notify exits, or all (default: auto)",
+        help="poll VMs whose counter can move, slowly where a trigger tells of notify exits, or all (default: auto)",
     )
     if of_this_host:
         parser.add_argument(

@@ -1,7 +1,9 @@
 """When the whole host is read, and what that tells: which VMs there are, and whose counters have moved.
 
 Only VMs whose counter can move need polling: not where the host does not support notify exits, nor VMs that have them
-switched off. Where that is not known they can.
+switched off. Where that is not known they can. While a trigger tells of notify exits they are polled all the same, but
+slowly: a function that the kernel does not call for all of them (Linux 7.3 has a second one, for TDs) tells of nothing,
+and looks just like a host on which nothing happens.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ POLL_SECONDS: Final = 1.0
 POLLED_VCPUS: Final = 1000
 # A poll that somebody wants out of turn comes so long after the last one.
 POLL_GAP_SECONDS: Final = 0.5
-# New VMs are looked for so often where notify exits are supported and no VM has them armed.
+# So often VMs are looked for, and polled, where notify exits are supported and nothing suggests that one is taken.
 IDLE_SECONDS: Final = 10.0
 # What a host does not support it may support after a module is loaded.
 RETRY_SECONDS: Final = 300.0
@@ -32,8 +34,8 @@ class Polling(NamedTuple):
     period_seconds: float
 
 
-def choose_polling(snapshot: Snapshot, always: bool) -> Polling:
-    """Choose when to poll next, where nothing but polling tells of notify exits."""
+def choose_polling(snapshot: Snapshot, always: bool, triggered: bool = False) -> Polling:
+    """Choose when to poll next: all VMs where ``always``, slowly where a trigger tells of what happens."""
     can_move = [
         reading.vcpu_count or 1
         for reading in snapshot.readings
@@ -41,6 +43,8 @@ def choose_polling(snapshot: Snapshot, always: bool) -> Polling:
     ]
     if can_move or always:
         period = POLL_SECONDS * max(1.0, sum(can_move) / POLLED_VCPUS)
+        if triggered and not always:
+            period = max(period, IDLE_SECONDS)
         return Polling(period, period)
     return Polling(RETRY_SECONDS if snapshot.host.notify_supported is False else IDLE_SECONDS, 0.0)
 
@@ -88,7 +92,7 @@ class Poller:
         return self._at + min(self._polling.delay_seconds, at_most)
 
     async def poll(self, triggered: bool) -> Poll:
-        """Read the host; ``triggered`` says that a trigger tells of notify exits. Raises what the reader raises."""
+        """Read the host; ``triggered`` says that a trigger tells of all notify exits. Raises what the reader raises."""
         clock = asyncio.get_running_loop().time
         began = self._at = clock()
         self.wanted = False
@@ -98,7 +102,7 @@ class Poller:
         self.readings = {reading.vm.key: reading for reading in snapshot.readings}
         self.vcpu_count = sum(len(reading.vcpus) for reading in snapshot.readings)
         always = self._mode is PollMode.ALWAYS
-        self._polling = Polling(_NEVER, 0.0) if triggered else choose_polling(snapshot, always)
+        self._polling = choose_polling(snapshot, always, triggered)
         poll = Poll(began, clock(), snapshot, tuple(self._counters.observe(snapshot)))
         self._at, self._pause = poll.ended, 0.0
         return poll

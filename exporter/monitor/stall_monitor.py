@@ -3,7 +3,8 @@
 Three ways lead here, and none costs a guest anything while nothing happens:
 
 - the **trigger**, BPF programs at handle_notify(), reports each vCPU that takes a notify exit, a few times a second;
-- where it cannot be attached, counters are **polled**, but only while there are VMs whose counter can move;
+- counters are **polled**, but only while there are VMs whose counter can move, and slowly while a trigger is attached
+  that has told of all that they have counted;
 - vCPUs that were seen to take notify exits are **tracked**: their counters and registers are read each second, until
   they are quiet.
 
@@ -121,6 +122,7 @@ class StallMonitor:
             vcpus=(*[self._report(vcpu) for vcpu in self._tracked], *self._drills.report()),
             problem=scheduler.problem,
             trigger_problem=self._trigger.problem,
+            trigger_missed=self._trigger.missed,
             trigger="bpf" if self._trigger.attached else "poll" if period else "",
             poll_period_seconds=period,
             traced_vcpus=scheduler.armed,
@@ -198,8 +200,9 @@ class StallMonitor:
         self._some_unread = False
         self._read_at = self._clock()
         await self._read_cpu_times()
-        poll = await self._poller.poll(self._trigger.attached)
+        poll = await self._poller.poll(self._trigger.tells_all)
         self._read_at = poll.ended
+        self._poller.wanted |= self._trigger.misses_any(poll.moved)  # from now on as without it
         for moved in poll.moved:
             if self._tracked.get(VcpuKey(moved.reading.vm.key, moved.vcpu.vcpu_id)) is None:
                 vcpu = self._track(moved.reading, moved.vcpu)

@@ -1,16 +1,30 @@
-"""Holds the trigger: attaches it where it can be attached, and asks it for what only it counts."""
+"""Holds the trigger: attaches it where it can be attached, asks it for what only it counts, and checks what it tells.
+
+It tells of each vCPU that takes notify exits at least once a second. So a counter that has moved while the trigger told
+nothing of its vCPU, and lost nothing, shows that the kernel does not call the function for every notify exit.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Collection
+from typing import Final
 
+from exporter.history.changes import Moved
+from exporter.logs.rate_limit import RateLimitedLog
 from exporter.monitor.backends import Run, Trigger
 from kvm.bpf.notify_trigger import NotifyCall
 from kvm.errors import SourceUnavailable
 
 log = logging.getLogger(__name__)
+
+# Of a thread that takes more notify exits than that, the programs tell a few times, and no more for so long.
+UNTOLD_SECONDS: Final = 1.0
+# No two polls lie further apart.
+KEPT_SECONDS: Final = 600.0
+NS_PER_SECOND: Final = 1_000_000_000
+_MISSED: Final = "the trigger told nothing of a vCPU's notify exits: from now on counters are polled as without it"
 
 
 class ManagedTrigger:
@@ -25,14 +39,21 @@ class ManagedTrigger:
         self.attached = False
         self.problem = "" if make is None else "not tried yet"
         """Why it is not attached; "" where it is, or where there is to be none."""
+        self.missed = 0
+        """How often a counter had moved and the trigger had told nothing of it."""
         self._make, self._run, self._on_call = make, run, on_call
+        self._attached_at = 0.0
+        self._lost_before = 0
+        # When it last told of a vCPU, by process and vcpu_id: a vCPU may change its thread.
+        self._told: dict[tuple[int, int], float] = {}
+        self._log = RateLimitedLog()
         self._trigger: Trigger | None = None
 
     async def open(self) -> None:
         """Attach it, where it is not attached; how that went is logged when it changes."""
         if self.attached or self._make is None:
             return
-        before, self._trigger = self.problem, self._trigger or self._make(self._on_call)
+        before, self._trigger = self.problem, self._trigger or self._make(self._take)
         try:
             status = await self._run(self._trigger.open)
         except SourceUnavailable as err:
@@ -43,16 +64,47 @@ class ManagedTrigger:
             return
         if status.attached:
             asyncio.get_running_loop().add_reader(self._trigger.fd, self._trigger.deliver)
-            self.attached = True
+            self.attached, self._attached_at = True, asyncio.get_running_loop().time()
+            self._lost_before = sum(self._trigger.lost)
         self.problem = "" if status.attached else status.reason
         if self.problem != before:
             words = {"function": status.function, "attached": str(status.attached).lower(), "reason": status.reason}
             log.info("trigger for notify exits", extra={"fields": words})
 
     @property
+    def tells_all(self) -> bool:
+        """Whether it is attached and has told, as far as is known, of every vCPU that took notify exits."""
+        return self.attached and not self.missed
+
+    @property
     def lost(self) -> int:
         """How much it could not tell of or count, for want of room, since it was attached."""
         return sum(self._trigger.lost) if self._trigger is not None and self.attached else 0
+
+    def misses_any(self, moved: Collection[Moved]) -> bool:
+        """Tell whether it has told nothing of a counter that has moved between two polls; those are counted."""
+        if self._trigger is None or not self.attached:
+            return False
+        self._trigger.deliver()  # it tells of an exit before KVM counts it, so what it will tell of these is there
+        before, self._lost_before = self._lost_before, sum(self._trigger.lost)
+        missed = [found for found in moved if self._is_untold(found)] if self._lost_before == before else []
+        for found in missed:
+            fields = {"vm": found.reading.vm.id, "vcpu": found.vcpu.index, "before": found.before, "now": found.now}
+            self._log.write(logging.WARNING, _MISSED, **fields)
+        self.missed += len(missed)
+        oldest = asyncio.get_running_loop().time() - KEPT_SECONDS
+        self._told = {vcpu: told for vcpu, told in self._told.items() if told >= oldest}
+        return bool(missed)
+
+    def _is_untold(self, moved: Moved) -> bool:
+        if moved.now < moved.before or moved.before_seconds < self._attached_at:
+            return False  # somebody has set it to 0, or it may have moved before there was anybody to tell of it
+        told = self._told.get((moved.reading.vm.key.pid, moved.vcpu.vcpu_id), float("-inf"))
+        return told < moved.before_seconds - UNTOLD_SECONDS
+
+    def _take(self, call: NotifyCall) -> None:
+        self._told[call.pid, call.vcpu_id] = call.time_ns / NS_PER_SECOND
+        self._on_call(call)
 
     def read_context_invalid(self) -> dict[tuple[int, int, int, int], int] | None:
         """Read exits with an invalid context by pid, start_ticks, tid, vcpu_id; None where nobody counts them."""

@@ -199,6 +199,11 @@ POLL_PERIOD = Metric(
     "How often counters are polled for notify VM exits; 0 where nothing needs polling.",
     unit="seconds",
 )
+TRIGGER_MISSED = Metric(
+    "kvm_exporter_trigger_missed_total",
+    MetricType.COUNTER,
+    "How often a poll found that a vCPU had taken notify VM exits of which the BPF trigger told nothing.",
+)
 TRACED_VCPUS = Metric(
     "kvm_exporter_traced_vcpus",
     MetricType.GAUGE,
@@ -315,6 +320,7 @@ METRICS: tuple[Metric, ...] = (
     SOURCE_UP,
     READ_ERRORS,
     POLL_PERIOD,
+    TRIGGER_MISSED,
     TRACED_VCPUS,
     TRACE_ARMINGS,
     TRACE_RECORDS,

@@ -17,6 +17,7 @@ from kvm.model import NOTIFY_WINDOW_EXITS, Vcpu, VmKey, VmReading
 
 _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
     (metrics.POLL_PERIOD, "poll_period_seconds"),
+    (metrics.TRIGGER_MISSED, "trigger_missed"),
     (metrics.TRACED_VCPUS, "traced_vcpus"),
     (metrics.TRACE_ARMINGS, "armings"),
     (metrics.TRACE_RECORDS, "records"),

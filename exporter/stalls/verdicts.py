@@ -90,7 +90,8 @@ class MonitorReport:
 
     ``vcpus`` are those that have taken a notify exit in the agent's time; every other one is quiet. ``problem`` says
     why RIPs cannot be had ("" where they can). ``trigger`` is what tells of notify exits: "bpf", "poll", or "" where
-    none can happen; ``trigger_problem`` is why no BPF trigger is attached ("" where one is, or where none is wanted).
+    none can happen; ``trigger_problem`` is why no BPF trigger is attached ("" where one is, or where none is wanted),
+    ``trigger_missed`` how often a counter had moved of which the trigger told nothing.
     ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
     tid and vcpu_id, None where nothing counts it.
     """
@@ -99,6 +100,7 @@ class MonitorReport:
     problem: str = ""
     trigger: str = ""
     trigger_problem: str = ""
+    trigger_missed: int = 0
     poll_period_seconds: float = 0.0
     traced_vcpus: int = 0
     armings: int = 0

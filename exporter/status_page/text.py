@@ -171,6 +171,10 @@ def describe_watch(view: StatusView) -> tuple[str, str]:
     report = view.report
     if report is None:
         return "by nobody", "This agent does not detect stalls."
+    if report.trigger == "bpf" and report.trigger_missed:
+        period = f"every {report.poll_period_seconds:.3g} s"
+        text = "A BPF trigger on handle_notify() does not tell of all notify exits here, so counters are polled"
+        return period, f"{text} {period} too."
     if report.trigger == "bpf":
         return "as they happen", "A BPF trigger on handle_notify() tells of each notify exit."
     if report.trigger == "poll":

@@ -117,10 +117,12 @@ def make_tracing_row() -> Row:
             make_graph(
                 43,
                 "Trace records",
-                "Records of notify exits that were read, and that were lost. Lost ones prove nothing.",
+                "Records of notify exits that were read, and that were lost. Lost ones prove nothing. Missed are vCPUs "
+                "with notify exits of which the BPF trigger told nothing.",
                 [
                     Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_RECORDS)})", "read on {{instance}}"),
                     Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_LOST_RECORDS)})", "lost on {{instance}}"),
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRIGGER_MISSED)})", "missed on {{instance}}"),
                 ],
                 unit="cps",
             ),

@@ -32,6 +32,68 @@ def test_where_the_trigger_cannot_be_had_counters_are_polled(caplog: pytest.LogC
     assert any(record.getMessage() == "notify exits are found by polling" for record in caplog.records)
 
 
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+def test_a_counter_that_moves_while_the_trigger_is_silent_is_movement(
+    registers: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a TD on Linux 7.3, whose exits do not go through handle_notify()."""
+    vm, other = FakeVm("web", 100, 1), FakeVm("db", 200, 1)
+    vm.vcpus[0].untold = True
+
+    async def act(scene: Scene) -> None:
+        await asyncio.sleep(60)
+        scene.host.set(other.vcpus[0], "stuck")
+        await scene.wait_for(other, State.STALLED)
+        scene.host.set(vm.vcpus[0], "stuck")
+        assert await scene.wait_for(vm, State.STALLED, 20) < 14
+        await asyncio.sleep(1)
+        report = scene.monitor.report()
+        assert (report.trigger, report.poll_period_seconds, report.trigger_missed > 0) == ("bpf", 1.0, True)
+
+    play(act, vm, other, trigger=True, registers=registers)
+    told = [record for record in caplog.records if "the trigger told nothing" in record.getMessage()]
+    assert {record.__dict__["fields"]["vm"] for record in told} == {"id-web"}
+    assert 1 <= len(told) <= 5
+
+
+@pytest.mark.parametrize("interval", [0.0002, 0.01, 0.3, 1.0, 4.5, 13.0])
+def test_a_trigger_that_tells_misses_nothing_however_fast_and_slow_exits_come(interval: float) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        await asyncio.sleep(60)
+        for _ in range(3):
+            scene.host.set(vm.vcpus[0], "stuck", interval=interval)
+            await asyncio.sleep(17.3 if interval < 0.01 else 47.3)
+            scene.host.set(vm.vcpus[0], "running", interval=1.0)
+            await asyncio.sleep(80)
+        assert scene.monitor.report().trigger_missed == 0
+
+    play(act, vm, trigger=True)
+
+
+def test_what_the_trigger_lost_and_a_counter_that_was_set_to_0_are_not_missed() -> None:
+    vm = FakeVm("web", 100, 1)
+    vm.vcpus[0].untold = True
+    vm.vcpus[0].notify_exits = 1000
+
+    async def act(scene: Scene) -> None:
+        await asyncio.sleep(60)
+        vm.vcpus[0].notify_exits = 0
+        await asyncio.sleep(30)
+        assert scene.monitor.report().trigger_missed == 0
+        trigger = scene.host.trigger
+        assert trigger is not None
+        scene.host.set(vm.vcpus[0], "alternating")
+        lost_until = scene.host.clock() + 10
+        while scene.host.clock() < lost_until:
+            trigger.lost = (trigger.lost[0] + 1, 0)
+            await asyncio.sleep(0.1)
+        assert scene.monitor.report().trigger_missed == 0
+
+    play(act, vm, trigger=True)
+
+
 def test_where_no_notify_exit_can_happen_there_is_no_trigger_and_no_poll() -> None:
     def refuse(trigger: FakeTrigger) -> None:
         trigger.status = TriggerStatus("handle_notify", False, "no module has it")

@@ -169,6 +169,7 @@ def test_a_drill_is_1_without_hiding_what_is_real() -> None:
 def test_figures_of_the_watch() -> None:
     watch = MonitorReport(
         poll_period_seconds=1.5,
+        trigger_missed=9,
         traced_vcpus=2,
         armings=3,
         records=4,
@@ -181,6 +182,7 @@ def test_figures_of_the_watch() -> None:
     series = collect(watch, make_reading())
     values = {
         "poll_period_seconds": 1.5,
+        "trigger_missed_total": 9,
         "traced_vcpus": 2,
         "trace_armings_total": 3,
         "trace_records_total": 4,

@@ -108,6 +108,12 @@ def test_it_says_why_counters_are_polled(problem: str, words: str) -> None:
     assert f"polled every 1 s, for want of a BPF trigger: {words}" in Outline(page).text
 
 
+def test_it_says_that_the_trigger_does_not_tell_of_all() -> None:
+    report = MonitorReport(trigger="bpf", poll_period_seconds=1.0, trigger_missed=1)
+    page = render(make_status_view(make_snapshot(make_vm_reading("web", 1)), report, RateHistory(), NOW, UNIX))
+    assert "does not tell of all notify exits here, so counters are polled every 1 s too." in Outline(page).text
+
+
 def test_strangers_see_neither_names_nor_owners_nor_rips() -> None:
     readings = [make_vm_reading("secret", 1), make_vm_reading("secret-2", 2, (0, 0))]
     picture = draw(make_snapshot(*readings), *make_reports(readings[:1], State.STALLED))
