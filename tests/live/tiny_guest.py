@@ -14,7 +14,8 @@ when it is ready and obeys one command a line on stdin, answering each with JSON
 ``notify`` speaks the protocol of ``tests/lab/notify_inject/notify_inject.c``. Its keys: ``exits`` (at one
 instruction, 0 for ever), ``rounds`` (0 for ever), ``rips`` (instructions a round), ``other`` (ordinary port
 writes after each), ``qualification``, ``vectoring``, ``flags``, ``rcx``, ``vcpu`` (one index; all without it),
-``nested`` (1: in a guest of the guest, on AMD; it must end by itself).
+``nested`` (1: in a guest of the guest, on AMD; it must end by itself), ``code`` (where the instructions are; each vCPU
+has a page of its own).
 
 Decisions:
 
@@ -71,6 +72,7 @@ class Program(NamedTuple):
     code: bytes
     registers: Mapping[str, int]
     nested: bool = False
+    code_at: int | None = None
 
 
 def build_program(ports: Sequence[int], rounds: int, registers: Mapping[str, int] | None = None) -> Program:
@@ -92,7 +94,7 @@ def build_notify_program(keys: Mapping[str, int]) -> Program:
     wanted = {"r8": "qualification", "r9": "vectoring", "r10": "flags", "rcx": "rcx"}
     registers = {register: keys.get(key, 0) for register, key in wanted.items()}
     program = build_program(ports, keys.get("rounds", 1), {**registers, "r11": keys.get("exits", 1)})
-    return program._replace(nested=bool(keys.get("nested")))
+    return program._replace(nested=bool(keys.get("nested")), code_at=keys.get("code"))
 
 
 def build_vmcb(rip: int) -> bytes:
@@ -176,7 +178,7 @@ class Vcpu:
             assert program is not None
             outcome = self._execute(program)
             with self._wake:  # who has read the answer may give the next program at once
-                answer(event="done", vcpu=self.index, code=self.code, **outcome)
+                answer(event="done", vcpu=self.index, **outcome)
                 self.idle.set()
 
     def start(self, program: Program) -> None:
@@ -201,8 +203,9 @@ class Vcpu:
             signal.pthread_kill(self.thread.ident, signal.SIGUSR1)
 
     def _execute(self, program: Program) -> dict[str, Any]:
-        self.vm.memory[self.code : self.code + len(program.code)] = program.code
-        start = self._prepare_nested() if program.nested else self.code
+        code = self.code if program.code_at is None else program.code_at
+        self.vm.memory[code : code + len(program.code)] = program.code
+        start = self._prepare_nested(code) if program.nested else code
         self._write_registers({"rip": start, "rflags": 2, "rsp": MEMORY_BYTES - 0x1000, **program.registers})
         counts = {"port_writes": 0, "notify_user_exits": 0, "halted": False}
         while True:
@@ -224,16 +227,16 @@ class Vcpu:
                 self._write_registers({**registers, "rip": registers["rip"] + OUT_BYTES})
             else:
                 raise RuntimeError(f"vCPU {self.index} left KVM_RUN with exit reason {reason}")
-        return {**counts, "registers": self._read_registers()}
+        return {**counts, "code": code, "registers": self._read_registers()}
 
-    def _prepare_nested(self) -> int:
+    def _prepare_nested(self, code: int) -> int:
         """Writes what runs the program as a guest of this guest; returns where that begins."""
         start = NESTED + self.index * NESTED_BYTES
         vmcb, for_the_cpu = start + 0x1000, start + 0x2000
         # mov $vmcb, %eax; vmrun; stgi; hlt
         stub = b"\xb8" + struct.pack("<I", vmcb) + b"\x0f\x01\xd8\x0f\x01\xdc\xf4"
         self.vm.memory[start : start + len(stub)] = stub
-        self.vm.memory[vmcb : vmcb + 0x1000] = build_vmcb(self.code)
+        self.vm.memory[vmcb : vmcb + 0x1000] = build_vmcb(code)
         sregs = bytearray(312)
         fcntl.ioctl(self.fd, KVM_GET_SREGS, sregs)
         struct.pack_into("<Q", sregs, EFER_AT, EFER | EFER_SVME)

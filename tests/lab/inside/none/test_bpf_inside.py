@@ -65,6 +65,8 @@ def test_registers_are_those_that_the_guest_ended_with(source: BpfSource, guest:
         assert state.stale == frozenset()
         assert state.registers == {name: done["registers"][name] for name in state.registers}
         assert (state.tid, state.guest_mode) == (vcpu.tid, False)
+        assert state.state_protected is False
+        assert state.vm_type in (0, None)  # None before Linux 6.8
         assert {name: v[0] for name, v in state.statistics.items()} == read_vcpu_statistics(guest, vcpu)
 
 

@@ -21,7 +21,7 @@ from tests.lab.inside.kvm_readers import find_vm_directory, read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
 from tests.waiting import wait_until
 
-HIDE_RIP, COUNT_IN_RCX = 1, 2
+COUNT_IN_RCX, FROM_ENCLAVE = 2, 8
 CONTEXT_INVALID, UNBLOCKED_NMI = 1, 0x1000
 ALIGNMENT_CHECK_LOOP = 0x80000B11
 WAIT_SECONDS = 60.0
@@ -131,8 +131,14 @@ def test_changing_rips(armed: ArmedThread, guest: GuestProcess) -> None:
     assert [(record.rip or 0) - done["code"] for record in armed.read().exits] == [0, 2, 4, 6] * 10
 
 
-def test_a_hidden_rip_is_none(armed: ArmedThread, guest: GuestProcess) -> None:
-    guest.notify(0, exits=3, flags=HIDE_RIP)
+def test_a_rip_of_0_is_a_rip(armed: ArmedThread, guest: GuestProcess) -> None:
+    guest.notify(0, exits=3, code=0)
+    assert guest.wait_for("done")["code"] == 0
+    assert [record.rip for record in armed.read().exits] == [0] * 3
+
+
+def test_a_rip_is_not_known_in_an_enclave(armed: ArmedThread, guest: GuestProcess) -> None:
+    guest.notify(0, exits=3, flags=FROM_ENCLAVE)
     guest.wait_for("done")
     assert [record.rip for record in armed.read().exits] == [None] * 3
 

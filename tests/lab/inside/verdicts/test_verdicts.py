@@ -41,7 +41,7 @@ RATE_GOAL, LARGEST_ERROR, PAIRS = 0.98, 0.06, 20
 AGENTS_CPU, GUESTS_CPU = 0, 1
 LIBVIRT_STATUS = Path(__file__).parents[3] / "fixtures/owners/libvirt-openstack/status.xml"
 Tell = Callable[[str], None]
-COUNT_IN_RCX = 2
+COUNT_IN_RCX, FROM_ENCLAVE = 2, 8
 OBSERVED_SECONDS = 60.0
 # What makes progress at one RIP or another, and takes notify exits all the time.
 LIVELY = {
@@ -412,7 +412,7 @@ def test_a_trigger_makes_it_faster(slowdown: float, tell: Tell) -> None:
         agent, vm = listener.agent, make_uuid(40)
         assert any("attached=true" in line for line in agent.log), agent.log
         assert count_events(agent.pid) == 0
-        assert agent.samples("kvm_exporter_poll_period_seconds") == {(): 10.0}
+        assert agent.samples("kvm_exporter_poll_period_seconds") == {(): 1.0}
         began = time.monotonic()
         guest.notify(0, exits=0)
         to_suspect, to_line, _line = find_lateness(listener, vm)
@@ -421,8 +421,36 @@ def test_a_trigger_makes_it_faster(slowdown: float, tell: Tell) -> None:
         tell(f"trigger: first pair to suspect {to_suspect:.3f} s, conditions to the line {to_line:.3f} s: {there}")
         tell(f"trigger: first exit to the line {seen:.2f} s, 1 s of which makes it a stall")
         guest.stop()
+        assert agent.samples("kvm_exporter_trigger_missed_total") == {(): 0.0}
         assert to_suspect / slowdown < EVENT_SECONDS
         assert to_line / slowdown < EVENT_SECONDS
+
+
+def test_a_stall_of_which_the_trigger_tells_nothing_is_found() -> None:
+    """As with TDs on Linux 7.3: the programs are at a function that is not called for these exits."""
+    with open_listener("--trigger.function=kvm_emulate_invd") as listener, open_guest(41, "untold") as guest:
+        assert any("attached=true" in line for line in listener.agent.log), listener.agent.log
+        guest.notify(0, exits=0)
+        listener.wait_for_line(STALL, make_uuid(41))
+        assert listener.agent.samples("kvm_exporter_trigger_missed_total")[()] > 0
+        assert any("the trigger told nothing" in line and make_uuid(41) in line for line in listener.agent.log)
+        guest.stop()
+
+
+def test_a_guest_that_is_stuck_at_rip_0_is_told_of(listener: Listener) -> None:
+    with open_guest(42, "zero") as guest:
+        guest.notify(0, exits=0, code=0)
+        assert listener.wait_for_line(STALL, make_uuid(42))["rip"] == "0x0"
+        guest.stop()
+
+
+def test_of_a_guest_in_an_enclave_nothing_is_known(listener: Listener) -> None:
+    with open_guest(43, "enclave") as guest:
+        guest.notify(0, exits=0, flags=FROM_ENCLAVE)
+        assert "enclave" in listener.wait_for(make_uuid(43), "unknown")["reason"]
+        time.sleep(OBSERVED_SECONDS / 4)
+        assert not {"suspect", "stalled"} & set(listener.states(make_uuid(43)))
+        guest.stop()
 
 
 def test_no_event_outlives_its_vm_and_none_is_left_in_the_end(listener: Listener) -> None:
