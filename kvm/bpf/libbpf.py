@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 LIBRARY = "libbpf.so.1"
 OLD_LIBRARY = "libbpf.so.0"
 KEPT_MESSAGES = 50
+# kernel/bpf/bpf_lru_list.h: LOCAL_FREE_TARGET
+LRU_FREE_PER_CPU = 128
 # gcc and clang pass a va_list on x86-64 as the address of a struct of 24 bytes (System V ABI, AMD64 supplement, 3.5.7)
 VA_LIST_BYTES = 24
 
@@ -39,6 +41,7 @@ _SAMPLE = ctypes.CFUNCTYPE(_INT, _P, _P, _SIZE)
 _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("libbpf_set_print", _P, (_PRINT,)),
     ("libbpf_version_string", _P, ()),
+    ("libbpf_num_possible_cpus", _INT, ()),
     ("libbpf_probe_bpf_helper", _INT, (_INT, _INT, _P)),
     ("bpf_object__open_mem", _P, (_P, _SIZE, _P)),
     ("bpf_object__load", _INT, (_P,)),
@@ -159,6 +162,14 @@ class Library:
     def version(self) -> str:
         """The library's version, as it says it."""
         return ctypes.string_at(self.call("libbpf_version_string")).decode()
+
+    def count_lru_entries(self, wanted: int) -> int:
+        """Return how large an LRU map has to be to keep so many entries on this machine; raises OSError.
+
+        Each CPU sets free ones aside for itself, so that the others evict what they would not have to: on 128 CPUs, all
+        of a map of 16,384.
+        """
+        return wanted + LRU_FREE_PER_CPU * self.call("libbpf_num_possible_cpus")
 
     def has_bpf_loop(self) -> bool:
         """Tell whether this kernel knows bpf_loop() (v5.17), by trying; raises OSError.

@@ -32,6 +32,8 @@ from kvm.errors import MalformedData, SourceUnavailable
 OBJECT = Path(__file__).parent / "programs" / "notify.bpf.o"
 FUNCTION = "handle_notify"
 RECORDS_PER_SECOND = 4
+# Threads whose records are limited at a time.
+MAX_THREADS = 16384
 
 # struct control of notify.bpf.c: records_per_second, exit_reason, flags, own_tgid, lost, uncounted
 _CONTROL = struct.Struct("=4I2Q")
@@ -186,6 +188,7 @@ class NotifyTrigger:
             if self._is_in_kernel():  # libbpf passes over modules whose types it may not read
                 raise
             return TriggerStatus(self._function, False, f"no module of this kernel has {self._function}")
+        self._object.set_entries("seconds", library.count_lru_entries(MAX_THREADS))
         self._object.load()
         self._control = mmap.mmap(self._object.map_fd(".bss"), _CONTROL.size)
         self._object.run("learn")

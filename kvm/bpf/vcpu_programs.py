@@ -21,6 +21,8 @@ OBJECT = Path(__file__).parent / "programs" / "vcpus.bpf.o"
 # As in records.bpf.h
 MAX_STATISTICS = 16
 MAX_VMS = 16384
+# VMs that have ended are forgotten by nobody until others take their place.
+KEPT_VMS = 2 * MAX_VMS
 STATISTICS_BYTES = 4096
 # What a kernel may be able to run: everything; not what looks into registers; not what needs bpf_loop()
 FILES_ONLY = ("learn", "read_files")
@@ -117,6 +119,8 @@ class VcpuPrograms:
         try:
             for name in set(ALL) - set(names):
                 self._object.skip_program(name)
+            for name in ("owners", "unowned_vms"):
+                self._object.set_entries(name, library.count_lru_entries(KEPT_VMS))
             self._object.set_entries("vcpus", capacity)
             self._object.set_entries("values", capacity * max(1, statistics))
             self._object.load()
@@ -197,8 +201,12 @@ class VcpuPrograms:
             raise ListChanged
         return self._state[: STATE_RECORD.size + STATISTICS_BYTES] if self.control.read("found") else None
 
+    def map_fd(self, name: str) -> int:
+        """Return the fd of a map, which the programs own."""
+        return self._object.map_fd(name)
+
     def _map(self, name: str, length: int, protection: int = 0) -> mmap.mmap:
-        fd = self._object.map_fd(name)
+        fd = self.map_fd(name)
         self._maps.append(mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | protection))
         return self._maps[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -19,6 +20,8 @@ import pytest
 
 from kvm import syscalls
 from kvm.binary_stats import decode_header
+from kvm.bpf.libbpf import BpfObject, open_library
+from kvm.bpf.vcpu_programs import KEPT_VMS, OBJECT, VcpuPrograms
 from kvm.counters.bpf import BpfSource
 from kvm.errors import SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
@@ -449,3 +452,41 @@ def test_another_library_under_its_name_is_refused() -> None:
 
 def test_our_own_vm_is_gone_when_the_source_is_open(source: BpfSource) -> None:
     assert read_of(source, os.getpid()) == {}
+
+
+def fill_map(fd: int, entries: int) -> int:
+    """Fill a map with 8-byte keys from all CPUs in turns, a hundred at a time; returns how many are there then."""
+    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    value = ctypes.create_string_buffer(64)
+    cpus = sorted(os.sched_getaffinity(0))
+    batches = [range(start, min(start + 100, entries + 1)) for start in range(1, entries + 1, 100)]
+    try:
+        for number, batch in enumerate(batches):
+            os.sched_setaffinity(0, {cpus[number % len(cpus)]})
+            for key in batch:
+                assert (
+                    libbpf.bpf_map_update_elem(fd, ctypes.byref(ctypes.c_uint64(key)), value, ctypes.c_uint64(0)) == 0
+                )
+    finally:
+        os.sched_setaffinity(0, cpus)
+    keys = (ctypes.byref(ctypes.c_uint64(key)) for key in range(1, entries + 1))
+    return sum(libbpf.bpf_map_lookup_elem(fd, key, value) == 0 for key in keys)
+
+
+@pytest.mark.parametrize("name", ["owners", "unowned_vms"])
+def test_maps_keep_as_much_as_they_are_meant_to_however_many_cpus_set_entries_aside(name: str) -> None:
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("one CPU alone takes nothing from others")
+    library = open_library()
+    tight = BpfObject(library, OBJECT)
+    tight.set_entries(name, KEPT_VMS)
+    tight.load()
+    try:
+        assert fill_map(tight.map_fd(name), KEPT_VMS) < KEPT_VMS
+    finally:
+        tight.close()
+    programs = VcpuPrograms(library, 16, 1)
+    try:
+        assert fill_map(programs.map_fd(name), KEPT_VMS) == KEPT_VMS
+    finally:
+        programs.close()

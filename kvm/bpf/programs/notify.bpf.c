@@ -53,7 +53,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, MAX_THREADS);
+	__uint(max_entries, 1); /* set by userspace, by the number of CPUs */
 	__type(key, __u32);
 	__type(value, struct second);
 } seconds SEC(".maps");

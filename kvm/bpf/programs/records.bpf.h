@@ -58,7 +58,8 @@ struct {
 	__type(value, struct vm);
 } vms SEC(".maps");
 
-/* The sizes of the next two are set by userspace: the number of vCPUs, and that times the number of statistics. */
+/* The sizes of maps of one entry are set by userspace; of the next two: the number of vCPUs, and that times the number
+ * of statistics. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -78,7 +79,7 @@ struct {
 /* From kvm->mm to the first VM of that memory that has no known owner in this round; others follow by vm.next. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 2 * MAX_VMS);
+	__uint(max_entries, 1);
 	__type(key, __u64);
 	__type(value, struct unowned);
 } unowned_vms SEC(".maps");
@@ -93,7 +94,7 @@ struct owner {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 2 * MAX_VMS);
+	__uint(max_entries, 1);
 	__type(key, __u64);
 	__type(value, struct owner);
 } owners SEC(".maps");
