@@ -10,9 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 
+import hypothesis
 import pytest
 
 from tests import own_mounts
+
+# A machine that is busy is no fault of what is tested: how fast it is, benchmarks say.
+hypothesis.settings.register_profile("kvm-notify-exporter", deadline=None)
+hypothesis.settings.load_profile("kvm-notify-exporter")
 
 MUST_RUN = os.environ.get("KVM_TESTS_MUST_RUN") == "1"
 _FIGURES = pytest.StashKey[list[str]]()

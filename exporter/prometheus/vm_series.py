@@ -1,7 +1,7 @@
 """The sample lines of one VM, kept from snapshot to snapshot: most of them never change.
 
 A ``VmSeries`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
-given anew at each look. What it gives is the same list as before where nothing has moved: then the lines of the whole
+given anew in each snapshot. What it gives is the same list as before where nothing has moved: then the lines of the whole
 host need not be put together anew.
 """
 

@@ -96,6 +96,11 @@ class StallLog:
             if key in self._waiting:
                 self.suppressed += 1
                 self._withheld.append(report.vm.key)
+        elif report.verdict.state is State.NOTIFYING:
+            told = self._told.get(key)
+            if told is not None and told.verdict.state is State.CONTEXT_LOST:
+                del self._told[key]
+                _write_end(report, now, "vCPU runs again", report.verdict.reason)
         elif report.verdict.state in (State.RECOVERED, State.PROGRESSING):
             self._waiting.pop(key, None)
             if self._told.pop(key, None):
@@ -157,6 +162,7 @@ class StallLog:
         self.warnings += 1
         self._lost_lines.append(now)
         self._lost_vms[key] = now
+        self._told[key, report.vcpu.vcpu_id] = report
         fields = _name(report) | {"context": "invalid", "meaning": MEANING_LOST, "action": ACTION_LOST}
         text = f"{_mark(report)}the CPU has lost the state of a vCPU"
         log.warning(text, extra={"fields": fields, "message_id": CONTEXT_LOST_ID})

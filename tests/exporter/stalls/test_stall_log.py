@@ -57,6 +57,23 @@ def test_a_lost_context_is_never_withheld_behind_stalls(told: Told) -> None:
     assert "not of the guest" in str(line["meaning"])
 
 
+def test_the_end_of_a_lost_context_is_told_and_a_stall_after_it_too(told: Told) -> None:
+    told.tell(make_report(State.CONTEXT_LOST))
+    told.now += 1.0
+    (line,) = told.tell(make_report(State.NOTIFYING, reason="it runs again, after its state had been lost"))
+    assert (line["msg"], line["reason"]) == ("vCPU runs again", "it runs again, after its state had been lost")
+    (stall,) = told.tell(make_report())
+    assert stall["msg"] == "vCPU makes no forward progress"
+
+
+def test_a_vcpu_whose_context_was_lost_is_missed(told: Told) -> None:
+    report = make_report(State.CONTEXT_LOST)
+    told.tell(report)
+    told.log.tell_unplugged(report.vm.key, report.vcpu.vcpu_id, told.now)
+    (line,) = told.take()
+    assert line["msg"] == "vCPU is gone"
+
+
 def test_lost_contexts_have_a_limit_of_their_own_and_one_vm_cannot_use_it_up(told: Told) -> None:
     flood, victim = make_vm("flood", 100), make_vm("victim", 200)
     lines = told.tell(*(make_report(State.CONTEXT_LOST, vm=flood, vcpu=vcpu) for vcpu in range(100)))

@@ -23,7 +23,7 @@ def test_what_is_read_as_it_is_has_no_differences() -> None:
 
 
 def test_a_kernel_from_before_notify_exits_has_no_window_to_compare() -> None:
-    old = replace(COUNTERS, notify_window_cycles=None, notify_flags=None)
+    old = COUNTERS._replace(notify_window_cycles=None, notify_flags=None)
     assert list(replace(OURS, notify=(0, 0)).find_differences(old)) == []
 
 
@@ -32,10 +32,10 @@ def test_a_kernel_from_before_notify_exits_has_no_window_to_compare() -> None:
     [
         (None, "it is not found among the vCPUs of its VM"),
         (VmCounters(), "it is not found among the vCPUs of its VM"),
-        (replace(COUNTERS, vcpu_ids=(0,)), "its number reads 0 and is 173"),
-        (replace(COUNTERS, tids=(None,)), "its thread reads None and is 4711"),
-        (replace(COUNTERS, per_vcpu={"fpu_reload": (0,)}), "fpu_reload reads (0,) and is (101,)"),
-        (replace(COUNTERS, notify_flags=0), "notify window and flags reads (12345, 0) and is (12345, 1)"),
+        (COUNTERS._replace(vcpu_ids=(0,)), "its number reads 0 and is 173"),
+        (COUNTERS._replace(tids=(None,)), "its thread reads None and is 4711"),
+        (COUNTERS._replace(per_vcpu={"fpu_reload": (0,)}), "fpu_reload reads (0,) and is (101,)"),
+        (COUNTERS._replace(notify_flags=0), "notify window and flags reads (12345, 0) and is (12345, 1)"),
     ],
 )
 def test_each_wrong_number_of_a_look_is_told(counters: VmCounters | None, difference: str) -> None:
