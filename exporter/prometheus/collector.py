@@ -228,7 +228,7 @@ class HostCollector:
         return families + self._collect_verdicts([shown for shown, _ in found])
 
     def _collect_verdicts(self, vms: Iterable[ShownVm]) -> list[Family]:
-        """Tell when vCPUs have taken notify exits and what the stall monitor says of them: of few VMs there is anything."""
+        """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any."""
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         moved = self._increases.moved_vms if with_series else ()
 

@@ -1,8 +1,8 @@
 """The sample lines of one VM, kept from snapshot to snapshot: most of them never change.
 
 A ``VmSeries`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
-given anew in each snapshot. What it gives is the same list as before where nothing has moved: then the lines of the whole
-host need not be put together anew.
+given anew in each snapshot. What it gives is the same list as before where nothing has moved: then the lines of the
+whole host need not be put together anew.
 """
 
 from __future__ import annotations
