@@ -1,1 +1,1 @@
-"""Turns looks at a host into Prometheus metrics and serves them; knows ``kvm/``, and ``kvm/`` does not know it."""
+"""Turns snapshots of a host into Prometheus metrics and serves them; ``kvm/`` knows nothing of it."""

@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 COMMANDS = {
     "serve": "serve metrics over HTTP (the default)",
-    "once": "take one look, print it and exit",
+    "once": "print one snapshot of the host and exit",
     "check": "explain what works on this host, what does not, and why",
-    "demo": "serve a made-up host, to see what there is to see",
+    "demo": "serve a simulated host, to see what there is to see",
     "drill": "let a running agent raise a stall that is not real, to test who is called",
 }
-# Each VM is held by one pidfd; the rest is for sockets and what one look opens and closes.
+# Each VM is held by one pidfd; the rest is for sockets and what one snapshot opens and closes.
 WANTED_FDS = 65536
 
 

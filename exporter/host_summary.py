@@ -13,7 +13,7 @@ from kvm.model import Host, Protection, Snapshot, SourceReport
 
 SOURCE_USES = {
     "bpf": "every vCPU of every VMM, and whether notify exits are armed",
-    "stats_fd": "every vCPU of VMMs that hold statistics fds (QEMU 8.1 and later)",
+    "stats_fd": "every vCPU of VMMs that hold stats fds (QEMU 8.1 and later)",
     "debugfs": "each VM's sum, no vCPUs",
 }
 
@@ -136,7 +136,7 @@ def _describe_security(privileges: Privileges) -> str:
     if privileges.selinux_enforcing:
         parts.append("SELinux enforces: a denial is in the audit log")
     if privileges.ptrace_scope == 3:
-        parts.append("yama's ptrace_scope=3 forbids borrowing statistics fds")
+        parts.append("yama's ptrace_scope=3 forbids borrowing stats fds")
     return "; ".join(parts)
 
 

@@ -104,7 +104,7 @@ def open_host(
 
 
 def build_collector(
-    reader: SnapshotReader, arguments: argparse.Namespace, watch: StallMonitor | None = None
+    reader: SnapshotReader, arguments: argparse.Namespace, monitor: StallMonitor | None = None
 ) -> HostCollector:
     """Return the collector that the flags ask for."""
     settings = CollectorSettings(
@@ -114,4 +114,4 @@ def build_collector(
         vm_exclude=arguments.vm_exclude,
     )
     build = BuildInfo(read_version(), "", platform.python_version())
-    return HostCollector(reader, settings, build, time.perf_counter, watch.report if watch else None)
+    return HostCollector(reader, settings, build, time.perf_counter, monitor.report if monitor else None)

@@ -2,18 +2,19 @@
 
 ::
 
-       eBPF iterator        stats fds        debugfs            kvm:kvm_exit of armed threads
-            \\                   |               /                           |
-             `--------- kvm/sources/*.py --------'                 kvm/notify_trace.py
-                              |                                             |
-       kvm/host.py   kvm/snapshot.py   kvm/owners.py                        |
-              \\____________   |   ______________/                           |
-                           Snapshot                                    NotifyExit
-      ------------------------|-----------------------------------------------|--------  only these two cross
-                              |                                        exporter/watch.py -> progress.py -> stall_log.py
-                              '----------> exporter/collector.py <------------'  verdicts
-                                                  |
-                                          exporter/server.py  ->  /metrics, /
+       kvm/bpf           stats fds          debugfs            kvm:kvm_exit of armed threads
+           \\                |                /                             |
+            `------- kvm/counters/*.py ------'                    kvm/perf/notify_tracer.py
+                             |                                              |
+        kvm/host     kvm/snapshot.py     kvm/discovery, kvm/identity        |
+             \\___________   |   ______________/                             |
+                          Snapshot                                     NotifyExit
+      -----------------------|-----------------------------------------------|--------  only these two cross
+                             |                          exporter/monitor -> exporter/stalls
+                             |                                              |  verdicts
+                             '------> exporter/prometheus, status_page <----'
+                                                   |
+                                             exporter/web  ->  /metrics, /
 
-One direction: a module imports only from those nearer to the kernel (``tests/test_architecture.py``).
+One direction: a package imports only from those nearer to the kernel (``tests/test_architecture.py``).
 """

@@ -20,7 +20,7 @@ class SourceUnavailable(KvmReadError):
 
 
 class MalformedData(KvmReadError):
-    """Bytes or text of foreign origin make no sense; ``origin`` says where they came from."""
+    """Bytes or text from outside make no sense; ``origin`` says where they came from."""
 
     def __init__(self, origin: str, reason: str) -> None:
         super().__init__(f"{origin}: {reason}")

@@ -3,7 +3,7 @@
 Plain values without behaviour and without I/O. Everything that crosses from ``kvm/`` to ``exporter/`` is made of them.
 
 Counters are held by column: a VM has one tuple of vCPUs and, for each statistic, one tuple of numbers in the same
-order. A host with 10,000 vCPUs then costs some thousand objects a look and not some ten thousand.
+order. A host with 10,000 vCPUs then costs some thousand objects a snapshot and not some ten thousand.
 
 An absent number is absent: ``None``, or no key. It is never 0.
 """
@@ -196,10 +196,10 @@ class VmCounters(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class VmReading:
-    """One VM in one look: who it is, what was read of it, and by which source ("" where by none).
+    """One VM in one snapshot: who it is, what was read of it, and by which source ("" where by none).
 
     ``vcpus`` is in the order of ``counters.vcpu_ids``; it is empty where only the number ``vcpu_count`` is known.
-    The tuple is the same object from look to look while nothing changes, so that what is derived can be kept.
+    The tuple is the same object from snapshot to snapshot while nothing changes, so that what is derived can be kept.
     """
 
     vm: Vm
@@ -229,9 +229,9 @@ class BlindSpot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One look at the whole host.
+    """One reading of the whole host.
 
-    ``monotonic_seconds`` and ``unix_seconds`` are the time of the look; ``readings`` are ordered by VM id; ``errors``
+    ``monotonic_seconds`` and ``unix_seconds`` are its time; ``readings`` are ordered by VM id; ``errors``
     counts, since start, what was left out, by (source, kind). ``blind_spots`` say why there may be VMs
     that are not listed (``kvm/blind_spots.py``).
     """
@@ -256,10 +256,10 @@ class Snapshot:
 
 
 class SnapshotReader(Protocol):
-    """Takes looks at a host, a real one or a simulated one."""
+    """takes snapshots of a host, a real one or a simulated one."""
 
     def read(self) -> Snapshot:
-        """Take one look; what cannot be read is left out and reported, so this raises nothing."""
+        """Take a snapshot; what cannot be read is left out and reported, so this raises nothing."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Counts what could not be read, and logs each trouble once and not on every look.
+"""Counts what could not be read, and logs each trouble once and not on every snapshot.
 
 A trouble is told by process, because that is what is known where it is found; whose VM it is, is known at the end of a
-look, and then it is logged with the VM's name.
+snapshot, and then it is logged with the VM's name.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class ReadErrors:
             self._new.setdefault((pid, source, kind), message)
 
     def log_new(self, found: Iterable[Vm]) -> None:
-        """Log the troubles that are new since the last look, and forget those of VMs that have ended.
+        """Log the troubles that are new since the newest snapshot, and forget those of VMs that have ended.
 
-        ``found`` are the VMs of this look; where there never was any trouble, nobody asks for them.
+        ``found`` are the VMs of this snapshot; where there never was any trouble, nobody asks for them.
         """
         if not (self._new or self._logged):
             self._vm_pids = set()

@@ -1,8 +1,9 @@
-"""Takes one look at the whole host: asks the sources in order, and says how each went.
+"""Takes one snapshot of the whole host: asks the sources in order, and says how each went.
 
 The best source that works has the first word on every VM; the next one is asked only for what is left. A source that
-does not work is tried again every ``RETRY_SECONDS``, not on every look: under lockdown each try writes to the kernel
-log. Each source is tried at the first look, so that what works is known of all, and the next one is ready when needed.
+does not work is tried again every ``RETRY_SECONDS``, not on every snapshot: under lockdown each try writes to the
+kernel log. Each source is tried at the first snapshot, so that what works is known of all, and the next one is ready
+when needed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RETRY_SECONDS = 300.0
 # The best source is missed most, and its failing costs nobody a line in the kernel log.
 BEST_RETRY_SECONDS = 30.0
 # A vCPU that has not run yet has no thread. Asking for it again costs a file read a vCPU, so it is done for a VM every
-# so often, and for so many VMs a look.
+# so often, and for so many VMs a snapshot.
 THREADS_SECONDS = 10.0
 THREADS_VMS = 20
 
@@ -178,7 +179,7 @@ class HostReader:
         self._all_tried = False
 
     def read(self) -> Snapshot:
-        """Take one look; what cannot be read is left out, reported and counted."""
+        """Take a snapshot; what cannot be read is left out, reported and counted."""
         now, unix = self._monotonic(), self._unix()
         self._follow_kvm()
         if now - self._host_read_at >= RETRY_SECONDS:  # microcode can be updated while the host runs
@@ -343,7 +344,7 @@ class HostReader:
         """Return the host thread of each of the VM's vCPUs, read or not, None where it is not known."""
         tids: dict[int, int | None] = dict.fromkeys(answer.all_vcpu_ids or ())
         tids |= dict(zip(answer.counters.vcpu_ids, answer.counters.tids, strict=True))
-        # debugfs speaks the numbers of the first pid namespace: elsewhere they would name strangers' threads.
+        # debugfs speaks the numbers of the initial pid namespace: elsewhere they would name strangers' threads.
         if answer.knows_threads or None not in tids.values() or not self._host.initial_pid_namespace:
             return tids
         directory = find_vm_directory(self._kvm_debugfs, self._proc, key)

@@ -10,7 +10,7 @@ from kvm import abi
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
-# Called once a vCPU and look, so its arguments' types are fixed here: that halves what a call costs.
+# Called once a vCPU and snapshot, so its arguments' types are fixed here: that halves what a call costs.
 _pidfd_getfd = _libc["syscall"]
 _pidfd_getfd.restype = ctypes.c_long
 _pidfd_getfd.argtypes = [ctypes.c_long] * 4

@@ -131,7 +131,7 @@ def run_agent(*words: str, expect: Sequence[int] = (0,), prefix: Sequence[str] =
 
 
 def run_once_json(*flags: str) -> dict[int, list[dict[str, object]]]:
-    """Take one look with the real command; VMs by pid."""
+    """Take one snapshot with the real command; VMs by pid."""
     vms: dict[int, list[dict[str, object]]] = {}
     for vm in json.loads(run_agent("once", "--format=json", *flags))["vms"]:
         vms.setdefault(vm["pid"], []).append(vm)

@@ -52,7 +52,7 @@ def make_reading(name: str = "web", notify: tuple[int, ...] = (3, 0), pid: int =
     )
 
 
-def make_unread(problem: str = "its VMM holds no statistics fds", pid: int = 4343) -> VmReading:
+def make_unread(problem: str = "its VMM holds no stats fds", pid: int = 4343) -> VmReading:
     vm = Vm(f"firecracker-{pid}", VmKey(pid, 78, 9), Owner("firecracker"), None)
     return VmReading(vm, "", (), 2, VmCounters(problem=problem), Protection.UNKNOWN)
 

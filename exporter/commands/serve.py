@@ -26,7 +26,7 @@ GC_THRESHOLD: Final = 50_000
 
 
 def run_server(arguments: argparse.Namespace) -> int:
-    """Serve this host, or a made-up one, until a signal ends it."""
+    """Serve this host, or a simulated one, until a signal ends it."""
     # Importing aiohttp takes longer than all the rest of what the other commands do.
     from exporter.web.server import serve  # noqa: PLC0415
     from exporter.web.settings import ServerSettings  # noqa: PLC0415
@@ -43,24 +43,24 @@ def run_server(arguments: argparse.Namespace) -> int:
         if arguments.command == "demo":
             simulated = SimulatedHost()
             recorder = SnapshotRecorder(simulated)
-            watch = open_simulated_monitor(arguments, recorder, simulated)
+            monitor = open_simulated_monitor(arguments, recorder, simulated)
         else:
             bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
             recorder = SnapshotRecorder(open_host(arguments.sources, stack, bpf=bpf))
-            watch = open_stall_monitor(arguments, recorder, bpf)
-        collector = build_collector(recorder, arguments, watch)
-        asyncio.run(run_until_signalled(watch, lambda stop: serve(collector, recorder, settings, stop, watch)))
+            monitor = open_stall_monitor(arguments, recorder, bpf)
+        collector = build_collector(recorder, arguments, monitor)
+        asyncio.run(run_until_signalled(monitor, lambda stop: serve(collector, recorder, settings, stop, monitor)))
     return 0
 
 
-async def run_until_signalled(watch: StallMonitor, serve: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Serve and watch until SIGINT or SIGTERM, then finish what is under way."""
-    stop, stop_watching = asyncio.Event(), asyncio.Event()
+async def run_until_signalled(monitor: StallMonitor, serve: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Serve and monitor until SIGINT or SIGTERM, then finish what is under way."""
+    stop, stop_monitor = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    watching_task = asyncio.create_task(watch.run(stop_watching))
+    monitor_task = asyncio.create_task(monitor.run(stop_monitor))
     try:
         await serve(stop)
     finally:
-        stop_watching.set()  # only now: the last scrape still asks the watch
-        await watching_task
+        stop_monitor.set()  # only now: the last scrape still asks the monitor
+        await monitor_task

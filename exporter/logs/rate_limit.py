@@ -1,4 +1,4 @@
-"""Limits how often a repeated complaint is written, and says how many were withheld."""
+"""Limits how often a line of one kind is written, and says how many were withheld."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does what must not end the watch, whatever happens: what goes wrong costs one step, and is said when it changes."""
+"""Takes steps that must not end the stall monitor: a failure costs one step, and is logged when it changes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Attempts:
         except Exception as err:
             if self._reasons.get(name) != repr(err):
                 self._reasons[name] = repr(err)
-                log.error("watching for stalls failed, and goes on", extra={"fields": {"step": name, "err": repr(err)}})
-                log.debug("watching for stalls failed", exc_info=True)
+                fields = {"step": name, "err": repr(err)}
+                log.error("a step of the stall monitor failed; it goes on", extra={"fields": fields})
+                log.debug("a step of the stall monitor failed", exc_info=True)
             return False
         if self._reasons.pop(name, None):
-            log.info("watching for stalls works again")
+            log.info("the stall monitor works again")
         return True

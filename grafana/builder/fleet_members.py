@@ -164,7 +164,7 @@ def make_agents_row() -> Row:
             make_table(
                 51,
                 "Agents with problems",
-                "Hosts that need a look, and why. The agent's log and its page at / give the reason. An error that "
+                "Hosts that need attention, and why. The agent's log and its page at / give the reason. An error that "
                 "happened once since the agent started is not counted yet. An empty cell says that nothing was found, "
                 "also where the series are not kept: for VMs not read, kvm_vm_info and kvm_vm_source_info.",
                 problems,

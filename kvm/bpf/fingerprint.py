@@ -3,7 +3,7 @@
 The kernel's types say where KVM's structs have their fields, and they may be wrong: an out-of-tree kvm module without
 types of its own, built with 24 bytes more in one struct, reads as VMs that take no exits. Nothing in what is read tells
 that. So a vCPU of our own is given numbers that are unlikely to be found by chance, and is run, without entering a
-guest, RUNS times: some statistic of KVM has counted that, which its statistics fd tells, and BPF has to find the same
+guest, RUNS times: some statistic of KVM has counted that, which its stats fd tells, and BPF has to find the same
 number in the same statistic.
 """
 
@@ -37,7 +37,7 @@ class Fingerprint:
     registers: Mapping[str, int]
 
     def find_differences(self, counters: VmCounters | None) -> Iterator[str]:
-        """Yield what a look at the host reads otherwise, of the VM's statistics ``counter`` alone."""
+        """Yield what a snapshot of the host reads otherwise, of the VM's statistics ``counter`` alone."""
         if counters is None or len(counters.vcpu_ids) != 1:
             yield "it is not found among the vCPUs of its VM"
             return

@@ -65,7 +65,7 @@ class VcpuThread(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TriggerStatus:
-    """Whether the trigger watches ``function``, and if not, why."""
+    """Whether the trigger is attached to ``function``, and if not, why."""
 
     function: str
     attached: bool

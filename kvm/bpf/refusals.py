@@ -1,6 +1,6 @@
 """Says why the kernel or libbpf refused a BPF program, and what a person can do about it.
 
-The kernel gives one number for many causes, EPERM for most. So what it looks at is looked at again, after the fact:
+The kernel gives one number for many causes, EPERM for most. So what it checks is checked again, after the fact:
 capabilities, lockdown, namespaces, seccomp, BTF; and the verifier's last line is quoted where it refused a program.
 """
 

@@ -102,11 +102,11 @@ class VmAssembler:
         self._counters: dict[VmKey, VmCounters] = {}
 
     def find_kvm(self, key: VmKey) -> int | None:
-        """Return the address of a VM of the last snapshot, None if there was no such."""
+        """Return the address of a VM of the newest snapshot, None if there was no such."""
         return next((kvm for kvm, kept in self._kept.items() if kept.key == key), None)
 
     def find_key(self, kvm: int) -> VmKey | None:
-        """Return the key of the VM at this address in the last look, None if there was no such."""
+        """Return the key of the VM at this address in the newest snapshot, None if there was no such."""
         return self._kept[kvm].key if kvm in self._kept else None
 
     def assemble(self, blocks: HostBlocks) -> dict[VmKey, VmCounters]:

@@ -1,14 +1,15 @@
-"""Reads every vCPU of every VMM in one look, from kernel memory, by BPF: the source ``bpf``.
+"""Reads every vCPU of every VMM in one snapshot, from kernel memory, by BPF: the source ``bpf``.
 
-It needs nothing of a VMM, neither fds nor files nor rights over it, holds nothing of a VM between looks, and sees what
-nothing else on the host can: whether and with what window a VM's notify exits are armed. lockdown=integrity allows it.
+It needs nothing of a VMM, neither fds nor files nor rights over it, holds nothing of a VM between snapshots, and sees
+what nothing else on the host can: whether and with what window a VM's notify exits are armed. lockdown=integrity allows
+it.
 
 Ways that were measured, for 10,000 vCPUs in 625 processes with 207,000 open files, while a plain C program needs 27 ms
-to dup, pread, close and print as many statistics fds that it has found before (in one run, Linux 6.18, 2 CPUs):
+to dup, pread, close and print as many stats fds that it has found before (in one run, Linux 6.18, 2 CPUs):
 
 - every open file, compared with KVM's f_op (``read_files``): 50 ms, and 8 ms without 300 eventfds a process;
 - the tables of fds, walked in chunks by bpf_loop(): 22 ms;
-- KVM's own list of VMs (``read_vms``): 5 ms, and 2.5 ms without the eventfds, though it looks at no file but the VM's.
+- KVM's own list of VMs (``read_vms``): 5 ms, and 2.5 ms without the eventfds, though it reads no file but the VM's.
 
 So the last is the way here, and the first its fallback: on opening, the list has to lead to a VM of our own before it
 is trusted, and that VM has to be read as what it is (``kvm/bpf/fingerprint.py``) before anything is. A few counters of
@@ -78,7 +79,7 @@ class BpfSource:
 
     ``method`` says how VMs are found once it is open: "list" (KVM's list of VMs), "files" (open files, recognised by
     KVM's f_op) or "names" (by their names, where there is no /dev/kvm); ``method_reason`` why it is not the first.
-    ``with_list=False`` forbids the first. One look at a time: calls from several threads wait for each other.
+    ``with_list=False`` forbids the first. One read at a time: calls from several threads wait for each other.
     """
 
     name = "bpf"
@@ -162,7 +163,7 @@ class BpfSource:
                 raise SourceUnavailable(str(err)) from err
 
     def read_vcpu(self, key: VmKey, vcpu_id: int) -> VcpuState | None:
-        """Read registers and all statistics of one vCPU of the last look, None if it is gone.
+        """Read registers and all statistics of one vCPU of the newest snapshot, None if it is gone.
 
         Raises SourceUnavailable where VMs are not found by KVM's list.
         """
@@ -364,7 +365,7 @@ class BpfSource:
     def _add_unowned(self, programs: VcpuPrograms, blocks: HostBlocks) -> HostBlocks:
         """Add the VMs whose own process has ended while another holds their files.
 
-        Most VMs without a process are just ending. So the files of the host are looked at only for those that have
+        Most VMs without a process are just ending. So the files of the host are scanned only for those that have
         been so for a while, and no more for those that nobody holds.
         """
         now = self._clock()

@@ -1,10 +1,10 @@
 """Reads KVM's debugfs: the sum over a VM's vCPUs, the last resort; and which thread runs which vCPU.
 
-A VM's directory is ``TID-FD``: the thread (in the first pid namespace) that made the VM, and the VM's fd number
+A VM's directory is ``TID-FD``: the thread (in the initial pid namespace) that made the VM, and the VM's fd number
 (kvm_create_vm_debugfs in virt/kvm/kvm_main.c). There is no per-vCPU file of a counter. Under lockdown (Secure Boot) the
 counters answer EPERM even to root, because their mode is 0644 (debugfs_locked_down in fs/debugfs/file.c); ``vcpuN/pid``
 and the directories themselves stay readable. A refused open also writes a line to the kernel log: so whether the source
-works is tried once, and not again on every look.
+works is tried once, and not again on every snapshot.
 
 An open file keeps its VM alive: each is opened, read and closed at once. Nothing is ever written: a 0 would clear the
 counters for everybody. ``mmu_rmaps_stat`` is never read: it takes KVM's locks.
@@ -81,7 +81,7 @@ def find_vcpu_ids(directory: Path) -> tuple[int, ...]:
 def may_hold_vms(kvm_directory: Path, proc: Path, pids: Collection[int]) -> bool:
     """Tell whether one of these processes may hold a VM: one was made by a thread of theirs, or by nobody knows whom.
 
-    For processes whose fds may not be looked at. Numbers are those of the first pid namespace.
+    For processes whose fds may not be read. Numbers are those of the initial pid namespace.
     """
     if not pids:
         return False

@@ -1,6 +1,6 @@
 """The ways to read KVM's counters, one file each, behind one Protocol.
 
-A source is opened once, asked on every look for the VMs that no better source has read, and closed at the end. What
+A source is opened once, asked at every snapshot for the VMs that no better source has read, and closed at the end. What
 it cannot do at all it says by raising ``SourceUnavailable``; what it cannot do for one VM it says in that VM's
 ``VmCounters.problem``, and the other VMs are read all the same.
 """

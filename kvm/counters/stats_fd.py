@@ -1,10 +1,10 @@
-"""Reads the binary statistics fds that a VMM holds: every vCPU of QEMU 8.1 and later.
+"""Reads the binary stats fds that a VMM holds: every vCPU of QEMU 8.1 and later.
 
-On every look each fd is duplicated (pidfd_getfd), read (pread) and closed at once, because a duplicate keeps the whole
-VM alive: vCPUs, its debugfs directory, the kvm module. On older kernels it does not even do that, and reading after the
-VM's end is a use after free. Linux kernel commit eed3013faa40 "KVM: Grab a reference to KVM for VM and vCPU stats file
-descriptors" (in v6.5 and stable trees) brought ``kvm_vcpu_stats_release``: without that name in /proc/kallsyms this
-source refuses to work.
+At every snapshot each fd is duplicated (pidfd_getfd), read (pread) and closed at once, because a duplicate keeps the
+whole VM alive: vCPUs, its debugfs directory, the kvm module. On older kernels it does not even do that, and reading
+after the VM's end is a use after free. Linux kernel commit eed3013faa40 "KVM: Grab a reference to KVM for VM and vCPU
+stats file descriptors" (in v6.5 and stable trees) brought ``kvm_vcpu_stats_release``: without that name in
+/proc/kallsyms this source refuses to work.
 
 Only pread: a duplicate shares its file offset with the VMM.
 
@@ -132,7 +132,7 @@ class StatsFdSource:
         os.close(own)
 
     def read(self, vms: Sequence[HeldVm]) -> dict[VmKey, VmCounters]:
-        """Read these VMs; one whose process has ended has no entry, one without statistics fds says so."""
+        """Read these VMs; one whose process has ended has no entry, one without stats fds says so."""
         readings = {}
         for vm in vms:
             try:
@@ -143,8 +143,8 @@ class StatsFdSource:
                 self._on_error(vm.key.pid, "malformed", str(err))
                 readings[vm.key] = VmCounters(problem=str(err))
             except OSError as err:
-                self._on_error(vm.key.pid, "unreadable", f"cannot borrow its statistics fds: {err.strerror}")
-                readings[vm.key] = VmCounters(problem=f"cannot borrow its statistics fds: {err.strerror}")
+                self._on_error(vm.key.pid, "unreadable", f"cannot borrow its stats fds: {err.strerror}")
+                readings[vm.key] = VmCounters(problem=f"cannot borrow its stats fds: {err.strerror}")
         self._known = {key: files for key, files in self._known.items() if key in readings}
         if self.doubt and any(counters.per_vcpu for counters in readings.values()):
             self.doubt = ""
@@ -196,7 +196,7 @@ class StatsFdSource:
 
     def _read_vm(self, vm: HeldVm) -> VmCounters:
         if not vm.stats_fds or vm.pidfd < 0:
-            return VmCounters(problem="its VMM holds no statistics fds (QEMU does from 8.1 on)")
+            return VmCounters(problem="its VMM holds no stats fds (QEMU does from 8.1 on)")
         known = self._known.setdefault(vm.key, {})
         vcpu_ids = tuple(sorted(vm.stats_fds))
         rows = [self._read_vcpu(vm, vcpu_id, known) for vcpu_id in vcpu_ids]
@@ -220,7 +220,7 @@ class StatsFdSource:
         finally:
             os.close(fd)
         if not block.startswith(file.beginning):
-            del known[vcpu_id]  # another vCPU's file may have taken its place: it is met anew at the next look
+            del known[vcpu_id]  # another vCPU's file may have taken its place: it is met anew at the next snapshot
             raise MalformedData(describe_origin(vm, vcpu_id), "the fd holds another file by now")
         if len(block) < file.layout.length:
             raise MalformedData(
@@ -242,4 +242,4 @@ class StatsFdSource:
 
 def describe_origin(vm: HeldVm, vcpu_id: int) -> str:
     """Say where a vCPU's bytes come from, for messages."""
-    return f"statistics fd of pid {vm.key.pid}, vcpu_id {vcpu_id}"
+    return f"stats fd of pid {vm.key.pid}, vcpu_id {vcpu_id}"

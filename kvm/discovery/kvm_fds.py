@@ -31,7 +31,7 @@ Compare = Callable[[int, int, int, int], int]
 
 @dataclass(slots=True)
 class KvmFiles:
-    """The KVM files among a process's fds: VM fds, and vCPU fds and statistics fds by vcpu_id; all fds ascend."""
+    """The KVM files among a process's fds: VM fds, and vCPU fds and stats fds by vcpu_id; all fds ascend."""
 
     vms: list[int] = field(default_factory=list)
     vcpus: dict[int, list[int]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class KvmFiles:
 
 
 def parse_kvm_links(links: Iterable[tuple[int, str]]) -> KvmFiles:
-    """Pick KVM's files from (fd, link) pairs; of several statistics fds of one vcpu_id the lowest."""
+    """Pick KVM's files from (fd, link) pairs; of several stats fds of one vcpu_id the lowest."""
     files = KvmFiles()
     for fd, link in sorted(links):
         match = _KVM_LINK.fullmatch(link)

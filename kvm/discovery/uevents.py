@@ -43,7 +43,7 @@ def read_uevent(netlink: socket.socket) -> bytes:
     except BlockingIOError:
         return b""
     except OSError as err:
-        if err.errno != errno.ENOBUFS:  # some were lost: the listings are looked at all the same
+        if err.errno != errno.ENOBUFS:  # some were lost: the listings are read all the same
             raise
         return b"-"
     return message if sender == 0 else b"-"

@@ -1,11 +1,11 @@
 """Finds the processes that hold VMs, and says which of their fds are vCPUs.
 
 What it costs is bounded. Reading the link of every fd of a host is what takes time (207,000 fds: half a second), so it
-is done once a process, and again only when the *listing* of its fds or threads has changed. Listings are looked at on
-every look for processes younger than ``YOUNG_SECONDS`` (KVM's uevent comes before the VM has vCPUs), every
+is done once a process, and again only when the *listing* of its fds or threads has changed. Listings are read on
+every snapshot for processes younger than ``YOUNG_SECONDS`` (KVM's uevent comes before the VM has vCPUs), every
 ``VMM_SECONDS`` for those that hold VMs (hot-plug sends no event), every ``OTHER_SECONDS`` for the rest, and at once
-when KVM's uevent names the process. Once the first look is done, none is begun with after ``LOOK_BUDGET_SECONDS``, and
-none gets more than a hundredth of the time: one that was slow to look at is left alone for a hundred times as long.
+when KVM's uevent names the process. Once the first snapshot is done, none is begun after ``SCAN_BUDGET_SECONDS``, and
+none gets more than a hundredth of the time: one that was slow to scan is left alone for a hundred times as long.
 
 Each process with a VM is held by a pidfd: that pins nothing of the VM, and says for ever that the process is the same
 one, and at once that it has ended. A thread-group leader may exit while the VM runs on: then /proc/PID/fd is empty, and
@@ -43,7 +43,7 @@ from kvm.model import VmKey
 YOUNG_SECONDS = 30.0
 VMM_SECONDS = 30.0
 OTHER_SECONDS = 300.0
-LOOK_BUDGET_SECONDS = 0.02
+SCAN_BUDGET_SECONDS = 0.02
 REST_FACTOR = 100.0
 
 
@@ -53,7 +53,7 @@ class HeldVm:
 
     ``tid`` is a living thread of the process and ``pidfd`` refers to it (borrowed: Discovery closes it; -1 where there
     is none). ``vcpu_ids`` ascend; they are None where the process holds several VMs, because its files do not tell
-    which vCPU is whose. ``stats_fds`` maps vcpu_id to the number, in that process, of a binary statistics fd.
+    which vCPU is whose. ``stats_fds`` maps vcpu_id to the number, in that process, of a binary stats fd.
     """
 
     key: VmKey
@@ -65,7 +65,7 @@ class HeldVm:
 
 @dataclass(slots=True)
 class _Process:
-    """What is known of a process. ``foreign`` are VM fds that are another process's VM: a forked child's, say."""
+    """What is known of a process. ``not_own`` are VM fds that are another process's VM: a forked child's, say."""
 
     inode: int
     first_seen: float
@@ -75,7 +75,7 @@ class _Process:
     start_ticks: int = 0
     tid: int = 0
     pidfd: int = -1
-    foreign: set[int] = field(default_factory=set)
+    not_own: set[int] = field(default_factory=set)
     vms: tuple[HeldVm, ...] = ()
 
 
@@ -115,8 +115,8 @@ class Discovery:
         now = self._clock()
         self._renew_list(now)
         self._take_uevents(now)
-        deadline = now + LOOK_BUDGET_SECONDS if self._started else float("inf")
-        # Those not looked at for longest come first, so that a small budget still reaches everybody in turn.
+        deadline = now + SCAN_BUDGET_SECONDS if self._started else float("inf")
+        # Those not scanned for longest come first, so that a small budget still reaches everybody in turn.
         for pid, process in sorted(self._processes.items(), key=lambda item: item[1].looked_at):
             if self._clock() > deadline:
                 break
@@ -126,7 +126,7 @@ class Discovery:
         return [vm for process in self._processes.values() for vm in process.vms]
 
     def look_again(self, pids: Iterable[int]) -> list[HeldVm]:
-        """Look at these processes at once, because they were not as described; return the VMs that they hold."""
+        """Scan these processes at once, because they were not as described; return the VMs that they hold."""
         now = self._clock()
         self._forget_ended()
         wanted = set(pids)
@@ -138,7 +138,7 @@ class Discovery:
 
     @property
     def refused(self) -> frozenset[int]:
-        """The processes that may not be looked at, for want of CAP_SYS_PTRACE or by a security module's will."""
+        """The processes whose fds may not be read, for want of CAP_SYS_PTRACE or by a security module's will."""
         return frozenset(self._refused)
 
     def close(self) -> None:
@@ -220,11 +220,11 @@ class Discovery:
 
     def _tell(self, pid: int, err: OSError | MalformedData) -> None:
         if isinstance(err, OSError) and err.errno == errno.EBADF:
-            return  # it has just closed that fd, or is ending: the next look tells
+            return  # it has just closed that fd, or is ending: the next snapshot tells
         if isinstance(err, OSError) and err.errno in (errno.EMFILE, errno.ENFILE):
             self._on_error(0, "fds", f"{err.strerror}: raise LimitNOFILE")
         else:
-            self._on_error(pid, "unreadable", f"cannot look at its fds: {err}")
+            self._on_error(pid, "unreadable", f"cannot read its fds: {err}")
 
     def _renew(self, pid: int, process: _Process) -> None:
         tid = find_living_thread(self._proc, pid)
@@ -237,7 +237,7 @@ class Discovery:
             if listing == process.listing:
                 return
             if len(fds) > MAX_FDS:
-                self._on_error(pid, "too_many_fds", f"it has {len(fds)} fds: only {MAX_FDS} are looked at")
+                self._on_error(pid, "too_many_fds", f"it has {len(fds)} fds: only {MAX_FDS} are scanned")
             files = read_kvm_files(fd_directory, fds[:MAX_FDS])
         finally:
             os.close(fd_directory)
@@ -246,7 +246,7 @@ class Discovery:
             process.vms = self._find_own_vms(pid, process, files)
         else:
             process.vms = ()
-        process.listing = listing  # last: what failed on the way is looked at again
+        process.listing = listing  # last: what failed on the way is scanned again
 
     def _hold(self, pid: int, tid: int, process: _Process) -> None:
         start_ticks = read_stat(self._proc, pid).start_ticks
@@ -270,13 +270,13 @@ class Discovery:
 
     def _find_own_vms(self, pid: int, process: _Process, files: KvmFiles) -> tuple[HeldVm, ...]:
         if len(files.vms) > MAX_VM_FDS:
-            self._on_error(pid, "too_many_vms", f"it has {len(files.vms)} VM fds: only {MAX_VM_FDS} are looked at")
+            self._on_error(pid, "too_many_vms", f"it has {len(files.vms)} VM fds: only {MAX_VM_FDS} are scanned")
         known = [vm.key.vm_fd for vm in process.vms]
         vm_fds = find_distinct(process.tid, files.vms[:MAX_VM_FDS], known, self._compare)
         several = len(vm_fds) > 1 or holds_several_vms(process.tid, files, self._compare)
         if several:
             self._on_error(pid, "several_vms", "it holds several VMs; its files do not tell whose their vCPUs are")
-        process.foreign &= set(files.vms)
+        process.not_own &= set(files.vms)
         self._owners.forget(pid)  # its fds may be others by now; what it still has it claims anew
         first_vcpu = min((fds[0] for fds in files.vcpus.values()), default=-1)
         vms = []
@@ -290,14 +290,14 @@ class Discovery:
 
     def _is_own(self, process: _Process, key: VmKey, fd: int) -> bool:
         """Tell whether a VM is this process's own; one that was another's stays so, as it cannot run here (EIO)."""
-        if fd in process.foreign:
+        if fd in process.not_own:
             return False
         owner, displaced = self._owners.claim(process.tid, fd, key)
         if owner != key:
-            process.foreign.add(fd)
+            process.not_own.add(fd)
             return False
         other = self._processes.get(displaced.pid) if displaced is not None else None
         if other is not None and displaced is not None:  # a younger process was seen with it first
-            other.foreign.add(displaced.vm_fd)
+            other.not_own.add(displaced.vm_fd)
             other.vms = tuple(vm for vm in other.vms if vm.key != displaced)
         return True

@@ -1,6 +1,6 @@
 """A VM of our own whose vCPU never enters a guest: it describes the running kernel, and is thrown away at once.
 
-From its statistics fd come the names and places of this kernel's statistics, which are those of the raw ``struct
+From its stats fd come the names and places of this kernel's statistics, which are those of the raw ``struct
 kvm_vcpu_stat`` in kernel memory too. Its file descriptors show the BPF programs what KVM's files look like,
 and what was done with it shows whether they read KVM's memory right: its vCPU has a number that nothing else has, its
 notify exits are armed where the host can do that, and `run` counts without running anything.
@@ -85,7 +85,7 @@ class ThrowawayVm:
         fcntl.ioctl(self.vcpu_fd, abi.KVM_SET_REGS, abi.KVM_REGS.pack(*REGISTERS, _RFLAGS))
 
     def read_statistics(self) -> dict[str, tuple[int, ...]]:
-        """Read all statistics of the vCPU by its statistics fd; raises OSError or MalformedData."""
+        """Read all statistics of the vCPU by its stats fd; raises OSError or MalformedData."""
         header = decode_header(os.pread(self.stats_fd, abi.KVM_STATS_HEADER.size, 0), _ORIGIN)
         length = max(found.offset + found.size * VALUE_BYTES for found in self.statistics.values())
         block = os.pread(self.stats_fd, length, header.data_offset)
@@ -112,6 +112,6 @@ class ThrowawayVm:
 
 
 def read_descriptors(stats_fd: int) -> dict[str, Statistic]:
-    """Read the descriptors of a statistics fd; raises OSError or MalformedData."""
+    """Read the descriptors of a stats fd; raises OSError or MalformedData."""
     header = decode_header(os.pread(stats_fd, abi.KVM_STATS_HEADER.size, 0), _ORIGIN)
     return decode_descriptors(header, os.pread(stats_fd, header.desc_bytes, header.desc_offset), _ORIGIN)

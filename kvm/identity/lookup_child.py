@@ -1,4 +1,4 @@
-"""Looks up VMs' owners in a process of its own, so that a look-up that hangs hangs alone.
+"""Looks up VMs' owners in a process of its own, so that a lookup that hangs hangs alone.
 
 Reading a command line can block on the process's mmap_lock, and a file below its root on a file system that never
 answers, even SIGKILL-proof. The agent starts this program (``kvm/identity/lookup_process.py``), asks it for one process

@@ -69,9 +69,9 @@ class LookupProcess:
         try:
             written = os.write(self._requests, line)
         except OSError as err:
-            raise LookupFailed(f"the look-up process does not listen: {err.strerror}") from err
+            raise LookupFailed(f"the lookup process does not listen: {err.strerror}") from err
         if written != len(line):
-            raise LookupFailed("the look-up process does not listen")
+            raise LookupFailed("the lookup process does not listen")
 
     def read_answer(self, start_ticks: int) -> tuple[bool, OwnerReading | None]:
         """Return whether there is an answer, and what it is: None where that process has ended or is ending.
@@ -83,13 +83,13 @@ class LookupProcess:
         except BlockingIOError:
             return False, None
         except OSError as err:
-            raise LookupFailed(f"the look-up process cannot be read: {err.strerror}") from err
+            raise LookupFailed(f"the lookup process cannot be read: {err.strerror}") from err
         if not piece:
-            raise LookupFailed("the look-up process has ended")
+            raise LookupFailed("the lookup process has ended")
         self._received += piece
         if not self._received.endswith(b"\n"):
             if len(self._received) > ANSWER_BYTES:
-                raise LookupFailed("the look-up process says too much")
+                raise LookupFailed("the lookup process says too much")
             return False, None
         line, self._received = self._received, b""
         return True, decode_answer(line, start_ticks)
@@ -113,4 +113,4 @@ def decode_answer(line: bytes, start_ticks: int) -> OwnerReading | None:
         facts["cpu_topology"] = CpuTopology(*facts["cpu_topology"]) if facts["cpu_topology"] else None
         return OwnerReading(Owner(**facts), tuple(Problem(*problem) for problem in found["problems"]))
     except (ValueError, TypeError, KeyError) as err:
-        raise LookupFailed(f"the look-up process speaks nonsense: {err!r}") from err
+        raise LookupFailed(f"the lookup process speaks nonsense: {err!r}") from err

@@ -1,4 +1,4 @@
-"""Keeps whose VM each process is; a look-up that hangs holds up nobody else."""
+"""Keeps whose VM each process is; a lookup that hangs holds up nobody else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Lookup:
 
 @dataclass(slots=True, eq=False)
 class _Child:
-    """A look-up process, and what it was asked since when; None while it has nothing to do."""
+    """A lookup process, and what it was asked since when; None while it has nothing to do."""
 
     process: LookupProcess
     lookup: _Lookup | None = None
@@ -52,9 +52,9 @@ class OwnerCache:
     Reading a command line or a file of a VM's mount namespace can hang for ever, so the agent itself never does it. One
     child does all the work as long as it answers. A child that has been at one process for ``STUCK_SECONDS`` is passed
     over and another takes its place, up to ``CHILDREN`` in all and ``CHILDREN_OF_A_UID`` at processes of one uid: who
-    makes look-ups hang runs into that limit alone. After ``give_up_seconds`` at one process the child is killed, and
+    makes lookups hang runs into that limit alone. After ``give_up_seconds`` at one process the child is killed, and
     the process is known by its program's name only, for as long as it lives: an id that changes is worse than a poor
-    one. A process whose look-up has not begun is never given up on.
+    one. A process whose lookup has not begun is never given up on.
 
     ``on_error`` is told what could not be read, (pid, kind, message), once a process and kind. ``proc`` is where proc
     is mounted, ``clock`` gives seconds that only grow. Use it from one thread at a time.
@@ -89,7 +89,7 @@ class OwnerCache:
 
     @property
     def children(self) -> int:
-        """How many look-up processes there are, those that were left behind and live on included."""
+        """How many lookup processes there are, those that were left behind and live on included."""
         return len(self._children) + len(self._left_behind)
 
     def find(self, wanted: Mapping[Key, int], wait_seconds: float) -> dict[Key, Owner]:
@@ -122,7 +122,7 @@ class OwnerCache:
         return found
 
     def close(self) -> None:
-        """End every look-up process, and wait for none that hangs."""
+        """End every lookup process, and wait for none that hangs."""
         for child in list(self._children):
             self._leave(child)
         deadline = time.monotonic() + END_SECONDS

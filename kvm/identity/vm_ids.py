@@ -119,7 +119,7 @@ class VmIds:
         """
         self._follow_clock()
         if self._settled is not None and keys.keys() == self._settled:
-            # The same VMs as before, all of them known: 0.2 ms instead of 1.0 for 625 VMs. Look-ups that hang, of
+            # The same VMs as before, all of them known: 0.2 ms instead of 1.0 for 625 VMs. Lookups that hang, of
             # processes that have ended, still have to be given up on.
             self._find_owners(self._tids, self._wait_seconds)
             return self._identified

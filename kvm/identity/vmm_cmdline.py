@@ -1,6 +1,6 @@
 """Understands the command lines of VMMs: which program runs, and what its VM is called.
 
-Pure: text in, Owner out. Everything here is foreign text, chosen by whoever starts VMs. Decisions:
+Pure: text in, Owner out. Everything here is untrusted text, chosen by whoever starts VMs. Decisions:
 
 * A value becomes fit for a label, a log line and a terminal (``clean_text``): what is not UTF-8 or not printable is
   U+FFFD, and at most 128 bytes of UTF-8 stay: Prometheus' ``label_value_length_limit`` counts bytes, 200 is a usual

@@ -3,11 +3,12 @@
 A counter says that a vCPU takes notify exits; only this tracepoint says where, because KVM's cached RIP is stale after
 them. Two perf events are opened for one thread, never CPU-wide:
 
-* **A** takes notify exits: `NOTIFY_FILTER`, SESSION_RECORDS of them, then the kernel switches it off.
-* **B** takes the first exit of any kind at another RIP than one that A has seen: proof that the guest moves. Interrupts
-  of the host that hit a stuck guest are exits at its own RIP and do not count, nor does anything else at that RIP.
+* the **notify event** takes notify exits: `NOTIFY_FILTER`, SESSION_RECORDS of them, then the kernel disables it;
+* the **progress event** takes the first exit of any kind at another RIP than one that the notify event has seen: proof
+  that the guest makes progress. Interrupts of the host that hit a stuck guest are exits at its own RIP and do not
+  count, nor does anything else at that RIP.
 
-Both write to one ring, so one fd wakes the reader for both, and A's records can never fill it before they are read.
+Both write to one ring, so one fd wakes the reader for both, and the notify event cannot fill it before it is read.
 
 An open event of kvm:kvm_exit makes the kernel build a record at every exit of that thread, and opening the first and
 closing the last patches kernel text. Hence `NotifyTracer.hold_warm`: an event on ourselves, which never fires, keeps
@@ -94,12 +95,12 @@ class ArmedThread:
                 return TraceRecords(other_rip=self._other_seen, ended=True)
             gone = perf_event.has_exited(self.fd)  # before reading the ring, see there
             samples, lost, odd = self._ring.read()
-            self._seen += lost + odd  # each may have been one of A's
+            self._seen += lost + odd  # each may have been one of the notify event's
             other = self._events.get(_Role.OTHER_RIP)
             exits: list[NotifyExit] = []
             for sample in samples:
                 if sample.event_id not in self._exit_ids:
-                    # What an event B of an earlier RIP has left says nothing about this one.
+                    # What a progress event of an earlier RIP has left says nothing about this one.
                     self._other_seen |= other is not None and sample.event_id == other.id
                     continue
                 self._seen += 1
@@ -109,13 +110,13 @@ class ArmedThread:
                 else:
                     exits.append(decoded)
             if lost and other is not None and not self._other_seen:
-                # B's only record may be among those lost. Its counter is not.
+                # The progress event's only record may be among those lost. Its counter is not.
                 self._other_seen = bool(perf_event.read_count(other.fd))
             ended = gone or self._seen >= self._allowed
             return TraceRecords(tuple(exits), lost, odd, self._other_seen, ended, gone)
 
     def watch_other_rips(self, rip: int) -> None:
-        """Watch for any exit of the thread at another RIP, from now on; ends an earlier watch. Waits for the kernel.
+        """Arm the progress event: it takes any exit of the thread at another RIP. Waits for the kernel.
 
         Raises VmGone where the thread has exited or is disarmed, SourceUnavailable where the kernel refuses.
         """
@@ -232,12 +233,12 @@ class NotifyTracer:
     def arm(self, tid: int) -> ArmedThread:
         """Trace the notify exits of one thread. Waits for the kernel: call it in a worker thread.
 
-        The caller makes sure that ``tid`` is still the thread it means, by its process's pidfd and /proc/PID/task
+        The caller makes sure that ``tid`` is still the right thread, by its process's pidfd and /proc/PID/task
         afterwards: from then on the events hold on to the thread itself, whoever gets its number. Raises VmGone where
         there is no such thread, SourceUnavailable where the kernel refuses or `open` has not succeeded.
         """
         tracepoint = self._read_tracepoint()
-        # Room for one record of event B, and for one that says how many were lost, too.
+        # Room for one record of the progress event, too, and for one that says how many were lost.
         pages = self._pages or perf_event.count_pages(tracepoint.size, self._allowance + 2)
         try:
             return ArmedThread(tracepoint, tid, allowance=self._allowance, pages=pages, explain=self._explain)

@@ -24,7 +24,7 @@ def explain(err: OSError, tid: int, privileges: Privileges) -> KvmReadError:
 
 
 def explain_denial(err: OSError, privileges: Privileges) -> SourceUnavailable:
-    """Say who forbade it: perf_event_open(2) has one number for many causes, so what it looks at is looked at again."""
+    """Say who forbade it: perf_event_open(2) has one errno for many causes, so each is checked again."""
     causes: tuple[tuple[Callable[[], bool], str, str], ...] = (
         (
             lambda: privileges.lacks("CAP_PERFMON"),

@@ -60,7 +60,7 @@ def open_tracefs(
     sysfs: Path = Path("/sys"),
     open_private: Callable[[str], PrivateMount] = PrivateMount,
 ) -> Tracefs:
-    """Return a place where tracefs is and may be looked into; raises SourceUnavailable.
+    """Return a place where tracefs is and may be read; raises SourceUnavailable.
 
     Where it is mounted nowhere, it is opened as a private instance, which takes CAP_SYS_ADMIN.
     """

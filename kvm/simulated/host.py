@@ -1,4 +1,4 @@
-"""A made-up host: for ``kvm-notify-exporter demo``, and for tests of everything downstream of a look.
+"""A simulated host: for ``kvm-notify-exporter demo``, and for tests of everything downstream of a snapshot.
 
 Its numbers are a function of the time since it was made, so that one clock always gives the same numbers:
 
@@ -100,7 +100,7 @@ def is_stuck(seconds: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedVcpu:
-    """A made-up vCPU, for made-up traces of it."""
+    """A simulated vCPU, for simulated traces of it."""
 
     tid: int
     count: Callable[[float], int]
@@ -137,7 +137,7 @@ _CAST: Final = (
 
 
 class SimulatedHost:
-    """A SnapshotReader of ``vm_count`` made-up VMs; ``vcpus_per_vm`` overrides how many vCPUs each has.
+    """A SnapshotReader of ``vm_count`` simulated VMs; ``vcpus_per_vm`` overrides how many vCPUs each has.
 
     ``monotonic_clock`` and ``unix_clock`` give seconds, as time.monotonic and time.time do.
     """
@@ -161,7 +161,7 @@ class SimulatedHost:
         self._members = sorted(members, key=lambda member: member[1].id)
 
     def read(self) -> Snapshot:
-        """Take one look."""
+        """Take one snapshot."""
         now = self._monotonic_clock()
         seconds = max(0.0, now - self._made_seconds)
         return Snapshot(
@@ -169,7 +169,7 @@ class SimulatedHost:
             unix_seconds=self._unix_clock(),
             host=_HOST,
             readings=tuple(_read_member(role, vm, vcpus, seconds) for role, vm, vcpus in self._members),
-            sources=(SourceReport(SOURCE, up=True, reason="made-up numbers, not this host's"),),
+            sources=(SourceReport(SOURCE, up=True, reason="simulated numbers, not this host's"),),
             errors={},
         )
 
@@ -206,7 +206,7 @@ class SimulatedHost:
         return stuck + (seconds - stuck) / 2
 
     def find_thread(self, tid: int) -> SimulatedVcpu | None:
-        """Find a made-up vCPU thread, None where there is no such."""
+        """Find a simulated vCPU thread, None where there is no such."""
         for role, _, vcpus in self._members:
             for position, vcpu in enumerate(vcpus):
                 if vcpu.tid == tid:
@@ -216,7 +216,7 @@ class SimulatedHost:
         return None
 
     def close(self) -> None:
-        """Do nothing: a made-up host holds nothing."""
+        """Do nothing: a simulated host holds nothing."""
 
 
 def _make_member(number: int, made_unix_seconds: float, vcpu_count: int) -> tuple[_Role, Vm, tuple[Vcpu, ...]]:

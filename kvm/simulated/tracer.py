@@ -1,4 +1,4 @@
-"""Traces of the made-up host: what kvm.notify_trace gives of a real one, so that a demo shows a stall from end to end.
+"""Traces of the simulated host, as kvm.perf gives them of a real one: so a demo shows a stall from end to end.
 
 The vCPU that gets stuck takes its notify exits at ``STUCK_RIP``; another vCPU takes each of its own somewhere else.
 """
@@ -23,7 +23,7 @@ VECTORING_AC: Final = 0x8000_0B11
 
 
 class SimulatedThread:
-    """A made-up armed thread; its ``fd`` is never readable, so who waits for it looks at ``read`` now and then."""
+    """A simulated armed thread; its ``fd`` is never readable, so whoever waits for it calls ``read`` now and then."""
 
     def __init__(self, host: SimulatedHost, vcpu: SimulatedVcpu) -> None:
         self.tid = vcpu.tid
@@ -47,7 +47,7 @@ class SimulatedThread:
         return TraceRecords(exits, other_rip=self._other_rip, ended=not self._left)
 
     def watch_other_rips(self, rip: int) -> None:
-        """Watch from now on: a vCPU that is not stuck leaves the guest at many RIPs."""
+        """Arm the progress event: a vCPU that is not stuck leaves the guest at many RIPs."""
         self._watched_since, self._other_rip = self._host.age_seconds(), False
 
     def refresh(self) -> None:
@@ -70,7 +70,7 @@ class SimulatedThread:
 
 
 class SimulatedTracer:
-    """Arms made-up threads."""
+    """Arms simulated threads."""
 
     def __init__(self, host: SimulatedHost) -> None:
         self._host = host
@@ -79,10 +79,10 @@ class SimulatedTracer:
         """Do nothing: there is nothing that could be missing."""
 
     def arm(self, tid: int) -> SimulatedThread:
-        """Trace a made-up thread; raises VmGone where there is no such thread."""
+        """Trace a simulated thread; raises VmGone where there is no such thread."""
         vcpu = self._host.find_thread(tid)
         if vcpu is None:
-            raise VmGone(f"no made-up thread {tid}")
+            raise VmGone(f"no simulated thread {tid}")
         return SimulatedThread(self._host, vcpu)
 
     def hold_warm(self) -> None:

@@ -96,7 +96,7 @@ def test_a_host_whose_vms_nobody_can_read_is_not_told_that_all_is_well() -> None
     snapshot = make_snapshot(make_unread(), make_unread(pid=4344))
     assert not can_read(snapshot)
     text = render_check(snapshot, ROOT, None, TRACING)
-    assert "2 of 2 VMs cannot be read: its VMM holds no statistics fds (2)" in text
+    assert "2 of 2 VMs cannot be read: its VMM holds no stats fds (2)" in text
     partly = make_snapshot(make_reading(), make_unread())
     assert can_read(partly)
     assert "1 of 2 VMs cannot be read" in render_check(partly, ROOT, None, TRACING)

@@ -1,4 +1,4 @@
-"""The decoder of KVM's binary statistics, on a block captured from a kernel and on made-up and broken ones."""
+"""The decoder of KVM's binary statistics, on a block captured from a kernel and on simulated and broken ones."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_a_vmm_without_statistics_fds_is_listed_and_says_why(discovery: Discover
         counters = stats_fd.read([vm])[vm.key]
         assert vm.vcpu_ids == (0, 1)
         assert counters.per_vcpu == {}
-        assert "holds no statistics fds" in counters.problem
+        assert "holds no stats fds" in counters.problem
 
 
 def test_a_vm_killed_while_it_is_known_has_no_entry_and_is_not_kept_alive(

@@ -21,7 +21,7 @@ def test_the_table_has_a_row_a_vcpu_and_a_row_a_vm_that_could_not_be_read() -> N
         "uuid-4242         web   p1     qemu         4242      1  quiet    5001             0   1000  unknown     "
         "stats_fd\n"
         "firecracker-4343  -     -      firecracker  4343  all 2  -           -             -      -  unknown     "
-        "its VMM holds no statistics fds\n"
+        "its VMM holds no stats fds\n"
     )
 
 
@@ -48,6 +48,6 @@ def test_json_says_null_for_what_is_not_known() -> None:
     counters = {"exits": 1003, "notify_window_exits": 3}
     assert read["vcpus"][0] == {"vcpu": 0, "vcpu_id": 0, "tid": 5000, "state": "unknown", **counters}
     assert (read["source"], read["problem"], read["name"], read["project"]) == ("stats_fd", None, "web", "p1")
-    assert (unread["source"], unread["problem"], unread["vcpus"]) == (None, "its VMM holds no statistics fds", [])
+    assert (unread["source"], unread["problem"], unread["vcpus"]) == (None, "its VMM holds no stats fds", [])
     assert unread["start_time_seconds"] is None
     assert document["sources"][1]["remedy"] == "nothing to do"

@@ -154,7 +154,7 @@ def test_a_reader_that_fails_is_asked_seldom_and_complained_about_when_the_reaso
         assert await scene.wait_for(vm, State.STALLED) < 3
 
     play(act, vm, trigger=trigger, prepare=prepare)
-    assert any(record.getMessage() == "watching for stalls works again" for record in caplog.records)
+    assert any(record.getMessage() == "the stall monitor works again" for record in caplog.records)
 
 
 def test_what_does_not_need_the_reader_goes_on_where_it_fails(caplog: pytest.LogCaptureFixture) -> None:

@@ -103,7 +103,7 @@ class ErringHost:
 
 
 def make_watch_report() -> MonitorReport:
-    """What the watch might say of the simulated host, with something of everything."""
+    """What the stall monitor might say of the simulated host, with something of everything."""
     reading = next(r for r in SimulatedHost().read().readings if r.vm.owner.name == "batch-1")
     report = replace(make_report(vm=reading.vm), vcpu=reading.vcpus[0])
     return MonitorReport(vcpus=(report,), interval_min_seconds={128_000: 0.025}, context_invalid={})

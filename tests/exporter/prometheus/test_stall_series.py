@@ -1,4 +1,4 @@
-"""What the watch has found, as metrics: what is 1, what is 0, and what is absent because nobody knows."""
+"""What the stall monitor has found, as metrics: what is 1, what is 0, and what is absent because nobody knows."""
 
 from __future__ import annotations
 

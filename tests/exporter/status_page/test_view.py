@@ -44,7 +44,7 @@ def test_the_worst_comes_first() -> None:
         State.NOTIFYING,  # for its rate
         State.PROGRESSING,  # for its count
         State.QUIET,
-        State.QUIET,  # it has counted before the watch was there
+        State.QUIET,  # it has counted before the monitor was there
     ]
     assert found.rows[3].rate == pytest.approx(40)
     assert found.rows[3].steps

@@ -1,4 +1,4 @@
-"""The debugfs source on made-up trees; tests/live and the kernel lab have the real ones."""
+"""The debugfs source on simulated trees; tests/live and the kernel lab have the real ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Discovery's parsers, and its bookkeeping on made-up /proc trees; tests/live has it on real processes."""
+"""Discovery's parsers, and its bookkeeping on simulated /proc trees; tests/live has it on real processes."""
 
 from __future__ import annotations
 

@@ -68,11 +68,11 @@ def make_cache(proc: FakeProc, errors: Errors) -> Iterator[Make]:
     yield make
     for cache in caches:
         cache.close()
-    wait_until(lambda: not find_children(), "no look-up process stays")
+    wait_until(lambda: not find_children(), "no lookup process stays")
 
 
 def find_children() -> list[psutil.Process]:
-    """The look-up processes that live."""
+    """The lookup processes that live."""
     return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -160,7 +160,7 @@ def test_who_makes_look_ups_hang_holds_up_nobody_of_another_uid(
     wanted[honest, START_TICKS] = honest
     wait_until(lambda: find_later(OwnerCache.STUCK_SECONDS))
     assert find_later(0.0) == {(honest, START_TICKS): TERMINA}
-    # A look-up that has not begun is never given up on: let them answer, and each has its name.
+    # A lookup that has not begun is never given up on: let them answer, and each has its name.
     assert errors == []
     proc.release(*hung)
     wait_until(lambda: find_later(OwnerCache.STUCK_SECONDS).keys() == wanted.keys())

@@ -134,7 +134,7 @@ def refuse_mount(file_system: str) -> PrivateMount:
 
 
 class FakeHost:
-    """Roots of a made-up host."""
+    """Roots of a simulated host."""
 
     def __init__(self, root: Path) -> None:
         self.tracefs, self.proc, self.sysfs = root / "tracing", root / "proc", root / "sys"

@@ -1,4 +1,4 @@
-"""The made-up host: the same numbers for the same clock, and something to see."""
+"""The simulated host: the same numbers for the same clock, and something to see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The made-up host's stall, from the counter to the line and back: what the demo shows."""
+"""The simulated host's stall, from the counter to the line and back: what the demo shows."""
 
 from __future__ import annotations
 
