@@ -8,6 +8,7 @@ a few series, which are there whatever ``--vcpu-series`` says. Names of VMs are 
 from __future__ import annotations
 
 from exporter.prometheus import metrics as m
+from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION_COLORS, WARN_FROM_ONE
 from grafana.builder.fleet_members import make_agents_row, make_hosts_row, make_vms_row
 from grafana.builder.layout import (
     FLEET_UID,
@@ -18,17 +19,7 @@ from grafana.builder.layout import (
     render_dashboard,
     stall_annotation,
 )
-from grafana.builder.panels import (
-    GREEN_UNTIL_ONE,
-    NOTHING_FOUND,
-    PROTECTION_COLORS,
-    WARN_FROM_ONE,
-    Column,
-    Query,
-    make_graph,
-    make_stat,
-    make_table,
-)
+from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_stat, make_table
 from grafana.builder.queries import (
     ARMED_VCPUS,
     ARMED_VMS,

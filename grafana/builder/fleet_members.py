@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from exporter.prometheus import metrics as m
+from grafana.builder.colors import BAD, GREEN_UNTIL_ONE, YES_NO
 from grafana.builder.layout import Row, link_to_host, link_to_vm
-from grafana.builder.panels import BAD, GREEN_UNTIL_ONE, NOTHING_FOUND, YES_NO, Column, Query, make_graph, make_table
+from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_table
 from grafana.builder.queries import (
     ARMED_VCPUS,
     ARMED_VMS,

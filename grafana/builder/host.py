@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from exporter.prometheus import metrics as m
+from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION, PROTECTION_COLORS, WARN_FROM_ONE, YES_NO
 from grafana.builder.host_agent import make_agent_row, make_tracing_row
 from grafana.builder.layout import (
     HOST_UID,
@@ -14,19 +15,7 @@ from grafana.builder.layout import (
     render_dashboard,
     stall_annotation,
 )
-from grafana.builder.panels import (
-    GREEN_UNTIL_ONE,
-    NOTHING_FOUND,
-    PROTECTION,
-    PROTECTION_COLORS,
-    WARN_FROM_ONE,
-    YES_NO,
-    Column,
-    Query,
-    make_graph,
-    make_stat,
-    make_table,
-)
+from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_stat, make_table
 from grafana.builder.queries import (
     HOST_KEYS,
     OWNER,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from exporter.prometheus import metrics as m
+from grafana.builder.colors import MISSING, WORKS
 from grafana.builder.layout import Row
-from grafana.builder.panels import MISSING, NOTHING_FOUND, WORKS, Query, make_graph, make_timeline
+from grafana.builder.panels import NOTHING_FOUND, Query, make_graph, make_timeline
 from grafana.builder.queries import HOST_KEYS, UP, rate, seen_agents, select
 
 

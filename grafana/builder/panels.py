@@ -6,13 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from grafana.builder.colors import PLAIN, Mappings, Thresholds, render_thresholds
 from grafana.builder.layout import DATASOURCE, Json, Panel
-
-Mappings = list[Json]
-
-GREEN_UNTIL_ONE: Final = ((None, "green"), (1, "red"))
-WARN_FROM_ONE: Final = ((None, "green"), (1, "orange"))
-PLAIN: Final = ((None, "text"),)
 
 # No rows or lines may also be due to series that this Prometheus does not keep.
 NOTHING_FOUND: Final = "nothing found"
@@ -40,26 +35,7 @@ class Column:
     decimals: int | None = None
     links: Sequence[Json] = ()
     mappings: Mappings | None = None
-    thresholds: Sequence[tuple[float | None, str]] = ()
-
-
-def map_values(**texts: tuple[str, str]) -> Mappings:
-    """Return how values are shown: their text and its colour; ``_0`` is the number 0."""
-    options = {
-        value.removeprefix("_"): {"color": color, "index": index, "text": text}
-        for index, (value, (text, color)) in enumerate(texts.items())
-    }
-    return [{"options": options, "type": "value"}]
-
-
-# What zero means is told apart everywhere by the same words and colours.
-PROTECTION_COLORS: Final = {"armed": "green", "off": "orange", "unsupported": "blue", "unknown": "purple"}
-PROTECTION: Final = map_values(**{state: (state, color) for state, color in PROTECTION_COLORS.items()})
-YES_NO: Final = map_values(_0=("no", "orange"), _1=("yes", "green"))
-BAD: Final = map_values(_0=("no", "green"), _1=("yes", "red"))
-STALLED: Final = map_values(_0=("not stalled", "green"), _1=("stalled", "red"))
-WORKS: Final = map_values(_0=("does not work", "orange"), _1=("works", "green"))
-MISSING: Final = map_values(_1=("VMs may be missing", "orange"))
+    thresholds: Thresholds = ()
 
 
 def make_stat(
@@ -71,7 +47,7 @@ def make_stat(
     unit: str = "none",
     width: int = 4,
     no_value: str = "not known",
-    thresholds: Sequence[tuple[float | None, str]] = PLAIN,
+    thresholds: Thresholds = PLAIN,
     mappings: Mappings | None = None,
     name_colors: Mapping[str, str] | None = None,
     decimals: int | None = None,
@@ -81,7 +57,7 @@ def make_stat(
         "color": {"mode": "thresholds"},
         "mappings": mappings or [],
         "noValue": no_value,
-        "thresholds": _thresholds(thresholds),
+        "thresholds": render_thresholds(thresholds),
         "unit": unit,
     }
     if decimals is not None:
@@ -133,7 +109,7 @@ def make_graph(
         "mappings": [],
         "min": 0,
         "noValue": no_value,
-        "thresholds": _thresholds(((None, "green"),)),
+        "thresholds": render_thresholds(PLAIN),
         "unit": unit,
     }
     if maximum is not None:
@@ -168,7 +144,7 @@ def make_timeline(
                 "custom": {"fillOpacity": 70, "lineWidth": 0},
                 "mappings": mappings,
                 "noValue": no_value,
-                "thresholds": _thresholds(PLAIN),
+                "thresholds": render_thresholds(PLAIN),
                 "unit": "none",
             },
             "overrides": [],
@@ -222,7 +198,7 @@ def make_table(
                 "custom": {"align": "auto", "cellOptions": {"type": "auto"}, "filterable": True, "inspect": False},
                 "mappings": [],
                 "noValue": no_value,
-                "thresholds": _thresholds(PLAIN),
+                "thresholds": render_thresholds(PLAIN),
                 "unit": "none",
             },
             # The text for a table without rows would stand in each empty cell.
@@ -256,10 +232,6 @@ def _target(ref: str, query: Query, *, instant: bool = False, table: bool = Fals
     }
 
 
-def _thresholds(steps: Sequence[tuple[float | None, str]]) -> Json:
-    return {"mode": "absolute", "steps": [{"color": color, "value": value} for value, color in steps]}
-
-
 def _color_overrides(colors: Mapping[str, str]) -> list[Json]:
     return [
         _override(name, [{"id": "color", "value": {"fixedColor": color, "mode": "fixed"}}])
@@ -280,7 +252,7 @@ def _column_override(column: Column) -> Json | None:
     if column.mappings is not None:
         properties.append(("mappings", column.mappings))
     if column.thresholds:
-        properties.append(("thresholds", _thresholds(column.thresholds)))
+        properties.append(("thresholds", render_thresholds(column.thresholds)))
     if column.mappings is not None or column.thresholds:
         properties.append(("custom.cellOptions", {"type": "color-text"}))
     return _override(column.title, [{"id": key, "value": value} for key, value in properties]) if properties else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from exporter.prometheus import metrics as m
 from exporter.prometheus.metrics import Metric
+from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION, PROTECTION_COLORS, STALLED
 from grafana.builder.layout import (
     VM_UID,
     Json,
@@ -19,19 +20,7 @@ from grafana.builder.layout import (
     stall_annotation,
     vm_variable,
 )
-from grafana.builder.panels import (
-    GREEN_UNTIL_ONE,
-    NOTHING_FOUND,
-    PROTECTION,
-    PROTECTION_COLORS,
-    STALLED,
-    Column,
-    Query,
-    make_graph,
-    make_stat,
-    make_table,
-    make_timeline,
-)
+from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_stat, make_table, make_timeline
 from grafana.builder.queries import (
     OWNER,
     VM_KEYS,

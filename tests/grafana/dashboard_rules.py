@@ -14,6 +14,7 @@ import promql_parser as ast
 import yaml
 
 from exporter.prometheus.metrics import METRICS, Metric, MetricType
+from grafana.builder.colors import NEUTRAL
 from tests.grafana.dashboard_linter import VALUES, Rule, find_calls, find_expressions, walk_parsed
 from tests.grafana.dashboard_queries import (
     DASHBOARDS,
@@ -163,6 +164,19 @@ def check_zeros(dashboard: Json) -> Iterator[str]:
             yield f"{panel['title']}: shows 0 for what is not there"
 
 
+def check_unknown_is_neutral(dashboard: Json) -> Iterator[str]:
+    """Null and no data, which have the base's colour, are grey; the colours of health begin at a known 0."""
+    for panel in find_panels(dashboard):
+        found = [panel["fieldConfig"]["defaults"]["thresholds"]]
+        for override in panel["fieldConfig"]["overrides"]:
+            found += [p["value"] for p in override["properties"] if p["id"] == "thresholds"]
+        for base, *steps in (thresholds["steps"] for thresholds in found):
+            if base != {"color": NEUTRAL, "value": None}:
+                yield f"{panel['title']}: what is not known is {base['color']}"
+            if not steps or steps[0]["value"] != 0:
+                yield f"{panel['title']}: 0 has the colour of what is not known"
+
+
 def _find_texts(part: Any) -> Iterator[str]:  # noqa: ANN401 - any part of a JSON file
     if isinstance(part, str):
         # A link's values come from the row that was clicked, not from a variable.
@@ -181,4 +195,5 @@ OWN_RULES: Final[tuple[Rule, ...]] = (
     check_places,
     check_tables,
     check_zeros,
+    check_unknown_is_neutral,
 )

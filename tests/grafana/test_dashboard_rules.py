@@ -158,6 +158,26 @@ MUTATIONS: list[tuple[Rule, str, Callable[[Json], object]]] = [
     ),
     (rules.check_zeros, "vector", set_expr(f"sum(kvm_host_vms{{{ALL}}}) or vector(0)")),
     (rules.check_zeros, "no value", lambda d: panel_of(d, "stat")["fieldConfig"]["defaults"].update(noValue="0")),
+    (
+        rules.check_unknown_is_neutral,
+        "green",
+        lambda d: panel_of(d, "stat")["fieldConfig"]["defaults"]["thresholds"]["steps"][0].update(color="green"),
+    ),
+    (
+        rules.check_unknown_is_neutral,
+        "zero",
+        lambda d: panel_of(d, "stat")["fieldConfig"]["defaults"]["thresholds"]["steps"].pop(1),
+    ),
+    (
+        rules.check_unknown_is_neutral,
+        "column",
+        lambda d: panel_of(d, "table")["fieldConfig"]["overrides"].append(
+            {
+                "matcher": {"id": "byName", "options": "x"},
+                "properties": [{"id": "thresholds", "value": {"steps": [{"color": "green", "value": None}]}}],
+            }
+        ),
+    ),
 ]
 
 

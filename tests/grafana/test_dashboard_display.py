@@ -1,0 +1,51 @@
+"""What a person reads in the dashboards, and in which colour: values that are missing, 0, one and many."""
+
+from __future__ import annotations
+
+import pytest
+
+from grafana.builder.colors import NEUTRAL
+from tests.grafana.dashboard_queries import Json, find_panels, read_dashboards
+from tests.grafana.grafana_display import PLAIN_TEXT, Shown, Value, find_fields, show
+
+FLEET, HOST, VM = "kvm-notify-fleet", "kvm-notify-host", "kvm-notify-vm"
+FIELDS: list[tuple[str, str, str, Json]] = [
+    (dashboard["uid"], panel["title"], title, field)
+    for dashboard in read_dashboards()
+    for panel in find_panels(dashboard)
+    for title, field in find_fields(panel).items()
+]
+
+
+def find_field(uid: str, panel: str, title: str) -> Json:
+    (field,) = (field for *where, field in FIELDS if where == [uid, panel, title])
+    return field
+
+
+@pytest.mark.parametrize(("uid", "panel", "title", "field"), FIELDS)
+def test_what_is_not_known_is_neutral(uid: str, panel: str, title: str, field: Json) -> None:
+    shown = show(field, None)
+    assert shown.color in {NEUTRAL, PLAIN_TEXT}, f"{uid}: {panel}: {title}"
+    assert shown.text
+
+
+@pytest.mark.parametrize(
+    ("uid", "panel", "title", "value", "wanted"),
+    [
+        (HOST, "Stalled vCPUs", "Stalled vCPUs", None, Shown("not known", NEUTRAL)),
+        (HOST, "Stalled vCPUs", "Stalled vCPUs", 0, Shown("0", "green")),
+        (HOST, "Stalled vCPUs", "Stalled vCPUs", 1, Shown("1", "red")),
+        (HOST, "Stalled vCPUs", "Stalled vCPUs", 64, Shown("64", "red")),
+        (HOST, "VMs not read", "VMs not read", None, Shown("no VMs, or not known", NEUTRAL)),
+        (HOST, "VMs not read", "VMs not read", 2, Shown("2", "orange")),
+        (FLEET, "Agents down", "Agents down", None, Shown("not known", NEUTRAL)),
+        (FLEET, "Hosts", "vCPUs stalled", None, Shown("-", NEUTRAL)),
+        (FLEET, "Hosts", "vCPUs stalled", 0, Shown("0", "green")),
+        (FLEET, "Hosts", "vCPUs stalled", 3, Shown("3", "red")),
+        (VM, "vCPUs", "Forward progress", None, Shown("-", NEUTRAL)),
+        (VM, "vCPUs", "Forward progress", 0, Shown("not stalled", "green")),
+        (VM, "vCPUs", "Forward progress", 1, Shown("stalled", "red")),
+    ],
+)
+def test_value_is_seen_as(uid: str, panel: str, title: str, value: Value, wanted: Shown) -> None:
+    assert show(find_field(uid, panel, title), value) == wanted
