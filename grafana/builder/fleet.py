@@ -21,6 +21,7 @@ from grafana.builder.layout import (
 )
 from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_stat, make_table
 from grafana.builder.queries import (
+    AGENTS,
     ARMED_VCPUS,
     ARMED_VMS,
     CPU,
@@ -28,11 +29,9 @@ from grafana.builder.queries import (
     HOST_EXIT_RATE,
     HOST_EXITS,
     HOST_KEYS,
-    UP,
     count_or_zero,
     increase,
     rate,
-    seen_agents,
     select,
     with_cpu,
 )
@@ -71,7 +70,7 @@ def _now() -> Row:
     all_vms, armed_vms = (
         f"sum({selector})" for selector in (select(m.HOST_VMS), select(m.HOST_VMS, protection="armed"))
     )
-    hosts, up = select(m.HOST_INFO), select(UP)
+    hosts = select(m.HOST_INFO)
     blind = f"max by ({HOST_KEYS}) ({hosts}) unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
     return Row(
         1,
@@ -116,9 +115,9 @@ def _now() -> Row:
             make_stat(
                 7,
                 "Agents down",
-                "Targets that Prometheus cannot scrape now and that were this agent in the time range. Not known where "
-                "up is not kept.",
-                Query(count_or_zero(seen_agents(f"({up} == 0)"), seen_agents(up))),
+                "Agents that Prometheus cannot scrape now, and hosts that it has lost while they had VMs: those of the "
+                "alert KvmNotifyExporterDown, which waits for 10 minutes. Not known without the recording rules.",
+                Query(count_or_zero(f"{AGENTS} == 0", AGENTS)),
                 thresholds=GREEN_UNTIL_ONE,
             ),
         ],

@@ -7,20 +7,19 @@ from grafana.builder.colors import BAD, GREEN_UNTIL_ONE, YES_NO
 from grafana.builder.layout import Row, link_to_host, link_to_vm
 from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_table
 from grafana.builder.queries import (
+    AGENTS,
     ARMED_VCPUS,
     ARMED_VMS,
     HOST_EXITS,
     HOST_KEYS,
     HOST_SECONDS_LOST,
     OWNER,
-    UP,
     VM_EXIT_RATE,
     VM_KEYS,
     find_stalled,
     increase,
     name_few,
     rate,
-    seen_agents,
     select,
 )
 
@@ -151,7 +150,7 @@ def make_agents_row() -> Row:
     """Return the row about what keeps agents from seeing everything."""
     unread = f"{select(m.VM_INFO)} unless on ({VM_KEYS}) {select(m.VM_SOURCE_INFO)}"
     problems = {
-        "down": seen_agents(f"(max by ({HOST_KEYS}) (1 - {select(UP)}) == 1)"),
+        "down": f"1 - {AGENTS} == 1",
         "sourceless": f"(1 - max by ({HOST_KEYS}) ({select(m.SOURCE_UP)})) == 1",
         "unread": f"count by ({HOST_KEYS}) ({unread})",
         "errors": f"sum by ({HOST_KEYS}) ({increase(m.READ_ERRORS)}) > 0",

@@ -25,6 +25,9 @@ HOST_ARMED_VCPUS: Final = Metric(
 HOST_SECONDS_LOST: Final = Metric(
     "instance:kvm_vm_notify_lost_seconds:rate5m", MetricType.GAUGE, "Guest time lost, in vCPU-seconds per second."
 )
+AGENT_SCRAPED: Final = Metric(
+    "instance:kvm_exporter_scraped:bool", MetricType.GAUGE, "Whether an agent is scraped; also 0 if it is lost."
+)
 
 HOST_KEYS: Final = "job, instance"
 VM_KEYS: Final = "job, instance, vm"
@@ -109,6 +112,7 @@ def seen_agents(expr: str) -> str:
     return f"{expr} and on (job, instance) last_over_time({select(m.HOST_INFO)}[$__range])"
 
 
+AGENTS: Final = f"min by ({HOST_KEYS}) ({select(AGENT_SCRAPED)})"
 ARMED_VMS: Final = f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS, protection='armed')})"
 ARMED_VCPUS: Final = f"sum by ({HOST_KEYS}) ({select(m.HOST_VCPUS, protection='armed')})"
 HOST_EXITS: Final = f"sum by ({HOST_KEYS}) ({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"

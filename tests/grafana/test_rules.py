@@ -297,7 +297,7 @@ def is_unique(expr: ast.Expr, on: set[str]) -> bool:
 
 def test_only_one_rule_depends_on_the_name_of_the_job() -> None:
     dependent = {rule.name for rule in RULES for selector in find_selectors(rule.expr) if "job" in selector.labels}
-    assert dependent == {"KvmNotifyExporterDown"}
+    assert dependent == {"instance:kvm_exporter_scraped:bool"}
 
 
 def test_rules_do_without_vcpu_series_where_they_can() -> None:
@@ -416,9 +416,11 @@ MUTANTS: Final = [
     Mutant("KvmNotifySnapshotStale", "> 3600", "> 360"),
     Mutant("KvmNotifySnapshotStale", "> 3600", "> 36000"),
     Mutant("KvmNotifySnapshotStale", ".+", "1m", "for"),
-    Mutant("KvmNotifyExporterDown", REST.format("or on")),
-    Mutant("KvmNotifyExporterDown", "kvm-notify", "."),
-    Mutant("KvmNotifyExporterDown", "> 0", ">= 0"),
+    Mutant("instance:kvm_exporter_scraped:bool", REST.format("or on")),
+    Mutant("instance:kvm_exporter_scraped:bool", "kvm-notify", "."),
+    Mutant("instance:kvm_exporter_scraped:bool", "> 0", ">= 0"),
+    Mutant("instance:kvm_exporter_scraped:bool", r"unless on .job, instance. up"),
+    Mutant("KvmNotifyExporterDown", "== 0", "== 1"),
     Mutant("KvmNotifyExporterDown", ".+", "1m", "for"),
     Mutant("KvmNotifySourceLost", r"(?s)\n\s+and on.*\[7d\]\)"),
     Mutant("KvmNotifySourceLost", r"\[7d\]", "[1m]"),

@@ -9,6 +9,8 @@ Prometheus itself, rule by rule, and written beside it. The instances:
                guest takes many more since half an hour
 ``untraced``   has vCPUs with notify exits armed and no way to trace them
 ``faulty``     an invalid VM context, a source that was lost, lost records, too many looks, a collector that fails
+``gone``       an agent that is not scraped for half an hour
+``lost``       a host that is no target any more, and had VMs
 ============== ===================================================================================================
 """
 
@@ -25,6 +27,7 @@ import yaml
 from exporter.prometheus import metrics as m
 from exporter.prometheus.exposition import escape_label_value, render_number, render_series
 from exporter.prometheus.metrics import Metric, order_labels
+from grafana.builder.queries import UP
 from kvm.model import Protection
 from tests.grafana.promql import find_selectors
 from tests.live.prometheus_server import Prometheus, create_blocks, open_prometheus
@@ -94,6 +97,7 @@ def _make_host(instance: str, armed_vcpus: int) -> Iterator[Series]:
     ):
         info = {**dict.fromkeys(m.HOST_INFO.labels, ""), **CPU, "microcode": microcode}
         yield Series(m.HOST_INFO, instance, _between(since, until), info)
+    yield Series(UP, instance, always(1), {})
     yield Series(m.BUILD_INFO, instance, always(1), dict.fromkeys(m.BUILD_INFO.labels, ""))
     yield Series(m.HOST_NOTIFY_SUPPORTED, instance, always(1), {})
     yield Series(m.POLL_PERIOD, instance, always(1), {})
@@ -144,6 +148,8 @@ SERIES: tuple[Series, ...] = (
     *_make_fleet_host("fleet-3:9750", 0),
     *_make_host("untraced:9750", 8),
     *_make_faulty_host("faulty:9750"),
+    Series(UP, "gone:9750", lambda hour: float(hour < RISE_HOURS), {}),
+    Series(m.HOST_VMS, "lost:9750", lambda hour: 2 if hour < RISE_HOURS else None, {"protection": Protection.ARMED}),
 )
 
 
