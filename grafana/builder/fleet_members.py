@@ -19,6 +19,7 @@ from grafana.builder.queries import (
     find_stalled,
     increase,
     name_few,
+    of_now,
     rate,
     select,
 )
@@ -94,7 +95,7 @@ def make_hosts_row() -> Row:
         "vms": f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS)})",
         "armed_vms": ARMED_VMS,
         "armed_vcpus": ARMED_VCPUS,
-        "exits": HOST_EXITS,
+        "exits": of_now(HOST_EXITS, HOST_KEYS, m.HOST_INFO),
         "stalled": f"max by ({HOST_KEYS}) ({select(m.HOST_NO_PROGRESS)})",
     }
     return Row(
@@ -153,9 +154,9 @@ def make_agents_row() -> Row:
         "down": f"1 - {AGENTS} == 1",
         "sourceless": f"(1 - max by ({HOST_KEYS}) ({select(m.SOURCE_UP)})) == 1",
         "unread": f"count by ({HOST_KEYS}) ({unread})",
-        "errors": f"sum by ({HOST_KEYS}) ({increase(m.READ_ERRORS)}) > 0",
+        "errors": of_now(f"sum by ({HOST_KEYS}) ({increase(m.READ_ERRORS)}) > 0", HOST_KEYS, m.BUILD_INFO),
         "failing": f"count by ({HOST_KEYS}) ({select(m.SCRAPE_SUCCESS)} == 0)",
-        "lost": f"sum by ({HOST_KEYS}) ({increase(m.TRACE_LOST_RECORDS)}) > 0",
+        "lost": of_now(f"sum by ({HOST_KEYS}) ({increase(m.TRACE_LOST_RECORDS)}) > 0", HOST_KEYS, m.BUILD_INFO),
     }
     return Row(
         50,

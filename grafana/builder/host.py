@@ -23,6 +23,7 @@ from grafana.builder.queries import (
     count_or_zero,
     find_stalled,
     increase,
+    of_now,
     rate,
     select,
     vm_seconds_lost,
@@ -196,6 +197,7 @@ def _exits() -> Row:
 
 def _vms() -> Row:
     who = f"{VM_KEYS}, {OWNER}, vmm, identity, pid"
+    exits = increase(m.VM_NOTIFY_WINDOW_EXITS)
     return Row(
         20,
         "VMs",
@@ -230,8 +232,8 @@ def _vms() -> Row:
                     "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION)} == 1)",
                     "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO)})",
                     "window": f"max by ({VM_KEYS}) ({select(m.VM_NOTIFY_WINDOW)})",
-                    "exits": f"sum by ({VM_KEYS}) ({increase(m.VM_NOTIFY_WINDOW_EXITS)})",
-                    "lost": f"sum by ({VM_KEYS}) ({vm_seconds_lost(increase(m.VM_NOTIFY_WINDOW_EXITS))})",
+                    "exits": of_now(f"sum by ({VM_KEYS}) ({exits})", VM_KEYS, m.VM_INFO),
+                    "lost": of_now(f"sum by ({VM_KEYS}) ({vm_seconds_lost(exits)})", VM_KEYS, m.VM_INFO),
                     "stalled": f"sum by ({VM_KEYS}) ({select(m.VCPU_NO_PROGRESS)})",
                     "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME)}) * 1000",
                 },

@@ -104,6 +104,11 @@ def find_stalled(labels: str) -> str:
     return name_few(f"max by ({keys}) ({select(m.VCPU_NO_PROGRESS)}) == 1", labels, keys)
 
 
+def of_now(expr: str, keys: str, current: Metric) -> str:
+    """Return ``expr`` over a time range of those only that are there now: a table of now has no rows of the dead."""
+    return f"{expr} and on ({keys}) {select(current)}"
+
+
 def seen_agents(expr: str) -> str:
     """Return ``expr`` of targets that were this agent in the time range.
 

@@ -30,6 +30,8 @@ from tests.grafana.promql import find_labels, find_selectors
 GLOBALS: Final = {"__rate_interval", "__range", "__range_s", "__interval"}
 PROMETHEUS_OWN: Final[Mapping[str, frozenset[str]]] = {"up": frozenset()}
 DECLARED: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}
+# These say what was in the time range, also of VMs that have ended since.
+TABLES_OF_THE_PAST: Final = {"Top VMs", "vCPUs"}
 RECORDING: Final = DASHBOARDS.parent / "alerts" / "kvm-notify-recording.rules.yml"
 # What is recorded, and from what.
 RECORDED: Final[Mapping[str, str]] = {
@@ -164,6 +166,32 @@ def check_zeros(dashboard: Json) -> Iterator[str]:
             yield f"{panel['title']}: shows 0 for what is not there"
 
 
+def check_tables_of_now(dashboard: Json) -> Iterator[str]:
+    """A table of now has no rows of what is gone: a query over the time range is joined with a series of now."""
+    for panel in find_panels(dashboard):
+        if panel["type"] != "table" or panel["title"] in TABLES_OF_THE_PAST:
+            continue
+        for target in panel["targets"]:
+            for expr in walk_parsed(substitute(target["expr"], VALUES))[:1]:
+                if not _is_of_now(expr):
+                    yield f"{panel['title']}: also shows what is gone: {target['expr']}"
+
+
+def _is_of_now(expr: object) -> bool:
+    """Tell whether each series of ``expr`` has one without a range beside it."""
+    match expr:
+        case ast.BinaryExpr():
+            sides = [_is_of_now(expr.lhs), _is_of_now(expr.rhs)]
+            operator = str(expr.op)
+            return all(sides) if operator == "or" else sides[0] if operator == "unless" else any(sides)
+        case ast.AggregateExpr() | ast.ParenExpr() | ast.UnaryExpr():
+            return _is_of_now(expr.expr)
+        case ast.Call():
+            return any(_is_of_now(argument) for argument in expr.args)
+        case _:
+            return isinstance(expr, ast.VectorSelector)
+
+
 def check_unknown_is_neutral(dashboard: Json) -> Iterator[str]:
     """Null and no data, which have the base's colour, are grey; the colours of health begin at a known 0."""
     for panel in find_panels(dashboard):
@@ -195,5 +223,6 @@ OWN_RULES: Final[tuple[Rule, ...]] = (
     check_places,
     check_tables,
     check_zeros,
+    check_tables_of_now,
     check_unknown_is_neutral,
 )

@@ -159,6 +159,20 @@ MUTATIONS: list[tuple[Rule, str, Callable[[Json], object]]] = [
     (rules.check_zeros, "vector", set_expr(f"sum(kvm_host_vms{{{ALL}}}) or vector(0)")),
     (rules.check_zeros, "no value", lambda d: panel_of(d, "stat")["fieldConfig"]["defaults"].update(noValue="0")),
     (
+        rules.check_tables_of_now,
+        "range",
+        lambda d: panel_of(d, "table")["targets"][0].update(
+            expr=f"sum(increase(kvm_vcpu_exits_total{{{ALL}}}[$__range]))"
+        ),
+    ),
+    (
+        rules.check_tables_of_now,
+        "either",
+        lambda d: panel_of(d, "table")["targets"][0].update(
+            expr=f"kvm_host_vms{{{ALL}}} or last_over_time(kvm_host_vms{{{ALL}}}[$__range])"
+        ),
+    ),
+    (
         rules.check_unknown_is_neutral,
         "green",
         lambda d: panel_of(d, "stat")["fieldConfig"]["defaults"]["thresholds"]["steps"][0].update(color="green"),

@@ -230,6 +230,43 @@ CASES: Final = (
         [samples(HOST_SECONDS_LOST, still(0.5)), samples(HOST_SECONDS_LOST, still(0), "b")],
         {'{instance="a", job="kvm"}': 0.5},
     ),
+    # A table of now: no row of what was there in the time range and is gone.
+    Case(
+        "exits of VMs that are there",
+        HOST,
+        "VMs",
+        6,
+        [
+            NAMED,
+            samples(m.VM_NOTIFY_WINDOW_EXITS, by_second(0), vm=GUEST),
+            samples(m.VM_NOTIFY_WINDOW_EXITS, "0x30 stale", vm="ended"),
+            samples(m.VM_INFO, "1x30 stale", vm="ended"),
+        ],
+        {OF_VM: 0},
+    ),
+    Case(
+        "exits of hosts that are there",
+        FLEET,
+        "Hosts",
+        6,  # a number has the same title as the table
+        [
+            INFO_A,
+            samples(m.HOST_NOTIFY_WINDOW_EXITS, by_second(0)),
+            samples(m.HOST_INFO, "1x30 stale", "gone", **CPU),
+            samples(m.HOST_NOTIFY_WINDOW_EXITS, "0x30 stale", "gone"),
+        ],
+        {'{instance="a", job="kvm"}': 0},
+    ),
+    Case(
+        "problem: errors of agents that are there",
+        FLEET,
+        PROBLEMS,
+        3,
+        [
+            samples(m.READ_ERRORS, "0x30 9 stale", "gone", source="bpf", kind="malformed"),
+            samples(m.BUILD_INFO, "1x30 stale", "gone"),
+        ],
+    ),
     # None is 0 where there are hosts, and not known where there are not.
     Case(
         "a host that cannot see stalls",
