@@ -19,7 +19,7 @@ from grafana.builder.layout import (
     render_dashboard,
     stall_annotation,
 )
-from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_stat, make_table
+from grafana.builder.panels import Query, make_graph, make_stat
 from grafana.builder.queries import (
     AGENTS,
     ARMED_VCPUS,
@@ -35,13 +35,14 @@ from grafana.builder.queries import (
     select,
     with_cpu,
 )
+from grafana.builder.tables import Column, count_of, hide, make_table
 
+# Two CPUs of one name, stepping and microcode are of one family and model.
 CPU_COLUMNS = (
-    Column(field="cpu_model_name", title="CPU"),
-    Column(field="cpu_family", title="Family", width=80),
-    Column(field="cpu_model", title="Model", width=80),
-    Column(field="cpu_stepping", title="Stepping", width=90),
-    Column(field="microcode", title="Microcode", width=120),
+    Column(field="cpu_model_name", title="CPU", width=180, grows=True),
+    Column(field="microcode", title="Microcode", width=110),
+    hide("cpu_family"),
+    hide("cpu_model"),
 )
 
 
@@ -185,14 +186,16 @@ def _cpus() -> Row:
                 },
                 [
                     *CPU_COLUMNS,
-                    Column(field="hosts", title="Hosts"),
-                    Column(field="supported", title="Hosts that support it"),
-                    Column(field="armed_vms", title="VMs armed"),
-                    Column(field="armed_vcpus", title="vCPUs armed"),
-                    Column(field="exits", title="Notify exits", decimals=0),
-                    Column(field="exits_per_day", title="Exits a day per armed vCPU", decimals=3),
+                    Column(field="cpu_stepping", title="Stepping", width=90),
+                    count_of("hosts", "Hosts", 70),
+                    count_of("supported", "Support it", 104),
+                    count_of("armed_vms", "VMs armed", 100),
+                    count_of("armed_vcpus", "vCPUs armed", 112),
+                    count_of("exits", "Notify exits", 120),
+                    Column(field="exits_per_day", title="Exits per vCPU-day", width=168, unit="locale", decimals=2),
                 ],
-                sort_by="Exits a day per armed vCPU",
+                sort_by=["Exits per vCPU-day"],
+                rows=5,
             ),
             make_graph(
                 22,
@@ -206,19 +209,18 @@ def _cpus() -> Row:
                 "Shortest interval between notify exits",
                 "Shortest time seen between two notify exits in a row at one RIP, by CPU, microcode and the VM's "
                 "window: the window and the CPU's own threshold take no longer. Agents forget it when they restart.",
-                {
-                    "seconds": f"min by ({CPU}, window_cycles) ({with_cpu(interval)})",
-                    "hosts": f"count by ({CPU}, window_cycles) ({with_cpu(interval)})",
-                },
+                {"seconds": f"min by ({CPU}, window_cycles) ({with_cpu(interval)})"},
                 [
                     *CPU_COLUMNS,
-                    Column(field="window_cycles", title="Window (cycles)"),
-                    Column(field="seconds", title="Shortest interval", unit="s"),
-                    Column(field="hosts", title="Hosts"),
+                    hide("cpu_stepping"),
+                    Column(field="window_cycles", title="Window (cycles)", width=144),
+                    Column(field="seconds", title="Shortest interval", width=160, unit="s"),
                 ],
-                sort_by="Shortest interval",
+                sort_by=["Shortest interval"],
+                ascending=True,
+                rows=5,
                 width=12,
-                no_value=NOTHING_FOUND,
+                no_value="no interval has been seen",
             ),
         ],
     )

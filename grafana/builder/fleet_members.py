@@ -5,17 +5,17 @@ from __future__ import annotations
 from exporter.prometheus import metrics as m
 from grafana.builder.colors import BAD, GREEN_UNTIL_ONE, YES_NO
 from grafana.builder.layout import Row, link_to_host, link_to_vm
-from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_table
+from grafana.builder.panels import NOTHING_FOUND, Query, make_graph
 from grafana.builder.queries import (
     AGENTS,
     ARMED_VCPUS,
-    ARMED_VMS,
     HOST_EXITS,
     HOST_KEYS,
     HOST_SECONDS_LOST,
     OWNER,
     VM_EXIT_RATE,
     VM_KEYS,
+    call_by_name,
     find_stalled,
     increase,
     name_few,
@@ -23,20 +23,14 @@ from grafana.builder.queries import (
     rate,
     select,
 )
-
-OWNER_COLUMNS = (
-    Column(field="name", title="Name", links=[link_to_vm()]),
-    Column(field="display_name", title="User's name"),
-    Column(field="project", title="Project"),
-    Column(field="vm_namespace", title="Namespace"),
-)
+from grafana.builder.tables import JOB, Column, count_of, hide, make_table
 
 
 def make_vms_row() -> Row:
     """Return the row about who is stalled, and who takes the most notify exits."""
     # One sample a minute, as in the recording rules. A subquery would hold the samples of all VMs at once.
     exits = f"sum_over_time({select(VM_EXIT_RATE)}[$__range])"
-    top = f"topk(20, sum by ({VM_KEYS}) ({exits}) * 60)"
+    top = f"topk(10, sum by ({VM_KEYS}) ({exits}) * 60)"
     return Row(
         30,
         "VMs",
@@ -46,33 +40,37 @@ def make_vms_row() -> Row:
                 "Stalled vCPUs now",
                 "Each vCPU that makes no forward progress, and whose VM it is, where kvm_vm_info is kept. The RIP is "
                 "in the agent's log and API.",
-                {"stalled": find_stalled(OWNER)},
+                {"stalled": find_stalled()},
                 [
-                    *OWNER_COLUMNS,
-                    Column(field="vcpu", title="vCPU", width=70),
-                    Column(field="vm", title="VM", links=[link_to_vm()]),
-                    Column(field="instance", title="Host", links=[link_to_host()]),
-                    Column(field="job", title="Job"),
+                    Column(field="who", title="VM", width=240, links=[link_to_vm()]),
+                    Column(field="owner", title="Owner", width=140),
+                    Column(field="vcpu", title="vCPU", width=64),
+                    Column(field="instance", title="Host", width=240, links=[link_to_host()]),
+                    Column(field="vm", title="VM's id", width=160, grows=True, links=[link_to_vm()]),
+                    JOB,
                 ],
-                sort_by="Host",
-                no_value=NOTHING_FOUND,
+                sort_by=["Host"],
+                rows=3,
+                no_value="no vCPU is known to be stalled",
             ),
             make_table(
                 32,
                 "Top VMs",
-                "The 20 VMs with the most notify exits in the time range, from the rates that are recorded each "
+                "The ten VMs with the most notify exits in the time range, from the rates that are recorded each "
                 "minute: of a short burst it is an estimate. Names are there where kvm_vm_info is kept.",
-                {"exits": name_few(top, OWNER)},
+                {"exits": call_by_name(name_few(top, OWNER), VM_KEYS)},
                 [
-                    *OWNER_COLUMNS,
-                    Column(field="exits", title="Notify exits", decimals=0),
-                    Column(field="vm", title="VM", links=[link_to_vm()]),
-                    Column(field="instance", title="Host", links=[link_to_host()]),
-                    Column(field="job", title="Job"),
+                    Column(field="who", title="VM", width=180, links=[link_to_vm()]),
+                    Column(field="owner", title="Owner", width=120),
+                    count_of("exits", "Notify exits", 120),
+                    Column(field="instance", title="Host", width=160, grows=True, links=[link_to_host()]),
+                    JOB,
+                    hide("vm"),
                 ],
-                sort_by="Notify exits",
+                sort_by=["Notify exits"],
+                rows=10,
                 width=12,
-                no_value=NOTHING_FOUND,
+                no_value="no VM is known to take notify exits",
             ),
             make_graph(
                 33,
@@ -93,7 +91,6 @@ def make_hosts_row() -> Row:
         "info": f"max by ({HOST_KEYS}, cpu_model_name, microcode, kernel) ({select(m.HOST_INFO)})",
         "supported": f"max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})",
         "vms": f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS)})",
-        "armed_vms": ARMED_VMS,
         "armed_vcpus": ARMED_VCPUS,
         "exits": of_now(HOST_EXITS, HOST_KEYS, m.HOST_INFO),
         "stalled": f"max by ({HOST_KEYS}) ({select(m.HOST_NO_PROGRESS)})",
@@ -105,23 +102,23 @@ def make_hosts_row() -> Row:
             make_table(
                 41,
                 "Hosts",
-                "What each host is and how it fares. An empty cell is not 0: it is not known.",
+                "What each host is and how it fares. An empty cell is not 0: it is not known. Support: whether it can "
+                "have notify exits.",
                 by_host,
                 [
-                    Column(field="instance", title="Host", links=[link_to_host()]),
-                    Column(field="job", title="Job"),
-                    Column(field="cpu_model_name", title="CPU"),
-                    Column(field="microcode", title="Microcode", width=120),
-                    Column(field="kernel", title="Kernel"),
-                    Column(field="supported", title="Supports notify exits", mappings=YES_NO),
-                    Column(field="vms", title="VMs"),
-                    Column(field="armed_vms", title="VMs armed"),
-                    Column(field="armed_vcpus", title="vCPUs armed"),
-                    Column(field="exits", title="Notify exits", decimals=0),
-                    Column(field="stalled", title="vCPUs stalled", thresholds=GREEN_UNTIL_ONE),
+                    Column(field="instance", title="Host", width=240, links=[link_to_host()]),
+                    count_of("stalled", "vCPUs stalled", 128, thresholds=GREEN_UNTIL_ONE),
+                    count_of("exits", "Notify exits", 120),
+                    count_of("vms", "VMs", 70),
+                    count_of("armed_vcpus", "vCPUs armed", 112),
+                    Column(field="supported", title="Support", width=80, mappings=YES_NO),
+                    Column(field="cpu_model_name", title="CPU", width=180, grows=True),
+                    Column(field="microcode", title="Microcode", width=110),
+                    Column(field="kernel", title="Kernel", width=140),
+                    JOB,
                 ],
-                sort_by="Notify exits",
-                height=10,
+                sort_by=["vCPUs stalled", "Notify exits"],
+                rows=10,
             ),
             make_graph(
                 42,
@@ -170,18 +167,18 @@ def make_agents_row() -> Row:
                 "also where the series are not kept: for VMs not read, kvm_vm_info and kvm_vm_source_info.",
                 problems,
                 [
-                    Column(field="instance", title="Host", links=[link_to_host()]),
-                    Column(field="job", title="Job"),
-                    Column(field="down", title="Down", mappings=BAD),
-                    Column(field="sourceless", title="No source works", mappings=BAD),
-                    Column(field="unread", title="VMs not read"),
-                    Column(field="errors", title="Read errors", decimals=0),
-                    Column(field="failing", title="Collectors that fail"),
-                    Column(field="lost", title="Trace records lost", decimals=0),
+                    Column(field="instance", title="Host", width=220, grows=True, links=[link_to_host()]),
+                    Column(field="down", title="Down", width=70, mappings=BAD),
+                    Column(field="sourceless", title="No source works", width=144, mappings=BAD),
+                    count_of("unread", "VMs not read", 120),
+                    count_of("errors", "Read errors", 112),
+                    count_of("failing", "Collectors that fail", 184),
+                    count_of("lost", "Trace records lost", 168),
+                    JOB,
                 ],
-                sort_by="Read errors",
-                width=12,
-                no_value=NOTHING_FOUND,
+                sort_by=["Down", "Read errors"],
+                rows=5,
+                no_value="no problem is known",
             ),
             make_graph(
                 52,
@@ -189,7 +186,6 @@ def make_agents_row() -> Row:
                 "debugfs does not work under Secure Boot, and need not. What matters is that one source does.",
                 [Query(f"sum by (source) ({select(m.SOURCE_UP)})", "{{source}}")],
                 unit="short",
-                width=6,
             ),
             make_table(
                 53,
@@ -197,12 +193,13 @@ def make_agents_row() -> Row:
                 "How many hosts run which version.",
                 {"hosts": f"count by (version, revision) ({select(m.BUILD_INFO)})"},
                 [
-                    Column(field="version", title="Version"),
-                    Column(field="revision", title="Revision"),
-                    Column(field="hosts", title="Hosts"),
+                    Column(field="version", title="Version", width=120),
+                    Column(field="revision", title="Revision", width=160, grows=True),
+                    count_of("hosts", "Hosts", 70),
                 ],
-                sort_by="Hosts",
-                width=6,
+                sort_by=["Hosts"],
+                rows=5,
+                width=12,
             ),
         ],
     )

@@ -15,11 +15,11 @@ from grafana.builder.layout import (
     render_dashboard,
     stall_annotation,
 )
-from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_stat, make_table
+from grafana.builder.panels import NOTHING_FOUND, Query, make_graph, make_stat
 from grafana.builder.queries import (
     HOST_KEYS,
-    OWNER,
     VM_KEYS,
+    call_by_name,
     count_or_zero,
     find_stalled,
     increase,
@@ -29,6 +29,7 @@ from grafana.builder.queries import (
     vm_seconds_lost,
     with_owner,
 )
+from grafana.builder.tables import JOB, Column, count_of, hide, make_table
 
 
 def render() -> Json:
@@ -59,28 +60,29 @@ def _what_it_is() -> Row:
             make_table(
                 2,
                 "What it is",
-                "CPU, kernel and KVM as the agent sees them, and the agent's version.",
+                "CPU, kernel and KVM as the agent sees them, and the agent's version. Support: whether it can have "
+                "notify exits.",
                 {
                     "info": f"max by ({HOST_KEYS}, {labels}) ({select(m.HOST_INFO)})",
                     "supported": f"max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})",
                     "build": f"max by ({HOST_KEYS}, version) ({select(m.BUILD_INFO)})",
                 },
                 [
-                    Column(field="instance", title="Host"),
-                    Column(field="cpu_model_name", title="CPU"),
-                    Column(field="cpu_family", title="Family", width=80),
-                    Column(field="cpu_model", title="Model", width=80),
+                    Column(field="instance", title="Host", width=200),
+                    Column(field="cpu_model_name", title="CPU", width=160, grows=True),
+                    Column(field="cpu_family", title="Family", width=72),
+                    Column(field="cpu_model", title="Model", width=70),
                     Column(field="cpu_stepping", title="Stepping", width=90),
-                    Column(field="microcode", title="Microcode", width=120),
-                    Column(field="kernel", title="Kernel"),
-                    Column(field="kvm_module", title="KVM module"),
-                    Column(field="lockdown", title="Lockdown"),
-                    Column(field="supported", title="Supports notify exits", mappings=YES_NO),
-                    Column(field="version", title="Agent"),
-                    Column(field="job", title="Job"),
+                    Column(field="microcode", title="Microcode", width=110),
+                    Column(field="kernel", title="Kernel", width=140),
+                    Column(field="kvm_module", title="KVM module", width=110),
+                    Column(field="lockdown", title="Lockdown", width=100),
+                    Column(field="supported", title="Support", width=80, mappings=YES_NO),
+                    Column(field="version", title="Agent", width=80),
+                    JOB,
                 ],
-                sort_by="Host",
-                height=4,
+                sort_by=["Host"],
+                rows=1,
             ),
             make_stat(
                 3,
@@ -196,7 +198,6 @@ def _exits() -> Row:
 
 
 def _vms() -> Row:
-    who = f"{VM_KEYS}, {OWNER}, vmm, identity, pid"
     exits = increase(m.VM_NOTIFY_WINDOW_EXITS)
     return Row(
         20,
@@ -206,20 +207,18 @@ def _vms() -> Row:
                 21,
                 "Stalled vCPUs now",
                 "Each vCPU that makes no forward progress, and whose VM it is. The RIP is in the agent's log and API.",
-                {"stalled": find_stalled(OWNER)},
+                {"stalled": find_stalled()},
                 [
-                    Column(field="name", title="Name", links=[link_to_vm()]),
-                    Column(field="display_name", title="User's name"),
-                    Column(field="project", title="Project"),
-                    Column(field="vm_namespace", title="Namespace"),
-                    Column(field="vcpu", title="vCPU", width=70),
-                    Column(field="vm", title="VM", links=[link_to_vm()]),
-                    Column(field="instance", title="Host"),
-                    Column(field="job", title="Job"),
+                    Column(field="who", title="VM", width=240, links=[link_to_vm()]),
+                    Column(field="owner", title="Owner", width=140),
+                    Column(field="vcpu", title="vCPU", width=64),
+                    Column(field="instance", title="Host", width=240),
+                    Column(field="vm", title="VM's id", width=160, grows=True, links=[link_to_vm()]),
+                    JOB,
                 ],
-                sort_by="Name",
-                height=6,
-                no_value=NOTHING_FOUND,
+                sort_by=["VM"],
+                rows=3,
+                no_value="no vCPU is known to be stalled",
             ),
             make_table(
                 22,
@@ -227,7 +226,7 @@ def _vms() -> Row:
                 "All VMs of now. An empty cell is not 0: it is not known. Time lost is exits in the time range times "
                 "the shortest interval between two with that window.",
                 {
-                    "who": f"max by ({who}) ({select(m.VM_INFO)})",
+                    "named": call_by_name(select(m.VM_INFO), f"{VM_KEYS}, vmm"),
                     "vcpus": f"max by ({VM_KEYS}) ({select(m.VM_VCPUS)})",
                     "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION)} == 1)",
                     "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO)})",
@@ -238,27 +237,23 @@ def _vms() -> Row:
                     "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME)}) * 1000",
                 },
                 [
-                    Column(field="name", title="Name", links=[link_to_vm()]),
-                    Column(field="display_name", title="User's name"),
-                    Column(field="project", title="Project"),
-                    Column(field="vm_namespace", title="Namespace"),
-                    Column(field="state", title="Protection", mappings=PROTECTION, width=110),
-                    Column(field="exits", title="Notify exits", decimals=0),
-                    Column(field="stalled", title="vCPUs stalled", thresholds=GREEN_UNTIL_ONE),
-                    Column(field="lost", title="Time lost", unit="s"),
-                    Column(field="vcpus", title="vCPUs"),
-                    Column(field="window", title="Window (cycles)"),
-                    Column(field="source", title="Source"),
-                    Column(field="vmm", title="VMM"),
-                    Column(field="identity", title="Vouched by"),
-                    Column(field="pid", title="PID"),
-                    Column(field="started", title="Started", unit="dateTimeFromNow"),
-                    Column(field="vm", title="VM", links=[link_to_vm()]),
-                    Column(field="instance", title="Host"),
-                    Column(field="job", title="Job"),
+                    Column(field="who", title="VM", width=170, grows=True, links=[link_to_vm()]),
+                    Column(field="owner", title="Owner", width=110),
+                    count_of("stalled", "vCPUs stalled", 128, thresholds=GREEN_UNTIL_ONE),
+                    count_of("exits", "Notify exits", 120),
+                    Column(field="lost", title="Time lost", width=100, unit="s"),
+                    Column(field="state", title="Protection", width=110, mappings=PROTECTION),
+                    count_of("vcpus", "vCPUs", 72),
+                    count_of("window", "Window (cycles)", 144),
+                    Column(field="source", title="Source", width=80),
+                    Column(field="vmm", title="VMM", width=80),
+                    Column(field="started", title="Started", width=104, unit="dateTimeFromNow"),
+                    hide("vm"),
+                    hide("instance"),
+                    JOB,
                 ],
-                sort_by="Notify exits",
-                height=12,
+                sort_by=["vCPUs stalled", "Notify exits"],
+                rows=10,
             ),
         ],
     )

@@ -15,6 +15,9 @@ DATASOURCE: Final[Json] = {"type": "prometheus", "uid": "${datasource}"}
 # Grafana 10's: what is newer is brought up to date by Grafana; Grafana 9 shows it too, without colours in tables.
 SCHEMA_VERSION: Final = 38
 COLUMNS: Final = 24
+# A unit of the grid's height in pixels, with the gap below it (Grafana's GRID_CELL_HEIGHT and GRID_CELL_VMARGIN).
+GRID_GAP: Final = 8
+GRID_UNIT: Final = 30 + GRID_GAP
 
 FLEET_UID: Final = "kvm-notify-fleet"
 HOST_UID: Final = "kvm-notify-host"

@@ -68,6 +68,18 @@ def name_few(few: str, labels: str, keys: str = VM_KEYS) -> str:
     return f"(({few}) * on ({VM_KEYS}) group_left ({labels}) {info}) or on ({keys}) ({few})"
 
 
+def call_by_name(expr: str, keys: str) -> str:
+    """Return a query that bears labels of kvm_vm_info by ``keys`` and what people call its VMs and their owners.
+
+    ``who`` is the first of the user's name, the VMM's name and the id that is known; ``owner`` the project, or the
+    namespace; "" if neither is known. So a table has two columns for what would else be five.
+    """
+    called = (("who", "vm"), ("who", "name"), ("who", "display_name"), ("owner", "vm_namespace"), ("owner", "project"))
+    for label, source in called:
+        expr = f'label_replace({expr}, "{label}", "$1", "{source}", "(.+)")'
+    return f"max by ({keys}, who, owner) ({expr})"
+
+
 def count_or_zero(found: str, known: str) -> str:
     """Return how many series there are in ``found``: 0 if ``known`` has any, and nothing if it has none."""
     return f"count({found}) or 0 * count({known})"
@@ -98,10 +110,10 @@ def vm_seconds_lost(exits: str, **equal: str) -> str:
     return guest_seconds_lost(f"sum by ({VM_KEYS}) ({exits})", **equal)
 
 
-def find_stalled(labels: str) -> str:
-    """Return the vCPUs that are stalled now, with labels of their VM where those are known."""
+def find_stalled() -> str:
+    """Return the vCPUs that are stalled now, by the names of their VMs and owners where those are known."""
     keys = f"{VM_KEYS}, vcpu"
-    return name_few(f"max by ({keys}) ({select(m.VCPU_NO_PROGRESS)}) == 1", labels, keys)
+    return call_by_name(name_few(f"max by ({keys}) ({select(m.VCPU_NO_PROGRESS)}) == 1", OWNER, keys), keys)
 
 
 def of_now(expr: str, keys: str, current: Metric) -> str:

@@ -20,7 +20,7 @@ from grafana.builder.layout import (
     stall_annotation,
     vm_variable,
 )
-from grafana.builder.panels import NOTHING_FOUND, Column, Query, make_graph, make_stat, make_table, make_timeline
+from grafana.builder.panels import NOTHING_FOUND, Query, make_graph, make_stat, make_timeline
 from grafana.builder.queries import (
     OWNER,
     VM_KEYS,
@@ -30,6 +30,7 @@ from grafana.builder.queries import (
     select,
     vm_seconds_lost,
 )
+from grafana.builder.tables import JOB, Column, count_of, hide, make_table
 
 VM = "$vm"
 VCPU_KEYS = f"{VM_KEYS}, vcpu"
@@ -54,7 +55,7 @@ def render() -> Json:
                 "It made no forward progress on {{instance}}. The mark ends up to one rate interval late.",
             )
         ],
-        rows=[_who_it_is(), _exits(), _verdicts(), _vcpus()],
+        rows=[_who_it_is(), _exits(), _verdicts(), _vcpus(), _identity()],
     )
 
 
@@ -79,7 +80,6 @@ def _select_claims() -> str:
 
 
 def _who_it_is() -> Row:
-    who = f"{VM_KEYS}, {OWNER}, uuid, vmm, identity, pid"
     return Row(
         1,
         "VM $vm",
@@ -89,32 +89,26 @@ def _who_it_is() -> Row:
                 "Who it is",
                 "Names and owner as the VMM's command line and the host's files tell, and where its counts come from.",
                 {
-                    "who": f"max by ({who}) ({select(m.VM_INFO, vm=VM)})",
+                    "who": f"max by ({VM_KEYS}, {OWNER}, vmm) ({select(m.VM_INFO, vm=VM)})",
                     "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO, vm=VM)})",
                     "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION, vm=VM)} == 1)",
                     "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME, vm=VM)}) * 1000",
-                    "claims": _select_claims(),
                 },
                 [
-                    Column(field="name", title="Name"),
-                    Column(field="display_name", title="User's name"),
-                    Column(field="project", title="Project"),
-                    Column(field="vm_namespace", title="Namespace"),
-                    Column(field="claimed_project", title="Claimed project"),
-                    Column(field="claimed_vm_namespace", title="Claimed namespace"),
-                    Column(field="uuid", title="UUID"),
-                    Column(field="vmm", title="VMM"),
-                    Column(field="identity", title="Vouched by"),
-                    Column(field="pid", title="PID"),
-                    Column(field="state", title="Protection", mappings=PROTECTION, width=110),
-                    Column(field="source", title="Source"),
-                    Column(field="started", title="Started", unit="dateTimeAsIso"),
-                    Column(field="instance", title="Host", links=[link_to_host()]),
-                    Column(field="job", title="Job"),
-                    Column(field="vm", title="VM"),
+                    Column(field="name", title="Name", width=160, grows=True),
+                    Column(field="display_name", title="User's name", width=140),
+                    Column(field="project", title="Project", width=110),
+                    Column(field="vm_namespace", title="Namespace", width=110),
+                    Column(field="instance", title="Host", width=220, links=[link_to_host()]),
+                    Column(field="state", title="Protection", width=110, mappings=PROTECTION),
+                    Column(field="source", title="Source", width=80),
+                    Column(field="vmm", title="VMM", width=120),
+                    Column(field="started", title="Started", width=160, unit="dateTimeAsIso"),
+                    JOB,
+                    hide("vm"),
                 ],
-                sort_by="Started",
-                height=5,
+                sort_by=["Started"],
+                rows=1,
                 no_value="no such VM now",
             ),
             make_stat(
@@ -271,22 +265,54 @@ def _vcpus() -> Row:
                     "lost": _by_vcpu(guest_seconds_lost(_increase_by_vcpu(m.VCPU_NOTIFY_WINDOW_EXITS), vm=VM)),
                 },
                 [
-                    Column(field="vcpu", title="vCPU", width=70),
-                    Column(field="notify", title="Notify exits", decimals=0),
-                    Column(field="all", title="All exits", decimals=0),
-                    Column(field="stalled", title="Forward progress", mappings=STALLED),
-                    Column(field="last", title="Last notify exit", unit="dateTimeAsIso"),
-                    Column(field="lost", title="Time lost", unit="s"),
-                    Column(field="traced", title="Traced", decimals=0),
-                    Column(field="same_rip", title="At the same RIP", decimals=0),
-                    Column(field="invalid", title="Invalid context", decimals=0, thresholds=GREEN_UNTIL_ONE),
-                    Column(field="instance", title="Host", links=[link_to_host()]),
-                    Column(field="job", title="Job"),
-                    Column(field="vm", title="VM"),
+                    Column(field="vcpu", title="vCPU", width=64),
+                    Column(field="stalled", title="Forward progress", width=152, mappings=STALLED),
+                    count_of("notify", "Notify exits", 120),
+                    count_of("all", "All exits", 120),
+                    Column(field="last", title="Last notify exit", width=160, unit="dateTimeAsIso"),
+                    Column(field="lost", title="Time lost", width=100, unit="s"),
+                    count_of("traced", "Traced", 90),
+                    count_of("same_rip", "At the same RIP", 144),
+                    count_of("invalid", "Invalid context", 144, thresholds=GREEN_UNTIL_ONE),
+                    Column(field="instance", title="Host", width=120, grows=True, links=[link_to_host()]),
+                    JOB,
+                    hide("vm"),
                 ],
-                sort_by="Notify exits",
-                height=10,
+                sort_by=["Forward progress", "Notify exits"],
+                rows=8,
                 no_value="no series of vCPUs: the agent runs with --vcpu-series=none, or reads only the VM's sum",
+            ),
+        ],
+    )
+
+
+def _identity() -> Row:
+    return Row(
+        40,
+        "Identity",
+        [
+            make_table(
+                41,
+                "What its identity rests on",
+                "Who vouches for the VM's names and owner; and what only its own user claims, which may be another's "
+                "name.",
+                {
+                    "who": f"max by ({VM_KEYS}, uuid, identity, pid) ({select(m.VM_INFO, vm=VM)})",
+                    "claims": _select_claims(),
+                },
+                [
+                    Column(field="vm", title="VM's id", width=300, grows=True),
+                    Column(field="uuid", title="UUID", width=300),
+                    Column(field="identity", title="Vouched by", width=120),
+                    Column(field="pid", title="PID", width=90),
+                    Column(field="claimed_project", title="Claimed project", width=160),
+                    Column(field="claimed_vm_namespace", title="Claimed namespace", width=168),
+                    hide("instance"),
+                    JOB,
+                ],
+                sort_by=["PID"],
+                rows=1,
+                no_value="no such VM now",
             ),
         ],
     )

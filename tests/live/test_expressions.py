@@ -54,7 +54,7 @@ _TOO_SHORT = "two stalls in a minute and a half are too few"
 # What the simulated history has to answer: (place, metric) and why. "" stands for any.
 MADE_UP: Mapping[tuple[str, str], str] = {
     ("", "kvm_vcpu_notify_context_invalid_exits_total"): _NO_INTEL,
-    ("kvm-notify-vm: Who it is", "kvm_vm_claimed_info"): _NO_CLAIM,
+    ("kvm-notify-vm: What its identity rests on", "kvm_vm_claimed_info"): _NO_CLAIM,
     ("alert KvmNotifyTraceRecordsLost", ""): _NOTHING_LOST,
     ("kvm-notify-fleet: Agents with problems", "kvm_exporter_trace_lost_records_total"): _NOTHING_LOST,
     ("alert KvmNotifyTraceBudgetExhausted", ""): _TOO_SHORT,

@@ -1,0 +1,75 @@
+"""What is on the screen: whole tables on one of 1280 pixels, heads that can be read, and no page that hides rows."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from grafana.builder.layout import COLUMNS, GRID_GAP, GRID_UNIT
+from tests.grafana.dashboard_queries import Json, find_panels, read_dashboards
+from tests.grafana.grafana_display import find_fields
+
+# What Grafana leaves of 1280 pixels: 16 of padding on each side, and the scroll bar; in a panel 8 on each side.
+PAGE_WIDTH = 1280 - 2 * 16 - 8
+PANEL_PADDING = 2 * 8 + 2
+TITLE_HEIGHT, LINE_HEIGHT = 32, 36
+# Of a head: a letter on average, and padding with the arrow of a sorted column.
+LETTER_WIDTH, HEAD_PADDING = 8, 24
+
+TABLES: list[tuple[str, Json]] = [
+    (dashboard["uid"], panel)
+    for dashboard in read_dashboards()
+    for panel in find_panels(dashboard)
+    if panel["type"] == "table"
+]
+tables = pytest.mark.parametrize(("uid", "table"), TABLES, ids=[f"{uid}-{table['title']}" for uid, table in TABLES])
+
+
+def find_widths(table: Json) -> dict[str, int]:
+    """The least width of each column that is shown; Grafana gives 150 pixels to one that says nothing."""
+    shown = {title: field["custom"] for title, field in find_fields(table).items() if not field["custom"].get("hidden")}
+    return {title: custom.get("width", custom.get("minWidth", 150)) for title, custom in shown.items()}
+
+
+def find_inner_width(panel: Json) -> float:
+    columns: int = panel["gridPos"]["w"]
+    return (PAGE_WIDTH + GRID_GAP) * columns / COLUMNS - GRID_GAP - PANEL_PADDING
+
+
+@tables
+def test_a_table_is_whole_on_a_narrow_screen(uid: str, table: Json) -> None:
+    widths = find_widths(table)
+    assert sum(widths.values()) <= find_inner_width(table), f"{uid}: {widths}"
+
+
+@tables
+def test_a_table_uses_a_wide_screen(uid: str, table: Json) -> None:
+    """One column grows, and that is one with names, which may be long."""
+    growing = [title for title, field in find_fields(table).items() if "minWidth" in field["custom"]]
+    assert len(growing) == 1, uid
+
+
+@tables
+def test_heads_can_be_read(uid: str, table: Json) -> None:
+    for title, width in find_widths(table).items():
+        assert width >= LETTER_WIDTH * len(title) + HEAD_PADDING, f"{uid}: {title}"
+
+
+@tables
+def test_no_icon_and_no_page_takes_room_from_a_table(uid: str, table: Json) -> None:
+    assert not table["fieldConfig"]["defaults"]["custom"]["filterable"], uid
+    assert not table["options"]["footer"]["enablePagination"], uid
+    height = table["gridPos"]["h"] * GRID_UNIT - GRID_GAP - TITLE_HEIGHT - PANEL_PADDING
+    rows = (height - LINE_HEIGHT) / LINE_HEIGHT
+    assert rows >= 1, uid
+    most = [int(match[1]) for target in table["targets"] if (match := re.search(r"topk\((\d+),", target["expr"]))]
+    assert all(rows >= wanted for wanted in most), uid
+
+
+@tables
+def test_the_job_is_not_shown_and_is_there_for_links(uid: str, table: Json) -> None:
+    organize = next(t["options"] for t in table["transformations"] if t["id"] == "organize")
+    if "job" in organize["renameByName"]:
+        assert find_fields(table)["Job"]["custom"]["hidden"] is True, uid
+    assert "job" not in organize["excludeByName"], uid
