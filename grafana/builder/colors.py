@@ -20,6 +20,8 @@ NEUTRAL: Final = "#7d828a"
 # Every number that is shown is 0 or more.
 PLAIN: Final[Thresholds] = ((None, NEUTRAL), (0, "text"))
 GREEN_UNTIL_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, "green"), (1, "red"))
+# Every stall is bad, however short.
+STALLED_FOR: Final[Thresholds] = ((None, NEUTRAL), (0, "red"))
 WARN_FROM_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, "green"), (1, "orange"))
 
 
@@ -39,6 +41,7 @@ YES_NO: Final = map_values(_0=("no", "orange"), _1=("yes", "green"))
 BAD: Final = map_values(_0=("no", "green"), _1=("yes", "red"))
 STALLED: Final = map_values(_0=("not stalled", "green"), _1=("stalled", "red"))
 WORKS: Final = map_values(_0=("does not work", "orange"), _1=("works", "green"))
+SEVERITY: Final = map_values(page=("page", "red"), ticket=("ticket", "orange"))
 MISSING: Final = map_values(_1=("VMs may be missing", "orange"))
 
 

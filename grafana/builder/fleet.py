@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from exporter.prometheus import metrics as m
 from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION_COLORS, WARN_FROM_ONE
+from grafana.builder.first_screen import make_alerts_table, make_stalled_table
 from grafana.builder.fleet_members import make_agents_row, make_hosts_row, make_vms_row
 from grafana.builder.layout import (
     FLEET_UID,
@@ -29,6 +30,7 @@ from grafana.builder.queries import (
     HOST_EXIT_RATE,
     HOST_EXITS,
     HOST_KEYS,
+    VM_EXIT_RATE,
     count_or_zero,
     increase,
     rate,
@@ -63,7 +65,7 @@ def render() -> Json:
             )
         ],
         refresh="5m",
-        rows=[_now(), _protection(), _cpus(), make_vms_row(), make_hosts_row(), make_agents_row()],
+        rows=[_now(), _cpus(), make_vms_row(), make_hosts_row(), _protection(), make_agents_row()],
     )
 
 
@@ -121,6 +123,8 @@ def _now() -> Row:
                 Query(count_or_zero(f"{AGENTS} == 0", AGENTS)),
                 thresholds=GREEN_UNTIL_ONE,
             ),
+            make_stalled_table(31, select(VM_EXIT_RATE)),
+            make_alerts_table(8),
         ],
     )
 

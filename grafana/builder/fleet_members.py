@@ -16,7 +16,6 @@ from grafana.builder.queries import (
     VM_EXIT_RATE,
     VM_KEYS,
     call_by_name,
-    find_stalled,
     increase,
     name_few,
     of_now,
@@ -35,24 +34,6 @@ def make_vms_row() -> Row:
         30,
         "VMs",
         [
-            make_table(
-                31,
-                "Stalled vCPUs now",
-                "Each vCPU that makes no forward progress, and whose VM it is, where kvm_vm_info is kept. The RIP is "
-                "in the agent's log and API.",
-                {"stalled": find_stalled()},
-                [
-                    Column(field="who", title="VM", width=240, links=[link_to_vm()]),
-                    Column(field="owner", title="Owner", width=140),
-                    Column(field="vcpu", title="vCPU", width=64),
-                    Column(field="instance", title="Host", width=240, links=[link_to_host()]),
-                    Column(field="vm", title="VM's id", width=160, grows=True, links=[link_to_vm()]),
-                    JOB,
-                ],
-                sort_by=["Host"],
-                rows=3,
-                no_value="no vCPU is known to be stalled",
-            ),
             make_table(
                 32,
                 "Top VMs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from exporter.prometheus import metrics as m
 from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION, PROTECTION_COLORS, WARN_FROM_ONE, YES_NO
+from grafana.builder.first_screen import make_stalled_table
 from grafana.builder.host_agent import make_agent_row, make_tracing_row
 from grafana.builder.layout import (
     HOST_UID,
@@ -21,7 +22,6 @@ from grafana.builder.queries import (
     VM_KEYS,
     call_by_name,
     count_or_zero,
-    find_stalled,
     increase,
     of_now,
     rate,
@@ -125,6 +125,7 @@ def _what_it_is() -> Row:
                 "vCPU threads whose exits are traced now; none while nothing happens.",
                 Query(f"sum({select(m.TRACED_VCPUS)})"),
             ),
+            make_stalled_table(21, rate(m.VM_NOTIFY_WINDOW_EXITS)),
         ],
     )
 
@@ -203,23 +204,6 @@ def _vms() -> Row:
         20,
         "VMs",
         [
-            make_table(
-                21,
-                "Stalled vCPUs now",
-                "Each vCPU that makes no forward progress, and whose VM it is. The RIP is in the agent's log and API.",
-                {"stalled": find_stalled()},
-                [
-                    Column(field="who", title="VM", width=240, links=[link_to_vm()]),
-                    Column(field="owner", title="Owner", width=140),
-                    Column(field="vcpu", title="vCPU", width=64),
-                    Column(field="instance", title="Host", width=240),
-                    Column(field="vm", title="VM's id", width=160, grows=True, links=[link_to_vm()]),
-                    JOB,
-                ],
-                sort_by=["VM"],
-                rows=3,
-                no_value="no vCPU is known to be stalled",
-            ),
             make_table(
                 22,
                 "VMs",

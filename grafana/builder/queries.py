@@ -9,6 +9,10 @@ from exporter.prometheus.metrics import Metric, MetricType
 
 # Prometheus gives this to each of its targets.
 UP: Final = Metric("up", MetricType.GAUGE, "Whether the last scrape of a target succeeded.")
+# It keeps each alert as a series, with the labels of whatever it is about, and since when it has had a reason.
+_ALERT_LABELS: Final = ("alertname", "severity", "vm", "name", "display_name", "project", "vm_namespace", "microcode")
+ALERTS: Final = Metric("ALERTS", MetricType.GAUGE, "Alerts that fire or are pending.", ("alertstate", *_ALERT_LABELS))
+ALERT_ACTIVE_SINCE: Final = Metric("ALERTS_FOR_STATE", MetricType.GAUGE, "Unix time.", _ALERT_LABELS)
 
 # What kvm-notify-recording.rules.yml records each minute: of VMs that take notify exits only, and by host.
 VM_EXIT_RATE: Final = Metric(
@@ -111,9 +115,14 @@ def vm_seconds_lost(exits: str, **equal: str) -> str:
 
 
 def find_stalled() -> str:
+    """Return the vCPUs that are stalled now."""
+    return f"max by ({VM_KEYS}, vcpu) ({select(m.VCPU_NO_PROGRESS)}) == 1"
+
+
+def name_stalled() -> str:
     """Return the vCPUs that are stalled now, by the names of their VMs and owners where those are known."""
     keys = f"{VM_KEYS}, vcpu"
-    return call_by_name(name_few(f"max by ({keys}) ({select(m.VCPU_NO_PROGRESS)}) == 1", OWNER, keys), keys)
+    return call_by_name(name_few(find_stalled(), OWNER, keys), keys)
 
 
 def of_now(expr: str, keys: str, current: Metric) -> str:

@@ -23,7 +23,9 @@ from tests.grafana.promql import walk
 Rule = Callable[[Json], Iterator[str]]
 
 # Those of Grafana's units (packages/grafana-data/src/valueFormats/categories.ts) that are in use.
-UNITS: Final = {"none", "string", "short", "percentunit", "s", "cps", "locale", "dateTimeAsIso", "dateTimeFromNow"}
+UNITS: Final = {"none", "string", "short", "percentunit", "s", "cps", "locale"} | {
+    *("dateTimeAsIso", "dateTimeAsIsoNoDateIfToday", "dateTimeFromNow"),
+}
 # Whole numbers that no expression has by chance: so a range can be told from one that was written out.
 RATE_INTERVAL_SECONDS: Final = 7919
 VALUES: Final = {
@@ -148,7 +150,8 @@ def _check_matchers(dashboard: Json, label: str) -> Iterator[str]:
         for node in walk_parsed(expr):
             if isinstance(node, ast.VectorSelector):
                 matchers = [(m.op, m.value) for m in node.matchers.matchers if m.name == label]
-                if matchers != [(ast.MatchOp.Re, f"${label}")]:
+                # What is about no host has no such label.
+                if matchers not in ([(ast.MatchOp.Re, f"${label}")], [(ast.MatchOp.Equal, "")]):
                     yield f'{place}: not {label}=~"${label}": {node}'
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from exporter.prometheus.metrics import METRICS, Metric, MetricType
 from grafana.builder.colors import NEUTRAL
+from grafana.builder.queries import ALERT_ACTIVE_SINCE, ALERTS, UP
 from tests.grafana.dashboard_linter import VALUES, Rule, find_calls, find_expressions, walk_parsed
 from tests.grafana.dashboard_queries import (
     DASHBOARDS,
@@ -28,7 +29,9 @@ from tests.grafana.promql import find_labels, find_selectors
 
 # Prometheus gives these names their values, and every time range and every link may use them.
 GLOBALS: Final = {"__rate_interval", "__range", "__range_s", "__interval"}
-PROMETHEUS_OWN: Final[Mapping[str, frozenset[str]]] = {"up": frozenset()}
+PROMETHEUS_OWN: Final[Mapping[str, frozenset[str]]] = {
+    metric.name: frozenset(metric.labels) for metric in (UP, ALERTS, ALERT_ACTIVE_SINCE)
+}
 DECLARED: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}
 # These say what was in the time range, also of VMs that have ended since.
 TABLES_OF_THE_PAST: Final = {"Top VMs", "vCPUs"}

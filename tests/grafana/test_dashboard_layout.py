@@ -73,3 +73,31 @@ def test_the_job_is_not_shown_and_is_there_for_links(uid: str, table: Json) -> N
     if "job" in organize["renameByName"]:
         assert find_fields(table)["Job"]["custom"]["hidden"] is True, uid
     assert "job" not in organize["excludeByName"], uid
+
+
+# What Grafana has above a dashboard: navigation, and the choice of variables.
+CHROME_HEIGHT = 40 + 50
+SCREEN_HEIGHT = 768
+
+
+@pytest.mark.parametrize("uid", ["kvm-notify-fleet", "kvm-notify-host"])
+def test_who_is_stalled_is_on_the_first_screen(uid: str) -> None:
+    """Directly below the numbers: who, whose, for how long, since when, how hard, and where."""
+    (dashboard,) = (one for one in read_dashboards() if one["uid"] == uid)
+    (table,) = (panel for panel in find_panels(dashboard) if panel["title"] == "Stalled now")
+    place = table["gridPos"]
+    assert CHROME_HEIGHT + (place["y"] + place["h"]) * GRID_UNIT <= SCREEN_HEIGHT
+    above = [p for p in find_panels(dashboard) if p["gridPos"]["y"] + p["gridPos"]["h"] == place["y"]]
+    assert {panel["type"] for panel in above} == {"stat"}
+    wanted = ["VM", "Owner", "vCPU", "Stalled for", "Since", "Exits/s of VM", "Host"]
+    assert list(find_widths(table))[: len(wanted)] == wanted
+    linked = [title for title, field in find_fields(table).items() if field.get("links")]
+    assert {"VM", "Host"} <= set(linked)
+
+
+def test_the_first_screen_of_the_fleet_names_the_alerts_that_fire() -> None:
+    fleet = next(one for one in read_dashboards() if one["uid"] == "kvm-notify-fleet")
+    tables = [panel for panel in find_panels(fleet) if panel["type"] == "table"]
+    assert [table["title"] for table in tables[:2]] == ["Stalled now", "Firing alerts"]
+    place = tables[1]["gridPos"]
+    assert CHROME_HEIGHT + (place["y"] + place["h"]) * GRID_UNIT <= SCREEN_HEIGHT

@@ -136,7 +136,7 @@ MUTATIONS: list[tuple[Rule, str, Callable[[Json], object]]] = [
     (
         rules.check_tables,
         "column not given",
-        lambda d: panel_of(d, "table")["transformations"][-1]["options"]["renameByName"].update(owner="Owner"),
+        lambda d: panel_of(d, "table")["transformations"][-1]["options"]["renameByName"].update(customer="Customer"),
     ),
     (rules.check_tables, "sorted", lambda d: panel_of(d, "table")["options"].update(sortBy=[{"displayName": "x"}])),
     (

@@ -15,7 +15,16 @@ import yaml
 
 from exporter.prometheus import metrics as m
 from exporter.prometheus.metrics import Metric, order_labels
-from grafana.builder.queries import AGENT_SCRAPED, HOST_ARMED_VCPUS, HOST_EXIT_RATE, HOST_SECONDS_LOST, UP, VM_EXIT_RATE
+from grafana.builder.queries import (
+    AGENT_SCRAPED,
+    ALERT_ACTIVE_SINCE,
+    ALERTS,
+    HOST_ARMED_VCPUS,
+    HOST_EXIT_RATE,
+    HOST_SECONDS_LOST,
+    UP,
+    VM_EXIT_RATE,
+)
 from tests.grafana.dashboard_queries import find_queries
 from tests.grafana.dashboard_rules import RECORDING, find_labels_of
 from tests.grafana.promql import find_selectors
@@ -23,7 +32,7 @@ from tests.grafana.promql import find_selectors
 FLEET, HOST, VM = "kvm-notify-fleet", "kvm-notify-host", "kvm-notify-vm"
 GUEST: Final = "5107a7ed-0000-4000-8000-000000000002"
 MINUTES: Final = 40
-ALERTS: Final = RECORDING.with_name("kvm-notify-alerts.rules.yml")
+ALERT_RULES: Final = RECORDING.with_name("kvm-notify-alerts.rules.yml")
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,7 @@ CASES: Final = (
     Case(
         "stalled vCPUs, of VMs with and without name",
         FLEET,
-        "Stalled vCPUs now",
+        "Stalled now",
         0,
         [
             NAMED,
@@ -217,7 +226,7 @@ CASES: Final = (
     Case(
         "stalled vCPUs of a host",
         HOST,
-        "Stalled vCPUs now",
+        "Stalled now",
         0,
         [
             samples(m.VCPU_NO_PROGRESS, still(1), **VCPU),
@@ -225,6 +234,54 @@ CASES: Final = (
             samples(m.VM_INFO, still(1), vm=GUEST, name="i-4711", display_name="web", vm_namespace="team"),
         ],
         {f'{{instance="a", job="kvm", vcpu="1", vm="{GUEST}", who="web", owner="team"}}': 1},
+    ),
+    Case(
+        "since when a vCPU is stalled, in milliseconds",
+        FLEET,
+        "Stalled now",
+        1,
+        [samples(m.VCPU_STALL_START, still(1200), **VCPU)],
+        {OF_VCPU: 1_200_000},
+    ),
+    Case(
+        "for how long a vCPU is stalled",
+        HOST,
+        "Stalled now",
+        2,
+        [samples(m.VCPU_STALL_START, still(1200), **VCPU)],
+        {OF_VCPU: 1200},
+    ),
+    Case(
+        "exits of VMs with stalled vCPUs, and of no other",
+        FLEET,
+        "Stalled now",
+        3,
+        [
+            samples(m.VCPU_NO_PROGRESS, still(1), **VCPU),
+            samples(VM_EXIT_RATE, still(9000), vm=GUEST),
+            samples(VM_EXIT_RATE, still(5), "b", vm=GUEST),
+        ],
+        {OF_VCPU: 9000},
+    ),
+    Case(
+        "alerts that fire, on hosts and on a fleet",
+        FLEET,
+        "Firing alerts",
+        0,
+        [
+            samples(ALERTS, still(1), alertname="KvmNotifyExporterDown", severity="ticket", alertstate="firing"),
+            samples(ALERT_ACTIVE_SINCE, still(60), alertname="KvmNotifyExporterDown", severity="ticket"),
+            samples(ALERTS, still(1), alertname="KvmVmUnprotected", severity="ticket", alertstate="pending"),
+            samples(ALERT_ACTIVE_SINCE, still(60), alertname="KvmVmUnprotected", severity="ticket"),
+            samples(ALERTS, still(1), alertname="NodeDown", severity="page", alertstate="firing"),
+            samples(ALERT_ACTIVE_SINCE, still(60), alertname="NodeDown", severity="page"),
+            samples(ALERTS, still(1), "", "", alertname="KvmMicrocodeX", alertstate="firing", microcode="0x2b"),
+            samples(ALERT_ACTIVE_SINCE, still(90), "", "", alertname="KvmMicrocodeX", microcode="0x2b"),
+        ],
+        {
+            '{alertname="KvmNotifyExporterDown", instance="a", job="kvm", severity="ticket"}': 60_000,
+            '{alertname="KvmMicrocodeX", microcode="0x2b"}': 90_000,
+        },
     ),
     Case(
         "guest time lost",
@@ -358,7 +415,7 @@ def test_values_are_what_samples_say(
 
 
 def test_agents_down_and_the_alert_count_the_same() -> None:
-    (alert,) = (rule for rule in read_rules(ALERTS) if rule.get("alert") == "KvmNotifyExporterDown")
+    (alert,) = (rule for rule in read_rules(ALERT_RULES) if rule.get("alert") == "KvmNotifyExporterDown")
     for expr in (alert["expr"], find_expr(FLEET, "Agents down"), find_expr(FLEET, PROBLEMS)):
         assert {selector.metric for selector in find_selectors(expr)} == {AGENT_SCRAPED.name}
 

@@ -68,17 +68,21 @@ def test_dashboard_is_what_grafana_knows_it_by(dashboard: Json) -> None:
     assert "__inputs" not in dashboard
 
 
+OF_STALLED = {"kvm_vcpu_no_forward_progress", "kvm_vcpu_stall_start_timestamp_seconds"}
+
+
 def test_only_the_vm_dashboard_asks_for_every_vcpu() -> None:
     # Of stalled vCPUs there are few, and --vcpu-series does not touch them.
     for query in find_queries():
         if query.dashboard != VM:
             metrics = {selector.metric for selector in find_selectors(query.expr)}
-            assert {m for m in metrics if m.startswith("kvm_vcpu_")} <= {"kvm_vcpu_no_forward_progress"}, query
+            assert {m for m in metrics if m.startswith("kvm_vcpu_")} <= OF_STALLED, query
 
 
 # What docs/fleet.md tells to keep on a central Prometheus.
 CENTRAL = re.compile(
     r"instance:kvm_.+|kvm_host_.+|kvm_exporter_.+|kvm_vcpu_no_forward_progress|vm:kvm_vm_notify_window_exits:.+|up"
+    r"|kvm_vcpu_stall_start_timestamp_seconds|ALERTS|ALERTS_FOR_STATE"
 )
 
 
@@ -210,7 +214,7 @@ def test_links_lead_to_dashboards_with_their_variables() -> None:
         for url in find_links(found["links"]):
             assert urlsplit(url).path.removeprefix("/d/") in variables
             led.add((found["uid"], urlsplit(url).path.removeprefix("/d/")))
-    assert led == {(FLEET, HOST), (FLEET, VM), (HOST, VM), (VM, HOST), (HOST, FLEET), (VM, FLEET)}
+    assert led == {(FLEET, HOST), (FLEET, VM), (HOST, HOST), (HOST, VM), (VM, HOST), (HOST, FLEET), (VM, FLEET)}
 
 
 def test_links_find_their_values_where_they_stand() -> None:

@@ -540,7 +540,10 @@ def test_the_documents_say_how_urgent_an_alert_is() -> None:
 
 KEPT_CENTRALLY: Final = {"kvm_host_info", "kvm_host_vcpus", "kvm_exporter_build_info", "kvm_exporter_source_up"} | {
     "kvm_vcpu_no_forward_progress",
+    "kvm_vcpu_stall_start_timestamp_seconds",
     "vm:kvm_vm_notify_window_exits:rate5m",
+    "ALERTS",
+    "ALERTS_FOR_STATE",
 }
 KEPT_BESIDE_AGENTS: Final = {"kvm_vm_info", "kvm_vcpu_exits_total", "kvm_vm_notify_window_exits_total"} | {
     "vm:kvm_vm_info:unique",
@@ -586,6 +589,7 @@ def test_a_central_prometheus_gets_what_it_needs_and_no_vm() -> None:
             assert not regex.fullmatch(f"{metric};kvm-notify-exporter"), f"{way} sends {metric}"
         assert regex.fullmatch("up;kvm-notify-exporter")
         assert not regex.fullmatch("up;node")
+        assert not regex.fullmatch("ALERTS;node")
 
 
 def test_files_that_the_documents_name_are_there() -> None:

@@ -6,7 +6,7 @@ Prometheus itself, rule by rule, and written beside it. The instances:
 
 ============== ===================================================================================================
 ``fleet-1``... three hosts with a new microcode for 20 hours, since when guests take notify exits; on ``fleet-1`` one
-               guest takes many more since half an hour
+               guest is stalled and takes many more since half an hour
 ``untraced``   has vCPUs with notify exits armed and no way to trace them
 ``faulty``     an invalid VM context, a source that was lost, lost records, too many looks, a collector that fails
 ``gone``       an agent that is not scraped for half an hour
@@ -27,7 +27,7 @@ import yaml
 from exporter.prometheus import metrics as m
 from exporter.prometheus.exposition import escape_label_value, render_number, render_series
 from exporter.prometheus.metrics import Metric, order_labels
-from grafana.builder.queries import UP
+from grafana.builder.queries import ALERT_ACTIVE_SINCE, ALERTS, UP
 from kvm.model import Protection
 from tests.grafana.promql import find_selectors
 from tests.live.prometheus_server import Prometheus, create_blocks, open_prometheus
@@ -60,7 +60,7 @@ class Series:
 
     def render(self, end: float) -> Iterator[str]:
         """The samples as lines of OpenMetrics."""
-        target = {"instance": self.instance, "job": JOB}
+        target = {"instance": self.instance, "job": JOB if self.instance else ""}
         metric = replace(self.metric, labels=(*self.metric.labels, *target))
         series = render_series(metric, (*order_labels(self.metric, **self.labels), *target.values()))
         for seconds in _SAMPLED:
@@ -109,7 +109,7 @@ def _make_host(instance: str, armed_vcpus: int) -> Iterator[Series]:
 
 def _make_fleet_host(instance: str, rise: float) -> Iterator[Series]:
     yield from _make_host(instance, 64)
-    yield Series(m.HOST_NO_PROGRESS, instance, always(0), {})
+    yield Series(m.HOST_NO_PROGRESS, instance, lambda hour: float(rise > 0 and hour >= RISE_HOURS), {})
     yield Series(m.HOST_NOTIFY_WINDOW_EXITS, instance, count_from(NEW_MICROCODE_HOURS, 360), {})
     yield Series(m.HOST_INTERVAL_MIN, instance, always(0.0001), {"window_cycles": "128000"})
     for number in (1, 2):
@@ -118,6 +118,15 @@ def _make_fleet_host(instance: str, rise: float) -> Iterator[Series]:
         yield Series(m.VM_SOURCE_INFO, instance, always(1), {"vm": vm, "source": "bpf"})
         before, since = count_from(NEW_MICROCODE_HOURS, 180), count_from(RISE_HOURS, rise if number == 1 else 0)
         yield Series(m.VM_NOTIFY_WINDOW_EXITS, instance, _add(before, since), {"vm": vm})
+        if number == 1 and rise:
+            yield Series(m.VCPU_NO_PROGRESS, instance, _between(RISE_HOURS, 1.0), {"vm": vm, "vcpu": "0"})
+
+
+def _make_alert(instance: str, name: str) -> Iterator[Series]:
+    """An alert that fires, as the Prometheus that evaluates it keeps it; about a whole fleet where there is no host."""
+    labels = dict.fromkeys(ALERT_ACTIVE_SINCE.labels, "") | {"alertname": name, "severity": "ticket"}
+    yield Series(ALERTS, instance, always(1), {**labels, "alertstate": "firing"})
+    yield Series(ALERT_ACTIVE_SINCE, instance, always(1_700_000_000.0), labels)
 
 
 def _add(one: ByHour, other: ByHour) -> ByHour:
@@ -148,6 +157,8 @@ SERIES: tuple[Series, ...] = (
     *_make_fleet_host("fleet-3:9750", 0),
     *_make_host("untraced:9750", 8),
     *_make_faulty_host("faulty:9750"),
+    *_make_alert("", "KvmMicrocodeNotifyExits"),
+    *_make_alert("fleet-1:9750", "KvmMicrocodeUpdateNotifyExits"),
     Series(UP, "gone:9750", lambda hour: float(hour < RISE_HOURS), {}),
     Series(m.HOST_VMS, "lost:9750", lambda hour: 2 if hour < RISE_HOURS else None, {"protection": Protection.ARMED}),
 )
