@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from exporter.prometheus import metrics as m
+from exporter.prometheus.metrics import Metric
 from grafana.builder.colors import SEVERITY, STALLED_FOR
 from grafana.builder.layout import Panel, link_to_host, link_to_vm
 from grafana.builder.queries import (
@@ -24,8 +25,8 @@ ALERT_KEYS: Final = f"{VM_KEYS}, alertname, severity, microcode"
 SCOPES: Final = ('job=~"$job", instance=~"$instance"', 'job="", instance=""')
 
 
-def make_stalled_table(number: int, vm_exit_rate: str) -> Panel:
-    """Return the table of stalled vCPUs; ``vm_exit_rate`` is a query by VM."""
+def make_stalled_table(number: int, vm_exit_rate: str, *info: Metric) -> Panel:
+    """Return the table of stalled vCPUs; ``vm_exit_rate`` is a query by VM, ``info`` has names and owners."""
     start = f"max by ({VCPU_KEYS}) ({select(m.VCPU_STALL_START)})"
     return make_table(
         number,
@@ -33,7 +34,7 @@ def make_stalled_table(number: int, vm_exit_rate: str) -> Panel:
         "Each vCPU that makes no forward progress, whose VM it is (where kvm_vm_info is kept), since when, and how "
         "many notify exits its VM takes. The RIP is in the agent's log and API.",
         {
-            "stalled": name_stalled(),
+            "stalled": name_stalled(*info),
             "since": f"{start} * 1000",
             "lasted": f"time() - {start}",
             "rate": f"0 * ({find_stalled()}) + on ({VM_KEYS}) group_left () sum by ({VM_KEYS}) ({vm_exit_rate})",

@@ -20,17 +20,18 @@ from grafana.builder.layout import (
     render_dashboard,
     stall_annotation,
 )
-from grafana.builder.panels import Query, make_graph, make_stat
+from grafana.builder.panels import COUNT, Query, make_graph, make_stat
 from grafana.builder.queries import (
     AGENTS,
     ARMED_VCPUS,
-    ARMED_VMS,
     CPU,
     HOST_ARMED_VCPUS,
     HOST_EXIT_RATE,
     HOST_EXITS,
     HOST_KEYS,
     VM_EXIT_RATE,
+    VM_KEYS,
+    VM_NOTIFIED,
     count_or_zero,
     increase,
     rate,
@@ -89,7 +90,7 @@ def _now() -> Row:
             ),
             make_stat(
                 3,
-                "Hosts that cannot see stalls",
+                "Blind to stalls",
                 "Hosts whose agent counts notify exits but cannot have their RIPs; its log says why.",
                 Query(count_or_zero(blind, hosts)),
                 thresholds=WARN_FROM_ONE,
@@ -99,6 +100,7 @@ def _now() -> Row:
                 "Notify exits",
                 "Notify VM exits in the time range, those of VMs that are gone among them.",
                 Query(f"sum({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"),
+                unit=COUNT,
                 decimals=0,
             ),
             make_stat(
@@ -114,6 +116,8 @@ def _now() -> Row:
                 "Hosts",
                 "Hosts whose agent answers.",
                 Query(f"count(max by ({HOST_KEYS}) ({hosts}))"),
+                unit=COUNT,
+                decimals=0,
             ),
             make_stat(
                 7,
@@ -123,7 +127,7 @@ def _now() -> Row:
                 Query(count_or_zero(f"{AGENTS} == 0", AGENTS)),
                 thresholds=GREEN_UNTIL_ONE,
             ),
-            make_stalled_table(31, select(VM_EXIT_RATE)),
+            make_stalled_table(31, select(VM_EXIT_RATE), m.VM_INFO, VM_NOTIFIED),
             make_alerts_table(8),
         ],
     )
@@ -143,7 +147,8 @@ def _protection() -> Row:
                 "VMs by protection",
                 meaning,
                 [Query(f"sum by (protection) ({select(m.HOST_VMS)})", "{{protection}}")],
-                unit="short",
+                unit=COUNT,
+                lines=4,
                 stacked=True,
                 colors=PROTECTION_COLORS,
             ),
@@ -152,7 +157,8 @@ def _protection() -> Row:
                 "vCPUs by protection",
                 f"{meaning} A host is left out of a state in which it has a VM whose vCPUs could not be counted.",
                 [Query(f"sum by (protection) ({select(m.HOST_VCPUS)})", "{{protection}}")],
-                unit="short",
+                unit=COUNT,
+                lines=4,
                 stacked=True,
                 colors=PROTECTION_COLORS,
             ),
@@ -169,6 +175,8 @@ def _cpus() -> Row:
         f"{group} ({with_cpu(f'sum by ({HOST_KEYS}) (sum_over_time({select(metric)}[$__range]))')})"
         for metric in (HOST_EXIT_RATE, HOST_ARMED_VCPUS)
     )
+    vms = f"count by ({VM_KEYS}) (count_over_time({select(VM_EXIT_RATE)}[$__range]))"
+    vms_hit = f"count by ({HOST_KEYS}) ({vms})"
     interval = f"max by ({HOST_KEYS}, window_cycles) ({select(m.HOST_INTERVAL_MIN)})"
     return Row(
         20,
@@ -177,13 +185,14 @@ def _cpus() -> Row:
             make_table(
                 21,
                 "Groups of hosts",
-                "Hosts by CPU and microcode. Exits of the whole time range count for the microcode that a host has "
-                "now; the graph below shows each at its time. Exits a day are those of the time range, or of as much "
-                "of it as there is history.",
+                "Hosts by CPU and microcode, those first of which the most hosts and VMs have exits: one guest that "
+                "floods makes a large sum and proves nothing. Exits of the whole time range count for the microcode "
+                "that a host has now; the graph below shows each at its time. Exits a day are those of the time range, "
+                "or of as much of it as there is history.",
                 {
                     "hosts": f"count by ({CPU}) (max by ({HOST_KEYS}, {CPU}) ({select(m.HOST_INFO)}))",
-                    "supported": f"{group} ({with_cpu(f'max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})')})",
-                    "armed_vms": f"{group} ({with_cpu(ARMED_VMS)})",
+                    "hosts_hit": f"{group} ({with_cpu(f'({HOST_EXITS} > bool 0)')})",
+                    "vms_hit": f"{group} ({with_cpu(vms_hit)})",
                     "armed_vcpus": armed,
                     "exits": f"{group} ({with_cpu(HOST_EXITS)})",
                     "exits_per_day": f"{exits_sum} * 86400 / {armed_sum}",
@@ -192,21 +201,25 @@ def _cpus() -> Row:
                     *CPU_COLUMNS,
                     Column(field="cpu_stepping", title="Stepping", width=90),
                     count_of("hosts", "Hosts", 70),
-                    count_of("supported", "Support it", 104),
-                    count_of("armed_vms", "VMs armed", 100),
-                    count_of("armed_vcpus", "vCPUs armed", 112),
+                    count_of("hosts_hit", "Hosts with exits", 152),
+                    count_of("vms_hit", "VMs with exits", 136),
+                    Column(field="exits_per_day", title="Exits per vCPU-day", width=168, unit=COUNT, decimals=2),
                     count_of("exits", "Notify exits", 120),
-                    Column(field="exits_per_day", title="Exits per vCPU-day", width=168, unit="locale", decimals=2),
+                    count_of("armed_vcpus", "vCPUs armed", 112),
                 ],
-                sort_by=["Exits per vCPU-day"],
+                sort_by=["Hosts with exits", "VMs with exits"],
                 rows=5,
             ),
             make_graph(
                 22,
                 "Notify exits a day per armed vCPU",
-                "By CPU and microcode: a microcode update that moves the CPU's own threshold shows here.",
+                "By CPU and microcode: a microcode update that moves the CPU's own threshold shows here. The axis is "
+                "logarithmic from 1 on.",
                 [Query(f"{exits_per_day} / ({armed} > 0)", "{{cpu_model_name}} {{cpu_stepping}} {{microcode}}")],
                 unit="short",
+                lines=4,
+                linear_below=1,
+                no_value="no armed vCPU is known",
             ),
             make_table(
                 23,

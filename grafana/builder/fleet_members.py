@@ -5,16 +5,16 @@ from __future__ import annotations
 from exporter.prometheus import metrics as m
 from grafana.builder.colors import BAD, GREEN_UNTIL_ONE, YES_NO
 from grafana.builder.layout import Row, link_to_host, link_to_vm
-from grafana.builder.panels import NOTHING_FOUND, Query, make_graph
+from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph
 from grafana.builder.queries import (
     AGENTS,
     ARMED_VCPUS,
     HOST_EXITS,
     HOST_KEYS,
     HOST_SECONDS_LOST,
-    OWNER,
     VM_EXIT_RATE,
     VM_KEYS,
+    VM_NOTIFIED,
     call_by_name,
     increase,
     name_few,
@@ -29,6 +29,8 @@ def make_vms_row() -> Row:
     """Return the row about who is stalled, and who takes the most notify exits."""
     # One sample a minute, as in the recording rules. A subquery would hold the samples of all VMs at once.
     exits = f"sum_over_time({select(VM_EXIT_RATE)}[$__range])"
+    fastest = f"topk(10, sum by ({VM_KEYS}) ({select(VM_EXIT_RATE)}))"
+    rates = call_by_name(name_few(fastest, info=[VM_NOTIFIED]), VM_KEYS)
     top = f"topk(10, sum by ({VM_KEYS}) ({exits}) * 60)"
     return Row(
         30,
@@ -39,7 +41,7 @@ def make_vms_row() -> Row:
                 "Top VMs",
                 "The ten VMs with the most notify exits in the time range, from the rates that are recorded each "
                 "minute: of a short burst it is an estimate. Names are there where kvm_vm_info is kept.",
-                {"exits": call_by_name(name_few(top, OWNER), VM_KEYS)},
+                {"exits": call_by_name(name_few(top, info=[m.VM_INFO, VM_NOTIFIED]), VM_KEYS)},
                 [
                     Column(field="who", title="VM", width=180, links=[link_to_vm()]),
                     Column(field="owner", title="Owner", width=120),
@@ -56,11 +58,14 @@ def make_vms_row() -> Row:
             make_graph(
                 33,
                 "Notify exits of the top VMs",
-                "The ten VMs with the highest rate over 5 minutes at each point in time, as it is recorded.",
-                [Query(f"topk(10, sum by ({VM_KEYS}) ({select(VM_EXIT_RATE)}))", "{{vm}} on {{instance}}")],
-                unit="cps",
+                "The ten VMs with the highest rate over 5 minutes at each point in time, as it is recorded. The "
+                "axis is logarithmic from 1 on.",
+                [Query(f"{rates} * 3600", "{{who}} on {{instance}}")],
+                unit=PER_HOUR,
+                lines=4,
+                linear_below=1,
                 links=[link_to_vm("__field.labels")],
-                no_value=NOTHING_FOUND,
+                no_value="no VM is known to take notify exits",
             ),
         ],
     )
@@ -68,6 +73,7 @@ def make_vms_row() -> Row:
 
 def make_hosts_row() -> Row:
     """Return the row about what each host is and how it fares."""
+    rates = f"sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)})"
     by_host = {
         "info": f"max by ({HOST_KEYS}, cpu_model_name, microcode, kernel) ({select(m.HOST_INFO)})",
         "supported": f"max by ({HOST_KEYS}) ({select(m.HOST_NOTIFY_SUPPORTED)})",
@@ -104,11 +110,13 @@ def make_hosts_row() -> Row:
             make_graph(
                 42,
                 "Hosts with the most notify exits",
-                "The ten hosts with the highest rate at each point in time.",
-                [Query(f"topk(10, sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)}) > 0)", "{{instance}}")],
-                unit="cps",
+                "The ten hosts with the highest rate at each point in time. The axis is logarithmic from 1 on.",
+                [Query(f"topk(10, {rates} > 0) * 3600", "{{instance}}")],
+                unit=PER_HOUR,
+                lines=4,
+                linear_below=1,
                 links=[link_to_host("__field.labels")],
-                no_value=NOTHING_FOUND,
+                no_value="no host is known to take notify exits",
             ),
             make_graph(
                 43,
@@ -118,8 +126,9 @@ def make_hosts_row() -> Row:
                 "with that window.",
                 [Query(f"topk(10, sum by ({HOST_KEYS}) ({select(HOST_SECONDS_LOST)}) > 0)", "{{instance}}")],
                 unit="short",
+                lines=4,
                 links=[link_to_host("__field.labels")],
-                no_value=NOTHING_FOUND,
+                no_value="no guest time is known to be lost",
             ),
         ],
     )
@@ -166,7 +175,7 @@ def make_agents_row() -> Row:
                 "Hosts on which a source works",
                 "debugfs does not work under Secure Boot, and need not. What matters is that one source does.",
                 [Query(f"sum by (source) ({select(m.SOURCE_UP)})", "{{source}}")],
-                unit="short",
+                unit=COUNT,
             ),
             make_table(
                 53,

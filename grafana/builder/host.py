@@ -16,18 +16,18 @@ from grafana.builder.layout import (
     render_dashboard,
     stall_annotation,
 )
-from grafana.builder.panels import NOTHING_FOUND, Query, make_graph, make_stat
+from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph, make_stat
 from grafana.builder.queries import (
     HOST_KEYS,
     VM_KEYS,
     call_by_name,
     count_or_zero,
     increase,
+    name_few,
     of_now,
     rate,
     select,
     vm_seconds_lost,
-    with_owner,
 )
 from grafana.builder.tables import JOB, Column, count_of, hide, make_table
 
@@ -96,6 +96,7 @@ def _what_it_is() -> Row:
                 "Notify exits",
                 "Notify VM exits in the time range, those of VMs that are gone among them.",
                 Query(f"sum({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"),
+                unit=COUNT,
                 decimals=0,
             ),
             make_stat(5, "VMs", "VMs on this host.", Query(f"sum({select(m.HOST_VMS)})")),
@@ -125,7 +126,7 @@ def _what_it_is() -> Row:
                 "vCPU threads whose exits are traced now; none while nothing happens.",
                 Query(f"sum({select(m.TRACED_VCPUS)})"),
             ),
-            make_stalled_table(21, rate(m.VM_NOTIFY_WINDOW_EXITS)),
+            make_stalled_table(21, rate(m.VM_NOTIFY_WINDOW_EXITS), m.VM_INFO),
         ],
     )
 
@@ -140,26 +141,29 @@ def _exits() -> Row:
             make_graph(
                 11,
                 "Notify exits",
-                "Of the host, those of VMs that are gone among them.",
-                [Query(f"sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)})", "{{instance}}")],
-                unit="cps",
+                "Of the host, those of VMs that are gone among them. The axis is logarithmic from 1 on.",
+                [Query(f"sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)}) * 3600", "{{instance}}")],
+                unit=PER_HOUR,
+                lines=4,
+                linear_below=1,
             ),
             make_graph(
                 12,
                 "Notify exits of the top VMs",
-                "The ten VMs with the highest rate at each point in time.",
-                [Query(with_owner(top, "name"), "{{name}} {{vm}}")],
-                unit="cps",
+                "The ten VMs with the highest rate at each point in time. The axis is logarithmic from 1 on.",
+                [Query(f"{call_by_name(name_few(top), VM_KEYS)} * 3600", "{{who}}")],
+                unit=PER_HOUR,
+                lines=4,
+                linear_below=1,
                 links=[link_to_vm("__field.labels")],
-                no_value=NOTHING_FOUND,
+                no_value="no VM is known to take notify exits",
             ),
             make_graph(
                 13,
                 "Stalled vCPUs",
                 "vCPUs that are stuck at one RIP; not known where RIPs cannot be had.",
                 [Query(f"max by ({HOST_KEYS}) ({select(m.HOST_NO_PROGRESS)})", "{{instance}}")],
-                unit="short",
-                no_value="not known",
+                unit=COUNT,
             ),
             make_graph(
                 14,
@@ -168,7 +172,7 @@ def _exits() -> Row:
                 "gets nothing done. Empty until the agent has seen a stall with that window.",
                 [Query(f"sum by ({HOST_KEYS}) ({lost})", "{{instance}}")],
                 unit="short",
-                no_value="not known",
+                lines=4,
             ),
             make_graph(
                 15,
@@ -176,7 +180,8 @@ def _exits() -> Row:
                 "armed: notify exits are on. off: the host could, the VMM did not ask. unsupported: the host cannot. "
                 "unknown: it could not be found out.",
                 [Query(f"sum by (protection) ({select(m.HOST_VMS)})", "{{protection}}")],
-                unit="short",
+                unit=COUNT,
+                lines=4,
                 stacked=True,
                 colors=PROTECTION_COLORS,
             ),
@@ -192,7 +197,8 @@ def _exits() -> Row:
                     )
                 ],
                 unit="s",
-                no_value=NOTHING_FOUND,
+                lines=4,
+                no_value="no interval has been seen",
             ),
         ],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from exporter.prometheus import metrics as m
 from grafana.builder.colors import MISSING, WORKS
 from grafana.builder.layout import Row
-from grafana.builder.panels import NOTHING_FOUND, Query, make_graph, make_timeline
+from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph, make_timeline
 from grafana.builder.queries import HOST_KEYS, UP, rate, seen_agents, select
 
 
@@ -42,7 +42,7 @@ def make_agent_row() -> Row:
                 "hidden_processes: /proc hides some. pid_namespace: a container's. no_source: nothing can be read.",
                 Query(f"max by ({HOST_KEYS}, reason) ({select(m.INCOMPLETE_REASON)})", "{{instance}} {{reason}}"),
                 mappings=MISSING,
-                no_value=NOTHING_FOUND,
+                no_value="no reason is known",
             ),
             make_graph(
                 39,
@@ -65,12 +65,13 @@ def make_agent_row() -> Row:
                 "The first of a kind starts the line.",
                 [
                     Query(
-                        f"sum by ({HOST_KEYS}, source, kind) ({rate(m.READ_ERRORS)})",
+                        f"sum by ({HOST_KEYS}, source, kind) ({rate(m.READ_ERRORS)}) * 3600",
                         "{{instance}} {{source}} {{kind}}",
                     )
                 ],
-                unit="cps",
-                no_value=NOTHING_FOUND,
+                unit=PER_HOUR,
+                lines=5,
+                no_value="no read error is known",
             ),
             make_graph(
                 35,
@@ -78,6 +79,7 @@ def make_agent_row() -> Row:
                 "By part; the collector look is the reading of the host, before the others.",
                 [Query(f"max by ({HOST_KEYS}, collector) ({select(m.SCRAPE_DURATION)})", "{{instance}} {{collector}}")],
                 unit="s",
+                lines=5,
                 stacked=True,
             ),
             make_graph(
@@ -102,7 +104,7 @@ def make_tracing_row() -> Row:
                 "Traced vCPUs",
                 "vCPU threads whose exits are traced: at most 16 at once, none while nothing happens.",
                 [Query(f"max by ({HOST_KEYS}) ({select(m.TRACED_VCPUS)})", "{{instance}}")],
-                unit="short",
+                unit=COUNT,
             ),
             make_graph(
                 42,
@@ -110,10 +112,12 @@ def make_tracing_row() -> Row:
                 "How often a vCPU's exits began to be traced, and how often one had to wait because enough is traced "
                 "already: a guest that provokes notify exits cannot cost more than this.",
                 [
-                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_ARMINGS)})", "begun on {{instance}}"),
-                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_BUDGET_EXHAUSTED)})", "had to wait on {{instance}}"),
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.TRACE_ARMINGS)}) * 3600", "begun on {{instance}}"),
+                    Query(
+                        f"sum by ({HOST_KEYS}) ({rate(m.TRACE_BUDGET_EXHAUSTED)}) * 3600", "had to wait on {{instance}}"
+                    ),
                 ],
-                unit="cps",
+                unit=PER_HOUR,
             ),
             make_graph(
                 43,
@@ -133,10 +137,10 @@ def make_tracing_row() -> Row:
                 "Lines about stalls that were logged, and stalls that were not logged at once, so that no guest can "
                 "fill the log.",
                 [
-                    Query(f"sum by ({HOST_KEYS}) ({rate(m.WARNINGS)})", "logged on {{instance}}"),
-                    Query(f"sum by ({HOST_KEYS}) ({rate(m.WARNINGS_SUPPRESSED)})", "withheld on {{instance}}"),
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.WARNINGS)}) * 3600", "logged on {{instance}}"),
+                    Query(f"sum by ({HOST_KEYS}) ({rate(m.WARNINGS_SUPPRESSED)}) * 3600", "withheld on {{instance}}"),
                 ],
-                unit="cps",
+                unit=PER_HOUR,
             ),
         ],
     )

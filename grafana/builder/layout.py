@@ -146,25 +146,37 @@ def _place(rows: Sequence[Row]) -> list[Json]:
         placed.append(
             {"collapsed": False, "gridPos": head, "id": row.number, "panels": [], "title": row.title, "type": "row"}
         )
-        x, y, line_height = 0, y + 1, 0
-        for panel in row.panels:
-            if x + panel.width > COLUMNS:
-                x, y, line_height = 0, y + line_height, 0
-            placed.append(
-                {
-                    "datasource": DATASOURCE,
-                    "description": panel.description,
-                    **panel.body,
-                    "gridPos": {"h": panel.height, "w": panel.width, "x": x, "y": y},
-                    "id": panel.number,
-                    "pluginVersion": "10.0.0",  # without one Grafana takes it for a panel of the time before versions
-                    "title": panel.title,
-                    "type": panel.kind,
-                }
-            )
-            x, line_height = x + panel.width, max(line_height, panel.height)
-        y += line_height
+        y += 1
+        for line in _break_lines(row.panels):
+            x, height = 0, max(panel.height for panel in line)
+            for panel in line:
+                placed.append(_place_panel(panel, {"h": height, "w": panel.width, "x": x, "y": y}))
+                x += panel.width
+            y += height
     return placed
+
+
+def _break_lines(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """Return the panels by lines; those of one line are made equally high."""
+    lines: list[list[Panel]] = [[]]
+    for panel in panels:
+        if sum(placed.width for placed in lines[-1]) + panel.width > COLUMNS:
+            lines.append([])
+        lines[-1].append(panel)
+    return lines
+
+
+def _place_panel(panel: Panel, place: Json) -> Json:
+    return {
+        "datasource": DATASOURCE,
+        "description": panel.description,
+        **panel.body,
+        "gridPos": place,
+        "id": panel.number,
+        "pluginVersion": "10.0.0",  # without one Grafana takes it for a panel of the time before versions
+        "title": panel.title,
+        "type": panel.kind,
+    }
 
 
 def _datasource_variable() -> Json:

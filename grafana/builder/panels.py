@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from grafana.builder.colors import PLAIN, Mappings, Thresholds, render_thresholds
-from grafana.builder.layout import DATASOURCE, Json, Panel
+from grafana.builder.layout import DATASOURCE, GRID_GAP, GRID_UNIT, Json, Panel
 
-# No rows or lines may also be due to series that this Prometheus does not keep.
-NOTHING_FOUND: Final = "nothing found"
+# Whole numbers, with separators.
+COUNT: Final = "locale"
+PER_HOUR: Final = "si:/h"
+# Grafana's, in pixels: a panel's title and padding; a line of a legend, its head among them; and its share of the rest.
+TITLE_HEIGHT: Final = 32
+PADDING: Final = 2 * 8
+LEGEND_LINE_HEIGHT: Final = 24
+LEGEND_SHARE: Final = 0.35
+FEW_LINES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +76,33 @@ def make_graph(
     *,
     unit: str,
     width: int = 12,
+    lines: int = FEW_LINES,
     stacked: bool = False,
+    linear_below: float | None = None,
     colors: Mapping[str, str] | None = None,
     links: Sequence[Json] = (),
     maximum: float | None = None,
-    no_value: str = "No data",
+    no_value: str = "not known",
 ) -> Panel:
-    """Return a panel with lines over time; gaps stay gaps."""
+    """Return a panel with lines over time; gaps stay gaps.
+
+    ``lines`` is how many the legend has room for, the highest first. With ``linear_below`` the axis is logarithmic from
+    there on: one guest that floods would press all others to the ground. COUNT as the unit is for whole numbers.
+    """
     custom: Json = {
         "axisLabel": "",
         "drawStyle": "line",
-        "fillOpacity": 30 if stacked else 10,
+        "fillOpacity": 30 if stacked else 0 if linear_below else 10,
         "lineInterpolation": "linear",
         "lineWidth": 1,
         "showPoints": "auto",
         "spanNulls": False,
         "stacking": {"group": "A", "mode": "normal" if stacked else "none"},
     }
+    if linear_below:
+        custom["scaleDistribution"] = {"type": "symlog", "log": 10, "linearThreshold": linear_below}
+    if unit == COUNT:
+        custom["axisSoftMax"] = 1
     defaults: Json = {
         "color": {"mode": "palette-classic"},
         "custom": custom,
@@ -95,18 +113,26 @@ def make_graph(
         "thresholds": render_thresholds(PLAIN),
         "unit": unit,
     }
+    if unit == COUNT:
+        defaults["decimals"] = 0
     if maximum is not None:
         defaults["max"] = maximum
     body = {
         "fieldConfig": {"defaults": defaults, "overrides": _color_overrides(colors or {})},
         "options": {
             "legend": {"calcs": ["lastNotNull", "max"], "displayMode": "table", "placement": "bottom"}
-            | {"showLegend": True},
+            | {"showLegend": True, "sortBy": "Max", "sortDesc": True},
             "tooltip": {"mode": "multi", "sort": "desc"},
         },
         "targets": [render_target(chr(ord("A") + i), query) for i, query in enumerate(queries)],
     }
-    return Panel(number, "timeseries", title, description, width, 8, body)
+    return Panel(number, "timeseries", title, description, width, graph_height_of(lines), body)
+
+
+def graph_height_of(lines: int) -> int:
+    """Return how high a graph has to be, in units of the grid, for a legend of so many lines."""
+    legend = LEGEND_LINE_HEIGHT * (lines + 1)
+    return math.ceil((legend / LEGEND_SHARE + TITLE_HEIGHT + PADDING + GRID_GAP) / GRID_UNIT)
 
 
 def make_timeline(
@@ -117,7 +143,7 @@ def make_timeline(
     *,
     mappings: Mappings,
     width: int = 12,
-    no_value: str = "No data",
+    no_value: str = "not known",
 ) -> Panel:
     """Return a panel with a bar for each series, coloured by its state; gaps stay gaps."""
     body = {

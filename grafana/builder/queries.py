@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from exporter.prometheus import metrics as m
@@ -17,6 +18,10 @@ ALERT_ACTIVE_SINCE: Final = Metric("ALERTS_FOR_STATE", MetricType.GAUGE, "Unix t
 # What kvm-notify-recording.rules.yml records each minute: of VMs that take notify exits only, and by host.
 VM_EXIT_RATE: Final = Metric(
     "vm:kvm_vm_notify_window_exits:rate5m", MetricType.GAUGE, "Notify exits per second, where there are any.", ("vm",)
+)
+VM_INFO_LABELS: Final = tuple(label for label in m.VM_INFO.labels if label != "pid")
+VM_NOTIFIED: Final = Metric(
+    "vm:kvm_vm_info:notified", MetricType.GAUGE, "Names and owners of those VMs.", VM_INFO_LABELS
 )
 HOST_EXIT_RATE: Final = Metric(
     "instance:kvm_host_notify_window_exits:rate5m",
@@ -57,19 +62,16 @@ def increase(metric: Metric, **equal: str) -> str:
     return f"increase({select(metric, **equal)}[$__range])"
 
 
-def with_owner(expr: str, labels: str = OWNER) -> str:
-    """Return a query by VM with labels of kvm_vm_info; topk, so that a VM described twice is no error."""
-    info = f"topk by ({VM_KEYS}) (1, {select(m.VM_INFO)})"
-    return f"{expr} * on ({VM_KEYS}) group_left ({labels}) {info}"
+def name_few(few: str, keys: str = VM_KEYS, *, info: Sequence[Metric] = (m.VM_INFO,)) -> str:
+    """Return ``few`` series by ``keys`` with names and owners of kvm_vm_info; without them where it is not kept.
 
-
-def name_few(few: str, labels: str, keys: str = VM_KEYS) -> str:
-    """Return ``few`` series by ``keys`` with labels of kvm_vm_info; without them where it is not kept.
-
-    Only the VMs that matter are made unique: to do that for each VM of a fleet takes seconds.
+    Only the VMs that matter are made unique: to do that for each VM of a fleet takes seconds. A graph over a fleet
+    needs an ``info`` of few VMs besides: else every VM's would be read for every point in time.
     """
-    info = f"topk by ({VM_KEYS}) (1, {select(m.VM_INFO)} and on ({VM_KEYS}) ({few}))"
-    return f"(({few}) * on ({VM_KEYS}) group_left ({labels}) {info}) or on ({keys}) ({few})"
+    known = " or ".join(select(metric) for metric in info)
+    known = f"({known})" if len(info) > 1 else known
+    named = f"topk by ({VM_KEYS}) (1, {known} and on ({VM_KEYS}) ({few}))"
+    return f"(({few}) * on ({VM_KEYS}) group_left ({OWNER}) {named}) or on ({keys}) ({few})"
 
 
 def call_by_name(expr: str, keys: str) -> str:
@@ -119,10 +121,10 @@ def find_stalled() -> str:
     return f"max by ({VM_KEYS}, vcpu) ({select(m.VCPU_NO_PROGRESS)}) == 1"
 
 
-def name_stalled() -> str:
+def name_stalled(*info: Metric) -> str:
     """Return the vCPUs that are stalled now, by the names of their VMs and owners where those are known."""
     keys = f"{VM_KEYS}, vcpu"
-    return call_by_name(name_few(find_stalled(), OWNER, keys), keys)
+    return call_by_name(name_few(find_stalled(), keys, info=info), keys)
 
 
 def of_now(expr: str, keys: str, current: Metric) -> str:

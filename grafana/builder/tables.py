@@ -9,10 +9,9 @@ from typing import Any, Final
 
 from grafana.builder.colors import PLAIN, Mappings, Thresholds, render_thresholds
 from grafana.builder.layout import GRID_GAP, GRID_UNIT, Json, Panel
-from grafana.builder.panels import Query, render_override, render_target
+from grafana.builder.panels import COUNT, PADDING, TITLE_HEIGHT, Query, render_override, render_target
 
-# Grafana's, in pixels: the panel's title and padding, and a line of a table whose cells are small, or its head.
-FRAME_HEIGHT: Final = 32 + 2 * 8
+# Grafana's, in pixels: a line of a table whose cells are small, or its head.
 LINE_HEIGHT: Final = 36
 
 
@@ -47,7 +46,7 @@ def hide(field: str) -> Column:
 
 def count_of(field: str, title: str, width: int, *, thresholds: Thresholds = ()) -> Column:
     """Return a column of whole numbers, with separators."""
-    return Column(field=field, title=title, width=width, unit="locale", decimals=0, thresholds=thresholds)
+    return Column(field=field, title=title, width=width, unit=COUNT, decimals=0, thresholds=thresholds)
 
 
 def make_table(
@@ -113,7 +112,7 @@ def make_table(
 
 def height_of(rows: int) -> int:
     """Return how high a table has to be, in units of the grid, to show this many rows."""
-    return math.ceil((FRAME_HEIGHT + LINE_HEIGHT * (1 + rows) + GRID_GAP) / GRID_UNIT)
+    return math.ceil((TITLE_HEIGHT + PADDING + LINE_HEIGHT * (1 + rows) + GRID_GAP) / GRID_UNIT)
 
 
 def _render_column(column: Column) -> Json:

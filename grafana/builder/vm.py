@@ -20,7 +20,7 @@ from grafana.builder.layout import (
     stall_annotation,
     vm_variable,
 )
-from grafana.builder.panels import NOTHING_FOUND, Query, make_graph, make_stat, make_timeline
+from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph, make_stat, make_timeline
 from grafana.builder.queries import (
     OWNER,
     VM_KEYS,
@@ -142,6 +142,7 @@ def _who_it_is() -> Row:
                 "Notify exits",
                 "Notify VM exits in the time range, all vCPUs together.",
                 Query(f"sum({increase(m.VM_NOTIFY_WINDOW_EXITS, vm=VM)})"),
+                unit=COUNT,
                 decimals=0,
             ),
             make_stat(
@@ -167,6 +168,8 @@ def _exits() -> Row:
                 f"VM exits because the guest opened no event window for too long. {ABSENT}",
                 [Query(notify, VCPU_NAME)],
                 unit="cps",
+                lines=4,
+                linear_below=0.01,
             ),
             make_graph(
                 12,
@@ -175,6 +178,8 @@ def _exits() -> Row:
                 f"{ABSENT}",
                 [Query(total, VCPU_NAME)],
                 unit="cps",
+                lines=4,
+                linear_below=0.01,
             ),
             make_graph(
                 13,
@@ -182,6 +187,8 @@ def _exits() -> Row:
                 "All vCPUs together; also there with --vcpu-series=none, and where only the VM's sum can be read.",
                 [Query(f"sum by ({VM_KEYS}) ({rate(m.VM_NOTIFY_WINDOW_EXITS, vm=VM)})", "VM on {{instance}}")],
                 unit="cps",
+                lines=4,
+                linear_below=0.01,
             ),
             make_graph(
                 14,
@@ -189,6 +196,7 @@ def _exits() -> Row:
                 f"Notify exits among all exits of a vCPU: near 1 while it is stuck. {ABSENT}",
                 [Query(f"{notify} / ({total} > 0)", VCPU_NAME)],
                 unit="percentunit",
+                lines=4,
                 maximum=1,
             ),
         ],
@@ -218,7 +226,7 @@ def _verdicts() -> Row:
                 f"VM's window. Empty until the agent has seen a stall with that window. {ABSENT}",
                 [Query(lost, VCPU_NAME)],
                 unit="percentunit",
-                no_value="not known",
+                lines=4,
             ),
             make_graph(
                 23,
@@ -230,15 +238,17 @@ def _verdicts() -> Row:
                     Query(_rate_by_vcpu(m.VCPU_SAME_RIP_EXITS), "same RIP, vCPU {{vcpu}}"),
                 ],
                 unit="cps",
-                no_value=NOTHING_FOUND,
+                lines=4,
+                no_value="no traced exit is known",
             ),
             make_graph(
                 24,
                 "Exits with an invalid context",
                 "The CPU lost the guest's state: look at hardware and microcode. Absent where handle_notify() cannot "
                 "be watched.",
-                [Query(_rate_by_vcpu(m.VCPU_CONTEXT_INVALID), VCPU_NAME)],
-                unit="cps",
+                [Query(f"{_rate_by_vcpu(m.VCPU_CONTEXT_INVALID)} * 3600", VCPU_NAME)],
+                unit=PER_HOUR,
+                lines=4,
                 no_value="none, or not watched",
             ),
         ],

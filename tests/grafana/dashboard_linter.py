@@ -23,7 +23,7 @@ from tests.grafana.promql import walk
 Rule = Callable[[Json], Iterator[str]]
 
 # Those of Grafana's units (packages/grafana-data/src/valueFormats/categories.ts) that are in use.
-UNITS: Final = {"none", "string", "short", "percentunit", "s", "cps", "locale"} | {
+UNITS: Final = {"none", "string", "short", "percentunit", "s", "cps", "locale", "si:/h"} | {
     *("dateTimeAsIso", "dateTimeAsIsoNoDateIfToday", "dateTimeFromNow"),
 }
 # Whole numbers that no expression has by chance: so a range can be told from one that was written out.

@@ -42,6 +42,12 @@ def test_what_is_not_known_is_neutral(uid: str, panel: str, title: str, field: J
         (FLEET, "Hosts", "vCPUs stalled", None, Shown("-", NEUTRAL)),
         (FLEET, "Hosts", "vCPUs stalled", 0, Shown("0", "green")),
         (FLEET, "Hosts", "vCPUs stalled", 3, Shown("3", "red")),
+        (FLEET, "Notify exits", "Notify exits", 36_933_157, Shown("36,933,157", "text")),
+        (FLEET, "Hosts", "Notify exits", 22_932_038.4, Shown("22,932,038", "text")),
+        (FLEET, "Groups of hosts", "Exits per vCPU-day", 240_992.614, Shown("240,992.61", "text")),
+        (HOST, "VMs", "Notify exits", 0, Shown("0", "text")),
+        (FLEET, "Stalled now", "Stalled for", None, Shown("-", NEUTRAL)),
+        (FLEET, "Stalled now", "Stalled for", 1, Shown("1", "red")),
         (VM, "vCPUs", "Forward progress", None, Shown("-", NEUTRAL)),
         (VM, "vCPUs", "Forward progress", 0, Shown("not stalled", "green")),
         (VM, "vCPUs", "Forward progress", 1, Shown("stalled", "red")),
@@ -49,3 +55,16 @@ def test_what_is_not_known_is_neutral(uid: str, panel: str, title: str, field: J
 )
 def test_value_is_seen_as(uid: str, panel: str, title: str, value: Value, wanted: Shown) -> None:
     assert show(find_field(uid, panel, title), value) == wanted
+
+
+def test_a_quiet_dashboard_says_what_is_quiet() -> None:
+    """Nobody can tell from seven times "nothing found" whether that is well."""
+    texts = {
+        (dashboard["uid"], panel["title"]): panel["fieldConfig"]["defaults"]["noValue"]
+        for dashboard in read_dashboards()
+        for panel in find_panels(dashboard)
+    }
+    assert texts[FLEET, "Stalled now"] == texts[HOST, "Stalled now"] == "no vCPU is known to be stalled"
+    assert texts[FLEET, "Top VMs"] == "no VM is known to take notify exits"
+    assert texts[FLEET, "Agents with problems"] == "no problem is known"
+    assert not {"nothing found", "No data", ""} & set(texts.values())

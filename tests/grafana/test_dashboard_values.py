@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from grafana.builder.queries import (
     HOST_SECONDS_LOST,
     UP,
     VM_EXIT_RATE,
+    VM_NOTIFIED,
 )
 from tests.grafana.dashboard_queries import find_queries
 from tests.grafana.dashboard_rules import RECORDING, find_labels_of
@@ -44,7 +45,7 @@ class Case:
     place: str
     number: int
     series: Iterable[tuple[str, str]]
-    wanted: dict[str, float] = field(default_factory=dict)
+    wanted: Mapping[str, float] = field(default_factory=dict)
 
     def render(self) -> dict[str, Any]:
         """One test in a file for promtool."""
@@ -90,6 +91,7 @@ def by_second(count: float) -> str:
 
 CPU: Final = {"cpu_model_name": "Xeon", "cpu_family": "6", "cpu_model": "143", "cpu_stepping": "8", "microcode": "0x2b"}
 CPU_SERIES: Final = '{cpu_family="6", cpu_model="143", cpu_model_name="Xeon", cpu_stepping="8", microcode="0x2b"}'
+FLOODED_SERIES: Final = CPU_SERIES.replace("0x2b", "0x99")
 INFO_A, INFO_B = samples(m.HOST_INFO, still(1), "a", **CPU), samples(m.HOST_INFO, still(1), "b", **CPU)
 ARMED: Final = {"protection": "armed"}
 OFF: Final = {"protection": "off"}
@@ -235,6 +237,46 @@ CASES: Final = (
         ],
         {f'{{instance="a", job="kvm", vcpu="1", vm="{GUEST}", who="web", owner="team"}}': 1},
     ),
+    # One guest floods on b; three hosts with another microcode take a few exits each.
+    *(
+        Case(
+            f"groups by {name} with exits",
+            FLEET,
+            "Groups of hosts",
+            number,
+            [
+                *(samples(m.HOST_INFO, still(1), host, **CPU) for host in "acd"),
+                *(samples(m.HOST_NOTIFY_WINDOW_EXITS, "0x30 1 1x20", host) for host in "acd"),
+                *(samples(VM_EXIT_RATE, "_x30 0.01x5", host, vm=vm) for host in "acd" for vm in ("1", "2")),
+                samples(m.HOST_INFO, still(1), "b", **CPU | {"microcode": "0x99"}),
+                samples(m.HOST_NOTIFY_WINDOW_EXITS, by_second(9000), "b"),
+                samples(VM_EXIT_RATE, still(9000), "b", vm="1"),
+                samples(m.HOST_INFO, still(1), "well", **CPU | {"microcode": "0x11"}),
+                samples(m.HOST_NOTIFY_WINDOW_EXITS, still(0), "well"),
+            ],
+            wanted,
+        )
+        for name, number, wanted in (
+            ("hosts", 1, {CPU_SERIES: 3, FLOODED_SERIES: 1, CPU_SERIES.replace("0x2b", "0x11"): 0}),
+            ("VMs", 2, {CPU_SERIES: 6, FLOODED_SERIES: 1}),
+        )
+    ),
+    # One exit in five minutes.
+    Case(
+        "exits an hour by name",
+        FLEET,
+        "Notify exits of the top VMs",
+        0,
+        [
+            samples(VM_EXIT_RATE, still(1 / 300), vm=GUEST),
+            samples(VM_NOTIFIED, still(1), vm=GUEST, name="i-1", display_name="web"),
+            samples(VM_EXIT_RATE, still(1 / 300), "b", vm=GUEST),
+        ],
+        {
+            f'{{instance="a", job="kvm", vm="{GUEST}", who="web"}}': 12,
+            f'{{instance="b", job="kvm", vm="{GUEST}", who="{GUEST}"}}': 12,
+        },
+    ),
     Case(
         "since when a vCPU is stalled, in milliseconds",
         FLEET,
@@ -332,7 +374,7 @@ CASES: Final = (
     Case(
         "a host that cannot see stalls",
         FLEET,
-        "Hosts that cannot see stalls",
+        "Blind to stalls",
         0,
         [INFO_A, INFO_B, samples(m.HOST_NO_PROGRESS, still(0))],
         {"{}": 1},
@@ -340,12 +382,12 @@ CASES: Final = (
     Case(
         "all hosts see stalls",
         FLEET,
-        "Hosts that cannot see stalls",
+        "Blind to stalls",
         0,
         [INFO_A, samples(m.HOST_NO_PROGRESS, still(0))],
         {"{}": 0},
     ),
-    Case("no hosts", FLEET, "Hosts that cannot see stalls", 0, [samples(m.HOST_NO_PROGRESS, still(0))]),
+    Case("no hosts", FLEET, "Blind to stalls", 0, [samples(m.HOST_NO_PROGRESS, still(0))]),
     Case("hosts", FLEET, "Hosts", 0, [INFO_A, INFO_B], {"{}": 2}),
     Case(
         "problem: no source",

@@ -354,6 +354,9 @@ MUTANTS: Final = [
     Mutant("instance:kvm_host_notify_window_exits:rate5m", r"rate\((\w+)\[5m\]\)", r"\1"),
     Mutant("vm:kvm_vm_notify_window_exits:rate5m", "> 0"),
     Mutant("vm:kvm_vm_notify_window_exits:rate5m", "rate", "delta"),
+    Mutant("vm:kvm_vm_info:notified", "and on .job, instance, vm. vm:.*(?=.)", ")"),
+    Mutant("vm:kvm_vm_info:notified", "on .job, instance, vm.", "on (vm)"),
+    Mutant("vm:kvm_vm_info:notified", "max without .pid.", ""),
     Mutant("vm:kvm_vm_notify_window_exits:increase1h", REST.format("and on")),
     Mutant("vm:kvm_vm_notify_window_exits:increase1h", "60", "1"),
     Mutant("vm:kvm_vm_notify_window_exits:rise1h", ">= 15", ">= 1"),
@@ -542,6 +545,7 @@ KEPT_CENTRALLY: Final = {"kvm_host_info", "kvm_host_vcpus", "kvm_exporter_build_
     "kvm_vcpu_no_forward_progress",
     "kvm_vcpu_stall_start_timestamp_seconds",
     "vm:kvm_vm_notify_window_exits:rate5m",
+    "vm:kvm_vm_info:notified",
     "ALERTS",
     "ALERTS_FOR_STATE",
 }

@@ -65,7 +65,7 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("kvm-notify-fleet: Agents with problems", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
     ("documents", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
     ("alert KvmNotifyStallsNotDetected", ""): _TRACED,
-    ("kvm-notify-fleet: Hosts that cannot see stalls", ""): _TRACED,
+    ("kvm-notify-fleet: Blind to stalls", ""): _TRACED,
     ("kvm-notify-fleet: Firing alerts", ""): _FLEET_WIDE,
 }
 # These are recorded each 15 s or minute, before anything else happens; the others when it is too late for the episode.
