@@ -2,27 +2,34 @@
 
 What is not known is grey, and never the colour of health: Grafana gives null and no data the colour of a threshold's
 base, so the base is neutral everywhere and green begins at a known 0.
+
+The colours are told apart also by people who see no red, no green or no blue: a test simulates their sight. Of
+Grafana's own, green and red are one colour to who sees no green.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
-from grafana.builder.layout import Json
-
-Mappings = list[Json]
+Mappings = list[dict[str, Any]]
 Thresholds = Sequence[tuple[float | None, str]]
 
+GOOD: Final = "#7bc59f"
+WARN: Final = "#f3be00"
+BAD: Final = "#d2362d"
+OTHER: Final = "#5f78f9"
+UNKNOWN: Final = "#dfa6f9"
 # As far from Grafana's dark background as from its light one.
 NEUTRAL: Final = "#7d828a"
+PALETTE: Final = (GOOD, WARN, BAD, OTHER, UNKNOWN, NEUTRAL)
 
 # Every number that is shown is 0 or more.
 PLAIN: Final[Thresholds] = ((None, NEUTRAL), (0, "text"))
-GREEN_UNTIL_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, "green"), (1, "red"))
+GREEN_UNTIL_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, GOOD), (1, BAD))
 # Every stall is bad, however short.
-STALLED_FOR: Final[Thresholds] = ((None, NEUTRAL), (0, "red"))
-WARN_FROM_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, "green"), (1, "orange"))
+STALLED_FOR: Final[Thresholds] = ((None, NEUTRAL), (0, BAD))
+WARN_FROM_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, GOOD), (1, WARN))
 
 
 def map_values(**texts: tuple[str, str]) -> Mappings:
@@ -35,16 +42,16 @@ def map_values(**texts: tuple[str, str]) -> Mappings:
 
 
 # What zero means is told apart everywhere by the same words and colours.
-PROTECTION_COLORS: Final = {"armed": "green", "off": "orange", "unsupported": "blue", "unknown": "purple"}
+PROTECTION_COLORS: Final = {"armed": GOOD, "off": WARN, "unsupported": OTHER, "unknown": UNKNOWN}
 PROTECTION: Final = map_values(**{state: (state, color) for state, color in PROTECTION_COLORS.items()})
-YES_NO: Final = map_values(_0=("no", "orange"), _1=("yes", "green"))
-BAD: Final = map_values(_0=("no", "green"), _1=("yes", "red"))
-STALLED: Final = map_values(_0=("not stalled", "green"), _1=("stalled", "red"))
-WORKS: Final = map_values(_0=("does not work", "orange"), _1=("works", "green"))
-SEVERITY: Final = map_values(page=("page", "red"), ticket=("ticket", "orange"))
-MISSING: Final = map_values(_1=("VMs may be missing", "orange"))
+YES_NO: Final = map_values(_0=("no", WARN), _1=("yes", GOOD))
+IS_BAD: Final = map_values(_0=("no", GOOD), _1=("yes", BAD))
+STALLED: Final = map_values(_0=("not stalled", GOOD), _1=("stalled", BAD))
+WORKS: Final = map_values(_0=("does not work", WARN), _1=("works", GOOD))
+SEVERITY: Final = map_values(page=("page", BAD), ticket=("ticket", WARN))
+MISSING: Final = map_values(_1=("VMs may be missing", WARN))
 
 
-def render_thresholds(steps: Thresholds) -> Json:
+def render_thresholds(steps: Thresholds) -> dict[str, Any]:
     """Return thresholds as a dashboard has them."""
     return {"mode": "absolute", "steps": [{"color": color, "value": value} for value, color in steps]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporter.prometheus import metrics as m
-from grafana.builder.colors import BAD, GREEN_UNTIL_ONE, YES_NO
+from grafana.builder.colors import GREEN_UNTIL_ONE, IS_BAD, YES_NO
 from grafana.builder.layout import Row, link_to_host, link_to_vm
 from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph
 from grafana.builder.queries import (
@@ -158,8 +158,8 @@ def make_agents_row() -> Row:
                 problems,
                 [
                     Column(field="instance", title="Host", width=220, grows=True, links=[link_to_host()]),
-                    Column(field="down", title="Down", width=70, mappings=BAD),
-                    Column(field="sourceless", title="No source works", width=144, mappings=BAD),
+                    Column(field="down", title="Down", width=70, mappings=IS_BAD),
+                    Column(field="sourceless", title="No source works", width=144, mappings=IS_BAD),
                     count_of("unread", "VMs not read", 120),
                     count_of("errors", "Read errors", 112),
                     count_of("failing", "Collectors that fail", 184),

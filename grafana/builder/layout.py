@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from exporter.prometheus import metrics as m
+from grafana.builder.colors import BAD
 from grafana.builder.queries import select
 
 Json = dict[str, Any]
@@ -129,7 +130,7 @@ def stall_annotation(expr: str, title: str, text: str) -> Json:
         "enable": True,
         "expr": expr,
         "hide": False,
-        "iconColor": "red",
+        "iconColor": BAD,
         "name": "Stalls",
         "step": "",
         "tagKeys": "instance",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grafana.builder.colors import NEUTRAL
+from grafana.builder.colors import BAD, GOOD, NEUTRAL, WARN
 from tests.grafana.dashboard_queries import Json, find_panels, read_dashboards
 from tests.grafana.grafana_display import PLAIN_TEXT, Shown, Value, find_fields, show
 
@@ -33,24 +33,24 @@ def test_what_is_not_known_is_neutral(uid: str, panel: str, title: str, field: J
     ("uid", "panel", "title", "value", "wanted"),
     [
         (HOST, "Stalled vCPUs", "Stalled vCPUs", None, Shown("not known", NEUTRAL)),
-        (HOST, "Stalled vCPUs", "Stalled vCPUs", 0, Shown("0", "green")),
-        (HOST, "Stalled vCPUs", "Stalled vCPUs", 1, Shown("1", "red")),
-        (HOST, "Stalled vCPUs", "Stalled vCPUs", 64, Shown("64", "red")),
+        (HOST, "Stalled vCPUs", "Stalled vCPUs", 0, Shown("0", GOOD)),
+        (HOST, "Stalled vCPUs", "Stalled vCPUs", 1, Shown("1", BAD)),
+        (HOST, "Stalled vCPUs", "Stalled vCPUs", 64, Shown("64", BAD)),
         (HOST, "VMs not read", "VMs not read", None, Shown("no VMs, or not known", NEUTRAL)),
-        (HOST, "VMs not read", "VMs not read", 2, Shown("2", "orange")),
+        (HOST, "VMs not read", "VMs not read", 2, Shown("2", WARN)),
         (FLEET, "Agents down", "Agents down", None, Shown("not known", NEUTRAL)),
         (FLEET, "Hosts", "vCPUs stalled", None, Shown("-", NEUTRAL)),
-        (FLEET, "Hosts", "vCPUs stalled", 0, Shown("0", "green")),
-        (FLEET, "Hosts", "vCPUs stalled", 3, Shown("3", "red")),
+        (FLEET, "Hosts", "vCPUs stalled", 0, Shown("0", GOOD)),
+        (FLEET, "Hosts", "vCPUs stalled", 3, Shown("3", BAD)),
         (FLEET, "Notify exits", "Notify exits", 36_933_157, Shown("36,933,157", "text")),
         (FLEET, "Hosts", "Notify exits", 22_932_038.4, Shown("22,932,038", "text")),
         (FLEET, "Groups of hosts", "Exits per vCPU-day", 240_992.614, Shown("240,992.61", "text")),
         (HOST, "VMs", "Notify exits", 0, Shown("0", "text")),
         (FLEET, "Stalled now", "Stalled for", None, Shown("-", NEUTRAL)),
-        (FLEET, "Stalled now", "Stalled for", 1, Shown("1", "red")),
+        (FLEET, "Stalled now", "Stalled for", 1, Shown("1", BAD)),
         (VM, "vCPUs", "Forward progress", None, Shown("-", NEUTRAL)),
-        (VM, "vCPUs", "Forward progress", 0, Shown("not stalled", "green")),
-        (VM, "vCPUs", "Forward progress", 1, Shown("stalled", "red")),
+        (VM, "vCPUs", "Forward progress", 0, Shown("not stalled", GOOD)),
+        (VM, "vCPUs", "Forward progress", 1, Shown("stalled", BAD)),
     ],
 )
 def test_value_is_seen_as(uid: str, panel: str, title: str, value: Value, wanted: Shown) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from grafana.builder.__main__ import DASHBOARDS, main, render_files
+from grafana.builder.colors import BAD
 from grafana.builder.queries import select
 from tests.grafana.dashboard_linter import LINTER_RULES, VALUES, Rule
 from tests.grafana.dashboard_queries import Json, find_panels, find_queries, find_variables, read_dashboards, substitute
@@ -134,7 +135,7 @@ def test_stalled_is_red_and_its_words_are_not_swapped() -> None:
         if "stalled" in mapping["options"].get("0", {}).get("text", "")
         or "stalled" in mapping["options"].get("1", {}).get("text", "")
     }
-    assert found == {("stalled", "red", "not stalled")}
+    assert found == {("stalled", BAD, "not stalled")}
     for found_dashboard in read_dashboards():
         for panel in find_panels(found_dashboard):
             for mapping in find_mappings(panel["fieldConfig"]):
