@@ -9,7 +9,9 @@ not the newest Grafana. Names of metrics and labels come from ``exporter.prometh
 for something else cannot be written.
 
 - ``queries``: pieces of PromQL;
-- ``layout``: the dashboard around the panels: variables, annotations, links, places;
-- ``panels``: the kinds of panels;
-- ``fleet`` (with ``fleet_members``), ``host`` (with ``host_agent``), ``vm``: the three dashboards.
+- ``colors``: what a colour means, and the texts that values are shown as;
+- ``layout``: the dashboard around the panels: variables, links, places; ``annotations``: marks over the graphs;
+- ``panels``, ``tables``: the kinds of panels;
+- ``first_screen``: who is stalled, and which alerts fire;
+- ``fleet`` (with ``fleet_members``), ``host`` (with ``host_agent``), ``vm`` (with ``vm_identity``): the dashboards.
 """

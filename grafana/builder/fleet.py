@@ -8,6 +8,7 @@ a few series, which are there whatever ``--vcpu-series`` says. Names of VMs are 
 from __future__ import annotations
 
 from exporter.prometheus import metrics as m
+from grafana.builder.annotations import stall_annotation
 from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION_COLORS, WARN_FROM_ONE
 from grafana.builder.first_screen import make_alerts_table, make_stalled_table
 from grafana.builder.fleet_members import make_agents_row, make_hosts_row, make_vms_row
@@ -18,7 +19,6 @@ from grafana.builder.layout import (
     instance_variable,
     job_variable,
     render_dashboard,
-    stall_annotation,
 )
 from grafana.builder.panels import COUNT, Query, make_graph, make_stat
 from grafana.builder.queries import (

@@ -192,4 +192,5 @@ def make_agents_row() -> Row:
                 width=12,
             ),
         ],
+        collapsed=True,
     )

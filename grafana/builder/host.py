@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from exporter.prometheus import metrics as m
+from grafana.builder.annotations import change_annotation, stall_annotation
 from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION, PROTECTION_COLORS, WARN_FROM_ONE, YES_NO
 from grafana.builder.first_screen import make_stalled_table
 from grafana.builder.host_agent import make_agent_row, make_tracing_row
@@ -14,7 +15,6 @@ from grafana.builder.layout import (
     job_variable,
     link_to_vm,
     render_dashboard,
-    stall_annotation,
 )
 from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph, make_stat
 from grafana.builder.queries import (
@@ -45,7 +45,8 @@ def render() -> Json:
                 f"max by (instance, vm, vcpu) (max_over_time({select(m.VCPU_NO_PROGRESS)}[$__rate_interval])) == 1",
                 "vCPU {{vcpu}} of VM {{vm}} stalled",
                 "It made no forward progress. The mark ends up to one rate interval late.",
-            )
+            ),
+            change_annotation(),
         ],
         rows=[_what_it_is(), _exits(), _vms(), make_agent_row(), make_tracing_row()],
     )
@@ -68,7 +69,7 @@ def _what_it_is() -> Row:
                     "build": f"max by ({HOST_KEYS}, version) ({select(m.BUILD_INFO)})",
                 },
                 [
-                    Column(field="instance", title="Host", width=200),
+                    Column(field="instance", title="Host", width=210),
                     Column(field="cpu_model_name", title="CPU", width=160, grows=True),
                     Column(field="cpu_family", title="Family", width=72),
                     Column(field="cpu_model", title="Model", width=70),

@@ -90,6 +90,7 @@ def make_agent_row() -> Row:
                 unit="s",
             ),
         ],
+        collapsed=True,
     )
 
 
@@ -143,4 +144,5 @@ def make_tracing_row() -> Row:
                 unit=PER_HOUR,
             ),
         ],
+        collapsed=True,
     )

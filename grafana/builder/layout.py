@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from exporter.prometheus import metrics as m
-from grafana.builder.colors import BAD
 from grafana.builder.queries import select
 
 Json = dict[str, Any]
@@ -23,6 +22,8 @@ GRID_UNIT: Final = 30 + GRID_GAP
 FLEET_UID: Final = "kvm-notify-fleet"
 HOST_UID: Final = "kvm-notify-host"
 VM_UID: Final = "kvm-notify-vm"
+# What the three of them have, and no other dashboard.
+TAG: Final = "kvm-notify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,17 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A heading and the panels below it."""
+    """A heading and the panels below it.
+
+    Those of a ``collapsed`` row are seen, and asked for, once it is opened. A row with ``repeat`` is there once for
+    each chosen value of that variable.
+    """
 
     number: int
     title: str
     panels: Sequence[Panel]
+    collapsed: bool = False
+    repeat: str = ""
 
 
 def link_to(uid: str, title: str, **variables: str) -> Json:
@@ -82,13 +89,13 @@ def render_dashboard(
         "editable": False,
         "fiscalYearStartMonth": 0,
         "graphTooltip": 1,
-        "links": back,
+        "links": [_link_to_all(), *back],
         "liveNow": False,
         "panels": _place(rows),
         "refresh": refresh,
         "schemaVersion": SCHEMA_VERSION,
         "style": "dark",
-        "tags": ["kvm"],
+        "tags": ["kvm", TAG],
         "templating": {"list": [_datasource_variable(), *variables]},
         "time": {"from": time_from, "to": "now"},
         "timepicker": {},
@@ -112,31 +119,16 @@ def instance_variable(*, all_first: bool) -> Json:
 
 
 def vm_variable() -> Json:
-    """Return the choice of one VM, by whatever it is known by.
+    """Return the choice of VMs, by whatever they are known by, with what tells ids apart: 8 digits of a UUID.
 
     The text starts with names, which are not unique and belong to strangers; so the value comes from the end of what
     Prometheus answers, where no name can reach.
     """
-    known_by = ", ".join(f'"{label}"' for label in ("display_name", "name", "project", "vm_namespace", "vm"))
-    query = f'query_result(max by (label, vm) (label_join({select(m.VM_INFO)}, "label", " ", {known_by})))'
+    known_by = ", ".join(f'"{label}"' for label in ("display_name", "name", "project", "vm_namespace", "short"))
+    short = f'label_replace({select(m.VM_INFO)}, "short", "$1$2$3", "vm", "([0-9a-f]{{8}})-[0-9a-f-]{{27}}(.*)|(.*)")'
+    query = f'query_result(max by (label, vm) (label_join({short}, "label", " ", {known_by})))'
     regex = r'/^\{label="\s*(?<text>.*)",vm="(?<value>[^"]+)"\} /'
-    return _query_variable("vm", "VM", query, multi=False, all_first=False, regex=regex)
-
-
-def stall_annotation(expr: str, title: str, text: str) -> Json:
-    """Return marks over the graphs for as long as ``expr`` gives a series."""
-    return {
-        "datasource": DATASOURCE,
-        "enable": True,
-        "expr": expr,
-        "hide": False,
-        "iconColor": BAD,
-        "name": "Stalls",
-        "step": "",
-        "tagKeys": "instance",
-        "textFormat": text,
-        "titleFormat": title,
-    }
+    return _query_variable("vm", "VM", query, multi=True, all_first=False, regex=regex)
 
 
 def _place(rows: Sequence[Row]) -> list[Json]:
@@ -144,17 +136,36 @@ def _place(rows: Sequence[Row]) -> list[Json]:
     y = 0
     for row in rows:
         head = {"h": 1, "w": COLUMNS, "x": 0, "y": y}
+        below, end = _place_panels(row.panels, y + 1)
         placed.append(
-            {"collapsed": False, "gridPos": head, "id": row.number, "panels": [], "title": row.title, "type": "row"}
+            {
+                "collapsed": row.collapsed,
+                "gridPos": head,
+                "id": row.number,
+                "panels": below if row.collapsed else [],
+                "title": row.title,
+                "type": "row",
+                **({"repeat": row.repeat} if row.repeat else {}),
+            }
         )
-        y += 1
-        for line in _break_lines(row.panels):
-            x, height = 0, max(panel.height for panel in line)
-            for panel in line:
-                placed.append(_place_panel(panel, {"h": height, "w": panel.width, "x": x, "y": y}))
-                x += panel.width
-            y += height
+        if row.collapsed:
+            y += 1
+        else:
+            placed += below
+            y = end
     return placed
+
+
+def _place_panels(panels: Sequence[Panel], y: int) -> tuple[list[Json], int]:
+    """Return panels with their places from ``y`` on, and where they end."""
+    placed: list[Json] = []
+    for line in _break_lines(panels):
+        x, height = 0, max(panel.height for panel in line)
+        for panel in line:
+            placed.append(_place_panel(panel, {"h": height, "w": panel.width, "x": x, "y": y}))
+            x += panel.width
+        y += height
+    return placed, y
 
 
 def _break_lines(panels: Sequence[Panel]) -> list[list[Panel]]:
@@ -227,6 +238,21 @@ def _builtin_annotation() -> Json:
         "iconColor": "rgba(0, 211, 255, 1)",
         "name": "Annotations & Alerts",
         "type": "dashboard",
+    }
+
+
+def _link_to_all() -> Json:
+    """Return a menu of the three dashboards, which keeps what was chosen."""
+    return {
+        "asDropdown": True,
+        "icon": "external link",
+        "includeVars": True,
+        "keepTime": True,
+        "tags": [TAG],
+        "targetBlank": False,
+        "title": "KVM notify exits",
+        "tooltip": "Fleet, host and VM",
+        "type": "dashboards",
     }
 
 

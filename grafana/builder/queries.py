@@ -45,11 +45,18 @@ CPU: Final = "cpu_model_name, cpu_family, cpu_model, cpu_stepping, microcode"
 
 
 def select(metric: Metric, **equal: str) -> str:
-    """Return a selector of the chosen jobs and instances; raises ValueError for a label that the metric has not."""
+    """Return a selector of the chosen jobs and instances; raises ValueError for a label that the metric has not.
+
+    A value that is a variable stands for all that were chosen.
+    """
     if unknown := equal.keys() - set(metric.labels):
         raise ValueError(f"{metric.name} has no label {', '.join(sorted(unknown))}")
-    matchers = ['job=~"$job"', 'instance=~"$instance"', *(f'{label}="{value}"' for label, value in equal.items())]
+    matchers = ['job=~"$job"', 'instance=~"$instance"', *(_match(*pair) for pair in equal.items())]
     return f"{metric.name}{{{', '.join(matchers)}}}"
+
+
+def _match(label: str, value: str) -> str:
+    return f'{label}=~"{value}"' if value.startswith("$") else f'{label}="{value}"'
 
 
 def rate(metric: Metric, **equal: str) -> str:

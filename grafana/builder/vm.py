@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from exporter.prometheus import metrics as m
 from exporter.prometheus.metrics import Metric
-from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION, PROTECTION_COLORS, STALLED
+from grafana.builder.annotations import stall_annotation
+from grafana.builder.colors import GREEN_UNTIL_ONE, STALLED
 from grafana.builder.layout import (
     VM_UID,
     Json,
@@ -17,22 +18,19 @@ from grafana.builder.layout import (
     job_variable,
     link_to_host,
     render_dashboard,
-    stall_annotation,
     vm_variable,
 )
-from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph, make_stat, make_timeline
+from grafana.builder.panels import PER_HOUR, Query, make_graph, make_timeline
 from grafana.builder.queries import (
-    OWNER,
     VM_KEYS,
     guest_seconds_lost,
     increase,
     rate,
     select,
-    vm_seconds_lost,
 )
 from grafana.builder.tables import JOB, Column, count_of, hide, make_table
+from grafana.builder.vm_identity import VM, make_identity_row, make_who_row
 
-VM = "$vm"
 VCPU_KEYS = f"{VM_KEYS}, vcpu"
 VCPU_NAME = "vCPU {{vcpu}} on {{instance}}"
 ABSENT = "Absent with --vcpu-series=none; with active, a vCPU's first exits are not in it."
@@ -55,7 +53,7 @@ def render() -> Json:
                 "It made no forward progress on {{instance}}. The mark ends up to one rate interval late.",
             )
         ],
-        rows=[_who_it_is(), _exits(), _verdicts(), _vcpus(), _identity()],
+        rows=[make_who_row(), _exits(), _verdicts(), _vcpus(), make_identity_row()],
     )
 
 
@@ -71,96 +69,11 @@ def _increase_by_vcpu(metric: Metric) -> str:
     return _by_vcpu(increase(metric, vm=VM))
 
 
-def _select_claims() -> str:
-    """What the VM's own user says, under names of its own: it must not be taken for the owner."""
-    claims = select(m.VM_CLAIMED_INFO, vm=VM)
-    for label in ("project", "vm_namespace"):
-        claims = f'label_replace({claims}, "claimed_{label}", "$1", "{label}", "(.*)")'
-    return f"max by ({VM_KEYS}, claimed_project, claimed_vm_namespace) ({claims})"
-
-
-def _who_it_is() -> Row:
-    return Row(
-        1,
-        "VM $vm",
-        [
-            make_table(
-                2,
-                "Who it is",
-                "Names and owner as the VMM's command line and the host's files tell, and where its counts come from.",
-                {
-                    "who": f"max by ({VM_KEYS}, {OWNER}, vmm) ({select(m.VM_INFO, vm=VM)})",
-                    "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO, vm=VM)})",
-                    "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION, vm=VM)} == 1)",
-                    "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME, vm=VM)}) * 1000",
-                },
-                [
-                    Column(field="name", title="Name", width=160, grows=True),
-                    Column(field="display_name", title="User's name", width=140),
-                    Column(field="project", title="Project", width=110),
-                    Column(field="vm_namespace", title="Namespace", width=110),
-                    Column(field="instance", title="Host", width=220, links=[link_to_host()]),
-                    Column(field="state", title="Protection", width=110, mappings=PROTECTION),
-                    Column(field="source", title="Source", width=80),
-                    Column(field="vmm", title="VMM", width=120),
-                    Column(field="started", title="Started", width=160, unit="dateTimeAsIso"),
-                    JOB,
-                    hide("vm"),
-                ],
-                sort_by=["Started"],
-                rows=1,
-                no_value="no such VM now",
-            ),
-            make_stat(
-                3,
-                "Protection",
-                "armed: notify exits are on. off: the host could, the VMM did not ask. unsupported: the host cannot. "
-                "unknown: it could not be found out. Only where it is armed does a count of 0 mean that nothing "
-                "happened.",
-                Query(f"max by (state) ({select(m.VM_NOTIFY_PROTECTION, vm=VM)} == 1)", "{{state}}"),
-                name_colors=PROTECTION_COLORS,
-            ),
-            make_stat(
-                4,
-                "Window",
-                "KVM's notify_window, in crystal clock cycles, to which the CPU adds a threshold of its own: 0 is "
-                "usual. Only where known and armed.",
-                Query(f"max({select(m.VM_NOTIFY_WINDOW, vm=VM)})"),
-                unit="locale",
-            ),
-            make_stat(5, "vCPUs", "Number of vCPUs.", Query(f"max({select(m.VM_VCPUS, vm=VM)})")),
-            make_stat(
-                6,
-                "Stalled vCPUs",
-                "vCPUs that are stuck at one RIP now. Not known before the first notify exit, or where RIPs cannot be "
-                "had.",
-                Query(f"sum({select(m.VCPU_NO_PROGRESS, vm=VM)})"),
-                thresholds=GREEN_UNTIL_ONE,
-            ),
-            make_stat(
-                7,
-                "Notify exits",
-                "Notify VM exits in the time range, all vCPUs together.",
-                Query(f"sum({increase(m.VM_NOTIFY_WINDOW_EXITS, vm=VM)})"),
-                unit=COUNT,
-                decimals=0,
-            ),
-            make_stat(
-                8,
-                "Guest time lost",
-                "Notify exits in the time range times the shortest interval between two of them with this VM's window.",
-                Query(f"sum({vm_seconds_lost(increase(m.VM_NOTIFY_WINDOW_EXITS, vm=VM), vm=VM)})"),
-                unit="s",
-            ),
-        ],
-    )
-
-
 def _exits() -> Row:
     notify, total = _rate_by_vcpu(m.VCPU_NOTIFY_WINDOW_EXITS), _rate_by_vcpu(m.VCPU_EXITS)
     return Row(
         10,
-        "Exits",
+        "Exits of ${vm:text}",
         [
             make_graph(
                 11,
@@ -200,6 +113,7 @@ def _exits() -> Row:
                 maximum=1,
             ),
         ],
+        repeat="vm",
     )
 
 
@@ -208,7 +122,7 @@ def _verdicts() -> Row:
     stalled = f"max by ({VCPU_KEYS}) (max_over_time({select(m.VCPU_NO_PROGRESS, vm=VM)}[$__rate_interval]))"
     return Row(
         20,
-        "Verdicts",
+        "Verdicts on ${vm:text}",
         [
             make_timeline(
                 21,
@@ -252,13 +166,14 @@ def _verdicts() -> Row:
                 no_value="none, or not watched",
             ),
         ],
+        repeat="vm",
     )
 
 
 def _vcpus() -> Row:
     return Row(
         30,
-        "vCPUs",
+        "vCPUs of ${vm:text}",
         [
             make_table(
                 31,
@@ -293,36 +208,5 @@ def _vcpus() -> Row:
                 no_value="no series of vCPUs: the agent runs with --vcpu-series=none, or reads only the VM's sum",
             ),
         ],
-    )
-
-
-def _identity() -> Row:
-    return Row(
-        40,
-        "Identity",
-        [
-            make_table(
-                41,
-                "What its identity rests on",
-                "Who vouches for the VM's names and owner; and what only its own user claims, which may be another's "
-                "name.",
-                {
-                    "who": f"max by ({VM_KEYS}, uuid, identity, pid) ({select(m.VM_INFO, vm=VM)})",
-                    "claims": _select_claims(),
-                },
-                [
-                    Column(field="vm", title="VM's id", width=300, grows=True),
-                    Column(field="uuid", title="UUID", width=300),
-                    Column(field="identity", title="Vouched by", width=120),
-                    Column(field="pid", title="PID", width=90),
-                    Column(field="claimed_project", title="Claimed project", width=160),
-                    Column(field="claimed_vm_namespace", title="Claimed namespace", width=168),
-                    hide("instance"),
-                    JOB,
-                ],
-                sort_by=["PID"],
-                rows=1,
-                no_value="no such VM now",
-            ),
-        ],
+        repeat="vm",
     )

@@ -111,15 +111,20 @@ def check_variables_are_used(dashboard: Json) -> Iterator[str]:
 
 def check_panel_ids(dashboard: Json) -> Iterator[str]:
     """Every panel and row has an id of its own."""
-    ids = [panel["id"] for panel in dashboard["panels"]]
+    ids = [panel["id"] for row in dashboard["panels"] for panel in (row, *row.get("panels", ()))]
     for number in sorted({number for number in ids if ids.count(number) > 1}):
         yield f"id {number} twice"
 
 
 def check_places(dashboard: Json) -> Iterator[str]:
     """No panel lies on another or beside the grid of 24 columns."""
+    for panels in (dashboard["panels"], *(row.get("panels", []) for row in dashboard["panels"])):
+        yield from _check_grid(panels)
+
+
+def _check_grid(panels: list[Json]) -> Iterator[str]:
     taken: dict[tuple[int, int], str] = {}
-    for panel in dashboard["panels"]:
+    for panel in panels:
         place = panel["gridPos"]
         if place["x"] + place["w"] > 24:
             yield f"{panel['title']}: beside the grid"

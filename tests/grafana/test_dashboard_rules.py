@@ -125,6 +125,11 @@ MUTATIONS: list[tuple[Rule, str, Callable[[Json], object]]] = [
     (rules.check_variables_are_used, "unknown", set_expr(f'sum(kvm_host_vms{{{ALL}, protection="$state"}})')),
     (rules.check_panel_ids, "twice", lambda d: find_panels(d)[0].update(id=find_panels(d)[1]["id"])),
     (rules.check_places, "on another", lambda d: find_panels(d)[1]["gridPos"].update(find_panels(d)[0]["gridPos"])),
+    (
+        rules.check_places,
+        "in a collapsed row",
+        lambda d: next(row for row in d["panels"] if row.get("panels"))["panels"][0]["gridPos"].update(x=23),
+    ),
     (rules.check_places, "beside", lambda d: find_panels(d)[0]["gridPos"].update(x=23)),
     (
         rules.check_tables,

@@ -237,6 +237,35 @@ CASES: Final = (
         ],
         {f'{{instance="a", job="kvm", vcpu="1", vm="{GUEST}", who="web", owner="team"}}': 1},
     ),
+    Case(
+        "a host comes back with another microcode",
+        HOST,
+        "annotation Microcode or kernel changed",
+        0,
+        [
+            samples(m.HOST_INFO, "1x34 stale", kernel="6.12", **CPU),
+            samples(m.HOST_INFO, "_x37 1x5", kernel="6.12", **CPU | {"microcode": "0x99"}),
+            samples(m.HOST_INFO, still(1), "same", kernel="6.12", **CPU),
+            samples(m.HOST_INFO, "_x37 1x5", "new", kernel="6.12", **CPU),
+        ],
+        {'{instance="a", kernel="6.12", microcode="0x99"}': 1},
+    ),
+    Case(
+        "a choice of VMs, by name and by 8 digits of a UUID",
+        VM,
+        "variable vm",
+        0,
+        [
+            samples(m.VM_INFO, still(1), vm=GUEST, name="web", project="shop"),
+            samples(m.VM_INFO, still(1), vm=f"{GUEST}-4711", name="web", project="shop"),
+            samples(m.VM_INFO, still(1), vm="qemu-17613"),
+        ],
+        {
+            f'{{label=" web shop  5107a7ed", vm="{GUEST}"}}': 1,
+            f'{{label=" web shop  5107a7ed-4711", vm="{GUEST}-4711"}}': 1,
+            '{label="    qemu-17613", vm="qemu-17613"}': 1,
+        },
+    ),
     # One guest floods on b; three hosts with another microcode take a few exits each.
     *(
         Case(

@@ -63,7 +63,7 @@ def test_rule_has_no_complaint(rule: Rule, dashboard: Json) -> None:
 def test_dashboard_is_what_grafana_knows_it_by(dashboard: Json) -> None:
     assert dashboard["uid"] in {FLEET, HOST, VM}
     assert dashboard["title"].startswith("KVM notify exits: ")
-    assert dashboard["tags"] == ["kvm"]
+    assert dashboard["tags"] == ["kvm", "kvm-notify"]
     # An id is that of one Grafana; an import with one would overwrite whatever has it there.
     assert "id" not in dashboard
     assert "__inputs" not in dashboard
@@ -117,7 +117,7 @@ def test_nothing_found_is_no_good_news(dashboard: Json) -> None:
 def test_dashboard_is_made_of_what_grafana_10_knows(dashboard: Json) -> None:
     assert dashboard["schemaVersion"] == 38
     kinds = {"row", "stat", "table", "timeseries"} | ({"state-timeline"} if dashboard["uid"] != FLEET else set())
-    assert {panel["type"] for panel in dashboard["panels"]} == kinds
+    assert {panel["type"] for panel in (*dashboard["panels"], *find_panels(dashboard))} == kinds
     for panel in find_panels(dashboard):
         instant = panel["type"] in {"stat", "table"}
         for target in panel["targets"]:
@@ -168,7 +168,7 @@ def test_vm_is_known_by_its_label_alone() -> None:
     for query in find_queries(vm="SOME VM"):
         for selector in re.findall(r"kvm_(?:vm|vcpu)_\w+\{[^}]*\}", query.expr):
             if query.dashboard == VM and "variable" not in query.place:
-                assert 'vm="SOME VM"' in selector, query
+                assert 'vm=~"SOME VM"' in selector, query
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,37 @@ def test_links_find_their_values_where_they_stand() -> None:
             for target in panel["targets"]:
                 given |= find_labels(substitute(target["expr"], VALUES), find_labels_of)
             assert wanted <= given, panel["title"]
+
+
+def test_a_menu_leads_to_the_three_of_them(dashboard: Json) -> None:
+    (menu,) = (link for link in dashboard["links"] if link["type"] == "dashboards")
+    assert (menu["asDropdown"], menu["includeVars"], menu["keepTime"]) == (True, True, True)
+    assert all(set(menu["tags"]) <= set(one["tags"]) for one in read_dashboards())
+
+
+def test_rows_of_a_vm_repeat_with_its_name() -> None:
+    """The value of the variable is an id; a UUID is no name."""
+    vm = next(one for one in read_dashboards() if one["uid"] == VM)
+    rows = [panel for panel in vm["panels"] if panel["type"] == "row"]
+    assert {row["repeat"] for row in rows} == {"vm"}
+    assert all("${vm:text}" in row["title"] and "$vm" not in row["title"] for row in rows)
+    assert next(v for v in vm["templating"]["list"] if v["name"] == "vm")["multi"] is True
+
+
+def test_what_is_seldom_needed_is_collapsed() -> None:
+    found = {
+        (one["uid"], row["title"].partition(" of ")[0])
+        for one in read_dashboards()
+        for row in one["panels"]
+        if row["type"] == "row" and row["collapsed"]
+    }
+    assert found == {(FLEET, "Agents"), (HOST, "Agent"), (HOST, "Tracing and warnings"), (VM, "Identity")}
+
+
+def test_panels_of_a_row_stand_in_it_only_if_it_is_collapsed(dashboard: Json) -> None:
+    for row in dashboard["panels"]:
+        if row["type"] == "row":
+            assert bool(row["panels"]) == row["collapsed"], row["title"]
 
 
 def test_prometheus_can_parse_every_expression(tmp_path: Path, tell: Callable[[str], None]) -> None:
