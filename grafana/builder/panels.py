@@ -101,7 +101,7 @@ def make_graph(
     }
     if linear_below:
         custom["scaleDistribution"] = {"type": "symlog", "log": 10, "linearThreshold": linear_below}
-    if unit == COUNT:
+    if unit != "s":  # where nothing happens Grafana draws an axis up to 100, or 10,000 %
         custom["axisSoftMax"] = 1
     defaults: Json = {
         "color": {"mode": "palette-classic"},

@@ -69,6 +69,14 @@ def test_one_guest_that_floods_hides_no_other(uid: str, graph: Json) -> None:
 
 
 @graphs
+def test_an_axis_does_not_exaggerate_nothing(uid: str, graph: Json) -> None:
+    """Grafana draws 0 on an axis up to 100, and a share of 0 on one up to 10,000 %."""
+    defaults = graph["fieldConfig"]["defaults"]
+    assert defaults["unit"] == "s" or defaults["custom"]["axisSoftMax"] == 1, uid
+    assert defaults["min"] == 0, uid
+
+
+@graphs
 def test_counts_are_whole_and_have_an_axis_of_one_at_least(uid: str, graph: Json) -> None:
     defaults = graph["fieldConfig"]["defaults"]
     counted = any(COUNTS.fullmatch(metric) for metric in find_metrics(graph))

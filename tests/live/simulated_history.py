@@ -9,6 +9,7 @@ Prometheus itself, rule by rule, and written beside it. The instances:
                guest is stalled and takes many more since half an hour
 ``untraced``   has vCPUs with notify exits armed and no way to trace them
 ``faulty``     an invalid VM context, a source that was lost, lost records, too many looks, a collector that fails
+``changed``    a host that has come back with another microcode within the last minute
 ``gone``       an agent that is not scraped for half an hour
 ``lost``       a host that is no target any more, and had VMs
 ============== ===================================================================================================
@@ -40,6 +41,8 @@ _SAMPLED = (*range(int(-HOURS * 3600), -3600, STEP_SECONDS), *range(-3600, 1, LA
 JOB = "kvm-notify-exporter"
 NEW_MICROCODE_HOURS = -20.0
 RISE_HOURS = -0.5
+CHANGE_HOURS = -0.5 / 60
+REBOOT_HOURS = 0.2  # a sample is found for 5 minutes, and so is what is recorded of it: the two are never seen together
 # The VM that the dashboards' queries are about: the demo's that gets stuck.
 VM = "5107a7ed-0000-4000-8000-000000000002"
 CPU = {"cpu_vendor": "GenuineIntel", "cpu_family": "6", "cpu_model": "143", "cpu_stepping": "8"}
@@ -122,6 +125,14 @@ def _make_fleet_host(instance: str, rise: float) -> Iterator[Series]:
             yield Series(m.VCPU_NO_PROGRESS, instance, _between(RISE_HOURS, 1.0), {"vm": vm, "vcpu": "0"})
 
 
+def _make_changed_host(instance: str) -> Iterator[Series]:
+    info = {**dict.fromkeys(m.HOST_INFO.labels, ""), **CPU}
+    for microcode, since, until in zip(
+        MICROCODES, (-HOURS, CHANGE_HOURS), (CHANGE_HOURS - REBOOT_HOURS, 1.0), strict=True
+    ):
+        yield Series(m.HOST_INFO, instance, _between(since, until), {**info, "microcode": microcode})
+
+
 def _make_alert(instance: str, name: str) -> Iterator[Series]:
     """An alert that fires, as the Prometheus that evaluates it keeps it; about a whole fleet where there is no host."""
     labels = dict.fromkeys(ALERT_ACTIVE_SINCE.labels, "") | {"alertname": name, "severity": "ticket"}
@@ -157,6 +168,7 @@ SERIES: tuple[Series, ...] = (
     *_make_fleet_host("fleet-3:9750", 0),
     *_make_host("untraced:9750", 8),
     *_make_faulty_host("faulty:9750"),
+    *_make_changed_host("changed:9750"),
     *_make_alert("", "KvmMicrocodeNotifyExits"),
     *_make_alert("fleet-1:9750", "KvmMicrocodeUpdateNotifyExits"),
     Series(UP, "gone:9750", lambda hour: float(hour < RISE_HOURS), {}),

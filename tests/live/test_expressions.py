@@ -50,6 +50,7 @@ _NO_CLAIM = "the VM that the boards are asked about has its owner from libvirt, 
 _FRESH = "an agent that is scraped has read its host just now"
 _NO_FAULT = "a collector fails if it has a bug, or the kernel one"
 _TRACED = "no agent here has vCPUs that are armed and cannot be traced: that takes an Intel host under confidentiality"
+_NO_REBOOT = "no host is rebooted here"
 _FLEET_WIDE = "no alert about a whole fleet fires within minutes"
 _TOO_SHORT = "two stalls in a minute and a half are too few"
 # What the simulated history has to answer: (place, metric) and why. "" stands for any.
@@ -67,6 +68,7 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("alert KvmNotifyStallsNotDetected", ""): _TRACED,
     ("kvm-notify-fleet: Blind to stalls", ""): _TRACED,
     ("kvm-notify-fleet: Firing alerts", ""): _FLEET_WIDE,
+    ("kvm-notify-host: annotation Microcode or kernel changed", ""): _NO_REBOOT,
 }
 # These are recorded each 15 s or minute, before anything else happens; the others when it is too late for the episode.
 RECORDED_AT_ONCE = {"vm:kvm_vm_info:unique", "instance:kvm_host_info:unique"}
