@@ -9,7 +9,8 @@ RUN_PACKAGES := python3-venv libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	prometheus prometheus-alertmanager chromium \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
-	clang-14 llvm-14 libbpf-dev patch perl lz4
+	clang-14 llvm-14 libbpf-dev patch perl lz4 \
+	systemd debootstrap rpm
 
 .PHONY: run demo test unit lab bench bpf kernel clean test-packages run-packages
 

@@ -1,0 +1,1 @@
+"""Tests of `deploy/`: what installs the agent and keeps it within bounds."""
