@@ -12,7 +12,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm
 
-.PHONY: run demo test unit lab bench bpf kernel clean test-packages run-packages
+.PHONY: run demo test unit lab bench bpf kernel dist clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
@@ -40,6 +40,10 @@ kernel: $(VENV)/.installed-dev test-packages
 
 bpf: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.build_bpf
+
+# Wheel and sdist, in dist/.
+dist: $(VENV)/.installed-dev
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 run-packages:
 	@.ci/install-packages $(RUN_PACKAGES)

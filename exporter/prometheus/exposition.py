@@ -12,11 +12,12 @@ from __future__ import annotations
 import gzip
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import chain
 
-from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import CollectorRegistry
 
 from exporter.prometheus.metrics import Metric
@@ -134,11 +135,12 @@ def render_text(families: Iterable[Family], openmetrics: bool = False) -> str:
 def render_document(families: Iterable[Family], self_metrics: CollectorRegistry, form: Format) -> bytes:
     """Render the whole answer to a scrape: our families, then what ``self_metrics`` holds, in one valid document."""
     ours = render_text(families, form.openmetrics)
+    encode: Callable[[CollectorRegistry], bytes] = generate_openmetrics if form.openmetrics else generate_latest
     try:
-        theirs = form.encoder(self_metrics)
+        theirs = encode(self_metrics)
     except Exception as err:  # noqa: BLE001 - a fault in the agent's own figures must not cost the VMs' series
         log.error("the agent's own process metrics are left out", extra={"fields": {"err": repr(err)}})
-        theirs = form.encoder(CollectorRegistry())
+        theirs = encode(CollectorRegistry())
     return (ours + theirs.decode()).encode()
 
 

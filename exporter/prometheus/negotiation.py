@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
-
 OPENMETRICS: Final = "application/openmetrics-text"
-
-
 PLAIN: Final = "text/plain"
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a client wants: the content type to answer with, and prometheus_client's encoder for it."""
+    """What a client wants: a media type, the version of it, and the escaping scheme that it has to be told, if any."""
 
-    content_type: str
-    encoder: Callable[[Collector], bytes]
+    media_type: str
+    version: str
+    escaping: str = ""
+
+    @property
+    def content_type(self) -> str:
+        """The header to answer with."""
+        escaping = f"; escaping={self.escaping}" if self.escaping else ""
+        return f"{self.media_type}; version={self.version}; charset=utf-8{escaping}"
 
     @property
     def openmetrics(self) -> bool:
         """Whether this is OpenMetrics and not Prometheus's text format."""
-        return self.content_type.startswith(OPENMETRICS)
+        return self.media_type == OPENMETRICS
 
 
 def parse_accept(header: str) -> Format:
     """Choose the format for a header ``Accept``: what the client likes best of what we speak, else text 0.0.4.
 
     Our names are all in the old character set, so that the escaping schemes ``underscores`` and ``allow-utf-8`` are the
-    same bytes; the others are answered as ``underscores``. prometheus_client's own ``choose_encoder`` looks at no
-    ``q=``, repeats any version that it is sent, and raises on one like ``version=a``; so it gets to see only what is
-    known here.
+    same bytes; the others are answered as ``underscores``. prometheus_client's own ``choose_encoder`` is not asked: it
+    looks at no ``q=``, repeats any version that it is sent, raises on one like ``version=a``, and before its 0.22 knows
+    neither text 1.0.0 nor OpenMetrics 1.0.0.
     """
     for media_type, parameters in _rank_accepted(header):
         version = parameters.get("version", "")
         escaping = "allow-utf-8" if parameters.get("escaping") == "allow-utf-8" else "underscores"
         if media_type in (OPENMETRICS, PLAIN) and version == "1.0.0":
-            return _open_format(f"{media_type};version=1.0.0;escaping={escaping}")
+            return Format(media_type, version, escaping)
         if media_type == OPENMETRICS and not version:
-            return _open_format(OPENMETRICS)
+            return Format(OPENMETRICS, "1.0.0")
         if media_type in ("*/*", "text/*") or (media_type == PLAIN and version in ("", "0.0.4")):
             break
-    return _open_format(PLAIN)
+    return Format(PLAIN, "0.0.4")
 
 
 def accepts_gzip(header: str) -> bool:
     """Tell whether a header ``Accept-Encoding`` names gzip, and not with ``q=0``."""
     return any(coding == "gzip" for coding, _ in _rank_accepted(header))
-
-
-def _open_format(accept: str) -> Format:
-    encoder, content_type = choose_encoder(accept)
-    return Format(content_type, encoder)
 
 
 def _rank_accepted(header: str) -> list[tuple[str, dict[str, str]]]:

@@ -2,7 +2,8 @@
 
 aiohttp waits for ever for the first request of a connection, and for the rest of half a request. Descriptors that
 strangers hold are descriptors that reading VMs then lacks. A client that closes its sending half is taken for gone, as
-nginx does: a scraper that gave up looks just like that, and its place in the queue should not be held.
+nginx does: a scraper that gave up looks just like that, and its place in the queue should not be held. So a request
+whose client has gone is cancelled here: aiohttp does that on request, but not before its 3.9.
 """
 
 from __future__ import annotations
@@ -35,18 +36,24 @@ class ConnectionGuard:
         self._next_request_seconds = next_request_seconds
         self._open: set[asyncio.BaseTransport] = set()
         self._waiting: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}
+        self._answering: dict[asyncio.BaseTransport, asyncio.Task[object]] = {}
 
     def wrap(self, make_protocol: Callable[[], asyncio.Protocol]) -> Callable[[], asyncio.Protocol]:
         """Return a protocol factory whose connections this guard watches."""
         return lambda: _GuardedProtocol(self, make_protocol())
 
     def begin(self, transport: asyncio.BaseTransport | None) -> None:
-        """Stop the clock of a connection: it has sent a request."""
-        if transport in self._waiting:
-            self._waiting.pop(transport).cancel()
+        """Stop the clock of a connection: it has sent a request, which the current task answers."""
+        self._stop_waiting(transport)
+        task = asyncio.current_task()
+        if transport in self._open and task is not None:
+            self._answering[transport] = task
 
     def end(self, transport: asyncio.BaseTransport | None) -> None:
         """Start the clock again: the request is answered."""
+        if transport is None:
+            return
+        self._answering.pop(transport, None)
         if transport in self._open:
             self._wait(transport, self._next_request_seconds)
 
@@ -67,12 +74,18 @@ class ConnectionGuard:
         self._wait(transport, self._first_request_seconds)
 
     def release(self, transport: asyncio.BaseTransport) -> None:
-        """Forget a connection that is closed."""
-        self.begin(transport)
+        """Forget a connection that is closed, and leave off answering it."""
+        self._stop_waiting(transport)
         self._open.discard(transport)
+        if transport in self._answering:
+            self._answering.pop(transport).cancel()
+
+    def _stop_waiting(self, transport: asyncio.BaseTransport | None) -> None:
+        if transport in self._waiting:
+            self._waiting.pop(transport).cancel()
 
     def _wait(self, transport: asyncio.BaseTransport, seconds: float) -> None:
-        self.begin(transport)
+        self._stop_waiting(transport)
         self._waiting[transport] = asyncio.get_running_loop().call_later(seconds, _abort, transport)
 
 

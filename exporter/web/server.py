@@ -81,9 +81,7 @@ async def open_server(
     """
     guard, rate_limited_log = guard or ConnectionGuard(), RateLimitedLog()
     runner = web.AppRunner(
-        create_app(collector, recorder, settings, guard=guard, rate_limited_log=rate_limited_log, watcher=watcher),
-        handler_cancellation=True,
-        shutdown_timeout=settings.drain_seconds,
+        create_app(collector, recorder, settings, guard=guard, rate_limited_log=rate_limited_log, watcher=watcher)
     )
     with open_sockets(settings.addresses) as sockets:
         await runner.setup()
@@ -107,6 +105,8 @@ async def open_server(
         finally:
             for server in servers:
                 server.close()
+            if runner.server is not None:  # before aiohttp 3.9, its runner waits for connections of its own sites only
+                await runner.server.shutdown(settings.drain_seconds)
             await runner.cleanup()
             guard.abort_all()
 

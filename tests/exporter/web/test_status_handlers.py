@@ -20,8 +20,10 @@ from exporter.status_page.page import Frame
 from exporter.status_page.view import StatusView, make_status_view
 from exporter.web import status_handlers
 from exporter.web.access import is_local_client
+from exporter.web.connection_guard import ConnectionGuard
 from exporter.web.cpu_budget import Budget
 from exporter.web.listeners import Address, TcpAddress
+from exporter.web.metrics_handler import Handler
 from exporter.web.server import open_server
 from exporter.web.settings import VCPUS_PATH, ServerSettings
 from exporter.web.status_handlers import StatusHandlers
@@ -57,17 +59,30 @@ class Clock:
 
 @asynccontextmanager
 async def open_pages(pages: StatusHandlers) -> AsyncIterator[Address]:
-    """Serve the pages alone."""
-    app = web.Application()
+    """Serve the pages alone; who hangs up is not answered on."""
+    guard = ConnectionGuard()
+
+    @web.middleware
+    async def frame(request: web.Request, handler: Handler) -> web.StreamResponse:
+        guard.begin(request.transport)
+        try:
+            return await handler(request)
+        finally:
+            guard.end(request.transport)
+
+    app = web.Application(middlewares=[frame])
     app.router.add_get("/", pages.answer_page)
     app.router.add_get("/-/status", pages.answer_parts)
     app.cleanup_ctx.append(pages.run)
-    runner = web.AppRunner(app, handler_cancellation=True)
+    runner = web.AppRunner(app)
     await runner.setup()
+    assert runner.server is not None
+    server = await asyncio.get_running_loop().create_server(guard.wrap(runner.server), "127.0.0.1", 0)
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield TcpAddress("127.0.0.1", runner.addresses[0][1])
+        yield TcpAddress("127.0.0.1", server.sockets[0].getsockname()[1])
     finally:
+        server.close()
+        await runner.server.shutdown(0.0)
         await runner.cleanup()
 
 
