@@ -10,9 +10,9 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	prometheus prometheus-alertmanager chromium \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
-	systemd debootstrap rpm
+	systemd debootstrap rpm man-db
 
-.PHONY: run demo test unit lab bench bpf kernel dist clean test-packages run-packages
+.PHONY: run demo test unit lab bench bpf kernel dist packages clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
@@ -44,6 +44,10 @@ bpf: $(VENV)/.installed-dev test-packages
 # Wheel and sdist, in dist/.
 dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist
+
+# A .deb and an .rpm, in dist/.
+packages: $(VENV)/.installed-dev
+	$(BIN)/python -m deploy --outdir=dist
 
 run-packages:
 	@.ci/install-packages $(RUN_PACKAGES)

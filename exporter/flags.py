@@ -53,8 +53,20 @@ def parse_prom_path(text: str) -> Path:
 
 def add_log_flags(parser: argparse.ArgumentParser, level: str) -> None:
     """Add the flags of the log, whose level is ``level`` unless it is given."""
-    parser.add_argument("--log.level", dest="log_level", choices=LEVELS, default=level)
-    parser.add_argument("--log.format", dest="log_format", choices=("logfmt", "json"), default="logfmt")
+    parser.add_argument(
+        "--log.level",
+        dest="log_level",
+        choices=LEVELS,
+        default=level,
+        help="log what is as bad as this, and worse (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log.format",
+        dest="log_format",
+        choices=("logfmt", "json"),
+        default="logfmt",
+        help="how a line is written (default: %(default)s)",
+    )
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +125,13 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         type=parse_listen_address,
         help="where to listen: HOST:PORT, [IPV6]:PORT, :PORT or unix:PATH; repeatable (default: :9750)",
     )
-    parser.add_argument("--web.telemetry-path", dest="telemetry_path", metavar="PATH", default="/metrics")
+    parser.add_argument(
+        "--web.telemetry-path",
+        dest="telemetry_path",
+        metavar="PATH",
+        default="/metrics",
+        help="where the metrics are (default: %(default)s)",
+    )
     parser.add_argument(
         "--web.max-requests",
         dest="max_requests",

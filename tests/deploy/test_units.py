@@ -46,10 +46,12 @@ def test_the_units_differ_in_one_capability() -> None:
     def read_shared(unit: str) -> list[tuple[str, str]]:
         own = ("Description", "Conflicts")
         found = [setting for setting in read_unit(unit) if setting.name not in own]
-        return [(setting.name, setting.value.replace(" CAP_SYS_ADMIN", "")) for setting in found]
+        extra = (" CAP_SYS_ADMIN", f" {FULL}")
+        return [(setting.name, setting.value.replace(extra[0], "").replace(extra[1], "")) for setting in found]
 
     assert read_shared(FULL) == read_shared(NO_ADMIN)
     assert "CAP_SYS_ADMIN" not in read_values(NO_ADMIN, "CapabilityBoundingSet")
+    assert FULL in read_values(NO_ADMIN, "After"), "who stops has stopped before the other starts"
     assert (read_values(FULL, "Conflicts"), read_values(NO_ADMIN, "Conflicts")) == ([NO_ADMIN], [FULL])
 
 

@@ -121,15 +121,20 @@ def open_guest_process(
     stats_fds: bool = False,
     vcpu_ids: Sequence[int] = (),
     port_writes: int | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[GuestProcess]:
-    """Starts a guest, waits until its vCPUs exist (and made their port writes), ends it on the way out."""
+    """Starts a guest, waits until its vCPUs exist (and made their port writes), ends it on the way out.
+
+    ``prefix`` is a command that runs it; the process then looks like Python and not like a VMM.
+    """
     wanted = tiny_guest.parse_arguments([])
     wanted.vcpus, wanted.name, wanted.uuid, wanted.style = vcpus, name, uuid, style
     wanted.stats_fds, wanted.vcpu_ids, wanted.port_writes = stats_fds, list(vcpu_ids), port_writes
     with tempfile.TemporaryFile() as stderr, ExitStack() as stack:
+        command = tiny_guest.build_command(wanted)
         process = subprocess.Popen(
-            tiny_guest.build_command(wanted),
-            executable=tiny_guest.PYTHON,
+            [*prefix, str(tiny_guest.PYTHON), *command[1:]] if prefix else command,
+            executable=None if prefix else tiny_guest.PYTHON,
             env=tiny_guest.build_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""What installs the agent on a host or a cluster, and the program that makes packages of it: ``python -m deploy``."""
