@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvm.host.privileges import NEEDED_CAPABILITIES, Privileges
+from kvm.host.privileges import NEEDED_CAPABILITIES, Feature, Privileges
 from kvm.model import Host, Protection, Snapshot, SourceReport
 
 SOURCE_USES = {
@@ -38,6 +38,7 @@ def render_check(snapshot: Snapshot, privileges: Privileges, vmx_flags: frozense
         ("notify exits", _describe_notify(host, vmx_flags)),
         ("lockdown", describe_lockdown(host)),
         ("privileges", _describe_privileges(privileges)),
+        *((f"for {feature.name}", _describe_need(feature, privileges)) for feature in privileges.find_features()),
         ("namespaces", _describe_namespaces(host, privileges)),
         ("security", _describe_security(privileges)),
         *((f"source {source.source}", _describe_source(source)) for source in snapshot.sources),
@@ -114,6 +115,20 @@ def _describe_privileges(privileges: Privileges) -> str:
     if not missing:
         return f"{who}, with every capability that is needed"
     return f"{who}, without " + "; ".join(f"{name} ({NEEDED_CAPABILITIES[name]})" for name in missing)
+
+
+def _describe_need(feature: Feature, privileges: Privileges) -> str:
+    """Say which capabilities a feature needs, and which of them are held and which are missing."""
+    if not feature.needs:
+        return "needs no capability"
+    needed = ", ".join(feature.needs)
+    if privileges.capabilities is None:
+        return f"needs {needed}; which are held is unknown"
+    missing = [name for name in feature.needs if privileges.lacks(name)]
+    if not missing:
+        return f"needs {needed}; all held"
+    held = [name for name in feature.needs if name not in missing]
+    return f"needs {needed}; held: {', '.join(held) or 'none'}; missing: {', '.join(missing)}"
 
 
 def _describe_namespaces(host: Host, privileges: Privileges) -> str:

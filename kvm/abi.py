@@ -139,6 +139,7 @@ NETLINK_KOBJECT_UEVENT = 15
 KOBJECT_UEVENT_GROUP_KERNEL = 1
 
 # include/uapi/linux/capability.h: the capabilities that the sources need
+CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21

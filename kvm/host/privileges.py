@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvm import abi
 from kvm.host.private_mount import PrivateMount
@@ -23,8 +24,22 @@ NEEDED_CAPABILITIES = {
     "CAP_DAC_READ_SEARCH": "to read tracefs and libvirt's files",
     "CAP_SYS_ADMIN": "for the trigger, to trace where perf_event_paranoid is 3, and where tracefs is not mounted",
 }
-# include/linux/capability.h, bpf_capable() and perfmon_capable(): CAP_SYS_ADMIN will do as well.
-_IMPLIED_BY_SYS_ADMIN = ("CAP_BPF", "CAP_PERFMON")
+# What has a capability in it: include/linux/capability.h, bpf_capable() and perfmon_capable(); fs/namei.c,
+# generic_permission().
+_IMPLIED_BY = {
+    "CAP_BPF": "CAP_SYS_ADMIN",
+    "CAP_PERFMON": "CAP_SYS_ADMIN",
+    "CAP_DAC_READ_SEARCH": "CAP_DAC_OVERRIDE",
+}
+# Debian's patch "security,perf: Allow further restriction of perf_event_open" knows no CAP_PERFMON.
+PARANOID_OF_DEBIAN = 3
+
+
+class Feature(NamedTuple):
+    """Something that the agent can do, and the capabilities that it takes on this host."""
+
+    name: str
+    needs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +49,7 @@ class Privileges:
     ``capabilities`` is the set of effective ones, a bit each; ``security_modules`` are those that are active in the
     kernel; ``label`` is the process's AppArmor profile or SELinux context; ``ptrace_scope`` is yama's (3 forbids
     borrowing fds altogether), ``perf_event_paranoid`` the sysctl of that name. ``is_seccomp_filtered`` says that a
-    filter may refuse system calls.
+    filter may refuse system calls; ``kvm_is_module`` that KVM's types are a module's, which take CAP_SYS_ADMIN.
     """
 
     uid: int
@@ -46,12 +61,13 @@ class Privileges:
     perf_event_paranoid: int | None = None
     initial_user_namespace: bool | None = None
     is_seccomp_filtered: bool | None = None
+    kvm_is_module: bool = False
 
     def lacks(self, capability: str) -> bool:
         """Tell whether the process is known to lack a capability, and one that implies it."""
         if self.capabilities is None:
             return False
-        names = (capability, "CAP_SYS_ADMIN") if capability in _IMPLIED_BY_SYS_ADMIN else (capability,)
+        names = (capability, _IMPLIED_BY.get(capability, capability))
         return not any(self.capabilities >> getattr(abi, name) & 1 for name in names)
 
     @property
@@ -68,6 +84,22 @@ class Privileges:
     def missing_capabilities(self) -> tuple[str, ...]:
         """Those of NEEDED_CAPABILITIES that it lacks."""
         return tuple(name for name in NEEDED_CAPABILITIES if self.lacks(name))
+
+    def find_features(self) -> tuple[Feature, ...]:
+        """Return what each feature takes on this host; each row is measured by ``tests/live/test_capabilities.py``."""
+        # tracefs and debugfs are root's own, mode 0700: root needs no capability to look into them.
+        look_in = () if self.uid == 0 else ("CAP_DAC_READ_SEARCH",)
+        types = ("CAP_SYS_ADMIN",) if self.kvm_is_module else ()
+        paranoid = self.perf_event_paranoid is not None and self.perf_event_paranoid >= PARANOID_OF_DEBIAN
+        arming = ("CAP_SYS_ADMIN",) if paranoid else ()
+        return (
+            Feature("source bpf", ("CAP_BPF", "CAP_PERFMON")),
+            Feature("source stats_fd", ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")),
+            Feature("source debugfs", look_in),
+            Feature("owners", ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")),
+            Feature("trigger", ("CAP_BPF", "CAP_PERFMON", *types)),
+            Feature("RIPs", ("CAP_PERFMON", *look_in, *arming)),
+        )
 
 
 def parse_effective_capabilities(status: str) -> int | None:
@@ -117,6 +149,7 @@ def read_privileges(
         perf_event_paranoid=_parse_number(_read_text(proc / "sys/kernel/perf_event_paranoid")),
         initial_user_namespace=parse_initial_user_namespace(uid_map) if uid_map else None,
         is_seccomp_filtered=parse_seccomp(status),
+        kvm_is_module=_read_text(sysfs / "module/kvm/initstate") is not None,
     )
 
 

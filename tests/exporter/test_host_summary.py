@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -112,3 +113,35 @@ def test_security_modules_that_are_not_known_are_not_said_to_be_absent(
     modules: tuple[str, ...] | None, said: str
 ) -> None:
     assert said in render_check(make_snapshot(), replace(ROOT, security_modules=modules), None, TRACING)
+
+
+@pytest.mark.parametrize(
+    ("privileges", "line"),
+    [
+        (ROOT, "for source bpf  needs CAP_BPF, CAP_PERFMON; all held"),
+        (ROOT, "for source debugfs  needs no capability"),
+        (replace(ROOT, uid=990), "for source debugfs  needs CAP_DAC_READ_SEARCH; all held"),
+        (
+            replace(ROOT, capabilities=1 << 39),
+            "for source bpf  needs CAP_BPF, CAP_PERFMON; held: CAP_BPF; missing: CAP_PERFMON",
+        ),
+        (
+            replace(ROOT, uid=990, capabilities=0, perf_event_paranoid=3),
+            "for RIPs  needs CAP_PERFMON, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN; held: none; "
+            "missing: CAP_PERFMON, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN",
+        ),
+        (
+            replace(ROOT, capabilities=1 << 38 | 1 << 39, kvm_is_module=True),
+            "for trigger  needs CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN; "
+            "held: CAP_BPF, CAP_PERFMON; missing: CAP_SYS_ADMIN",
+        ),
+        (replace(ROOT, capabilities=1 << 38 | 1 << 39), "for trigger  needs CAP_BPF, CAP_PERFMON; all held"),
+        (
+            replace(ROOT, capabilities=None),
+            "for owners  needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH; which are held is unknown",
+        ),
+    ],
+)
+def test_what_each_feature_needs_holds_and_lacks(privileges: Privileges, line: str) -> None:
+    lines = render_check(make_snapshot(), privileges, None, TRACING).splitlines()
+    assert line in [re.sub(" {2,}", "  ", found) for found in lines]

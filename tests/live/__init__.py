@@ -125,15 +125,18 @@ def open_guest_process(
 ) -> Iterator[GuestProcess]:
     """Starts a guest, waits until its vCPUs exist (and made their port writes), ends it on the way out.
 
-    ``prefix`` is a command that runs it; the process then looks like Python and not like a VMM.
+    ``prefix`` is a command that runs it.
     """
     wanted = tiny_guest.parse_arguments([])
     wanted.vcpus, wanted.name, wanted.uuid, wanted.style = vcpus, name, uuid, style
     wanted.stats_fds, wanted.vcpu_ids, wanted.port_writes = stats_fds, list(vcpu_ids), port_writes
     with tempfile.TemporaryFile() as stderr, ExitStack() as stack:
         command = tiny_guest.build_command(wanted)
+        if prefix:  # which cannot say itself what the guest is to be called
+            rename = ("bash", "-c", 'exec -a "$0" "$@"')
+            command = [*prefix, *rename, command[0], str(tiny_guest.PYTHON), *command[1:]]
         process = subprocess.Popen(
-            [*prefix, str(tiny_guest.PYTHON), *command[1:]] if prefix else command,
+            command,
             executable=None if prefix else tiny_guest.PYTHON,
             env=tiny_guest.build_environment(),
             stdin=subprocess.PIPE,

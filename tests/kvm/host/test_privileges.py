@@ -39,6 +39,7 @@ def test_capabilities_are_read_from_the_bit_set() -> None:
         (ALL, ()),
         (None, ()),
         (1 << 19 | 1 << 39, ("CAP_PERFMON", "CAP_DAC_READ_SEARCH", "CAP_SYS_ADMIN")),
+        (1 << 1 | 1 << 19 | 1 << 21, ()),  # CAP_DAC_OVERRIDE implies CAP_DAC_READ_SEARCH
         (1 << 21, ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")),  # CAP_SYS_ADMIN implies CAP_BPF and CAP_PERFMON
     ],
 )
