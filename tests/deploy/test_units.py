@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from exporter.cli import parse_command_line
+from kvm import abi
 from tests.deploy.unit_file import FULL, NO_ADMIN, SYSTEMD, UNITS, parse_unit, read_unit, read_values
 
 # What `systemd-analyze security` of systemd 252 gives at most: 0 is locked in, 10 is wide open.
@@ -138,3 +139,27 @@ def test_the_sysctl_is_what_tracing_without_cap_sys_admin_takes() -> None:
     lines = (SYSTEMD / "60-kvm-notify-exporter.conf").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == ["kernel.perf_event_paranoid = 2"]
     assert "/sysctl.d/60-kvm-notify-exporter.conf" in (SYSTEMD / NO_ADMIN).read_text()
+
+
+def expand(name: str) -> set[str]:
+    """The system calls of a set, and of the sets in it."""
+    if not name.startswith("@"):
+        return {name}
+    words = ["systemd-analyze", "syscall-filter", "--no-pager", name]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    members = {line.strip() for line in lines if line.startswith("    ") and not line.strip().startswith("#")}
+    return {call for member in members for call in expand(member)}
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_filter_lets_through_what_the_agent_calls_by_itself(unit: str) -> None:
+    allowed = set[str]()
+    for setting in read_unit(unit):
+        if setting.name == "SystemCallFilter":
+            calls = {call for name in setting.value.removeprefix("~").split() for call in expand(name)}
+            allowed = allowed - calls if setting.value.startswith("~") else allowed | calls
+    called = {name.removeprefix("SYS_") for name in vars(abi) if name.startswith("SYS_")} | {"bpf", "prlimit64"}
+    # A private instance of tracefs is for hosts where none is mounted; systemd mounts it.
+    assert called - allowed == {"fsopen", "fsconfig", "fsmount"}
+    assert not allowed & {"mount", "init_module", "reboot", "ptrace", "setuid"}
