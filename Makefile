@@ -10,7 +10,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	prometheus prometheus-alertmanager chromium \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
-	systemd debootstrap rpm man-db
+	systemd debootstrap rpm man-db lintian
 
 .PHONY: run demo test unit lab bench bpf kernel dist packages clean test-packages run-packages
 

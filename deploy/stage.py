@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from email.utils import formatdate
 from pathlib import Path
 
 from deploy.manual import SHELLS, render_completion, render_manual
@@ -36,6 +37,13 @@ def read_wheel_version(wheel: Path) -> str:
     return match[1]
 
 
+def render_debian_changelog(version: str, seconds: int) -> str:
+    """Render the changelog that a Debian package has to have: what changes in the program stands in its own."""
+    date = formatdate(seconds)
+    maintainer = "The kvm-notify-exporter authors <kvm-notify-exporter@localhost>"
+    return f"{NAME} ({version}-1) unstable; urgency=medium\n\n  * Package {version}.\n\n -- {maintainer}  {date}\n"
+
+
 def lay_stage(stage: Path, seconds: int) -> str:
     """Fill a directory with all that ``nfpm.yaml`` names, as of this time, and return the version.
 
@@ -58,6 +66,8 @@ def lay_stage(stage: Path, seconds: int) -> str:
     (generated / f"{NAME}.1.gz").write_bytes(gzip.compress(manual, mtime=0))
     changes = (ROOT / "CHANGELOG.md").read_bytes()
     (generated / "CHANGELOG.md.gz").write_bytes(gzip.compress(changes, mtime=0))
+    entry = render_debian_changelog(version, seconds).encode()
+    (generated / "changelog.Debian.gz").write_bytes(gzip.compress(entry, mtime=0))
     for shell in SHELLS:
         (generated / f"completion.{shell}").write_text(render_completion(shell))
     for path in [stage, *stage.rglob("*")]:

@@ -6,7 +6,9 @@ set -e
 case "$1" in
 purge)
     for unit in kvm-notify-exporter.service kvm-notify-exporter-no-admin.service; do
-        [ ! -x /usr/bin/deb-systemd-helper ] || deb-systemd-helper purge "$unit" >/dev/null
+        if command -v deb-systemd-helper >/dev/null; then
+            deb-systemd-helper purge "$unit" >/dev/null
+        fi
     done
     ;;
 esac

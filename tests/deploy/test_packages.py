@@ -164,11 +164,20 @@ def test_the_rpm_holds_what_the_deb_holds(packages: dict[str, Path], unpacked: P
     files = ask("--queryformat", "[%{FILEMODES:perms} %{FILENAMES}\\n]")
     names = {line.partition(" ")[2] for line in files if not line.startswith("d")}
     share, name = "/usr/share", "kvm-notify-exporter"
-    only_deb = {f"{share}/doc/{name}/copyright", f"{share}/zsh/vendor-completions/_{name}"}
-    only_rpm = {f"{share}/licenses/{name}/LICENSE", f"{share}/zsh/site-functions/_{name}"}
+    only_deb = {f"{share}/doc/{name}/{file}" for file in ("copyright", "changelog.gz", "changelog.Debian.gz")}
+    only_deb |= {f"{share}/lintian/overrides/{name}", f"{share}/zsh/vendor-completions/_{name}"}
+    only_rpm = {f"{share}/doc/{name}/CHANGELOG.md.gz", f"{share}/licenses/{name}/LICENSE"}
+    only_rpm |= {f"{share}/zsh/site-functions/_{name}"}
     assert names - only_rpm == list_files(unpacked) - only_deb
     assert ask("--configfiles") == {"/etc/default/kvm-notify-exporter"}
     assert {"python3-aiohttp >= 3.8.4", "python3-prometheus_client >= 0.16"} <= ask("--requires")
+
+
+@pytest.mark.skipif(not shutil.which("lintian"), reason="lintian is not installed")
+def test_lintian_has_nothing_to_say_that_is_not_justified(packages: dict[str, Path]) -> None:
+    words = ["lintian", "--allow-root", "--fail-on=error,warning", str(packages[".deb"])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "deploy/scripts").iterdir()))
