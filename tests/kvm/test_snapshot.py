@@ -262,6 +262,20 @@ def test_what_does_not_change_is_the_same_object(sources: tuple[ToldSource, Told
     assert one.vcpus is two.vcpus
 
 
+def test_a_vm_that_stands_still_has_the_same_reading_until_something_of_it_changes(tmp_path: Path) -> None:
+    whole = ToldSource("whole", finds_vms=True)
+    scene = Scene(whole, kvm_module=tmp_path / "kvm")
+    whole.answers = {KEY: VmCounters((0,), (PID,), {EXITS: (3,)})}
+    (one,), (two,) = scene.look().readings, scene.look().readings
+    assert one is two
+    (tmp_path / "kvm").mkdir()  # the host is read anew, and what it supports may be another thing
+    (three,) = scene.look().readings
+    assert (three is two, three) == (False, two)
+    whole.answers = {KEY: VmCounters((0,), (PID,), {EXITS: (4,)})}
+    (four,) = scene.look().readings
+    assert four.counters.per_vcpu == {EXITS: (4,)}
+
+
 def test_a_vm_whose_owner_is_not_known_yet_is_left_out_and_counted(sources: tuple[ToldSource, ToldSource]) -> None:
     scene = Scene(*sources)
     sources[0].answers = {KEY: count(1)}

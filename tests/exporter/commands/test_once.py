@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.commands.once import render_columns, render_json, render_table
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VmCounters
 from tests.snapshots import HIDDEN, make_reading, make_snapshot, make_unread
 
 
@@ -40,6 +42,14 @@ def test_no_name_can_drive_a_terminal() -> None:
 @given(st.lists(st.lists(st.text(), min_size=2, max_size=2), max_size=5))
 def test_columns_keep_one_line_a_row(rows: list[list[str]]) -> None:
     assert render_columns(("VM", "PID"), rows).count("\n") == len(rows) + 1
+
+
+def test_json_sums_what_was_read_of_every_vcpu_and_of_no_fewer() -> None:
+    whole = make_reading(notify=(3, 1))
+    summed = replace(whole, vcpus=(), counters=VmCounters(totals={EXITS: 9}))
+    snapshot = make_snapshot(whole, replace(whole, vcpu_count=3), summed)
+    totals = [vm["totals"] for vm in json.loads(render_json(snapshot))["vms"]]
+    assert totals == [{NOTIFY_WINDOW_EXITS: 4, EXITS: 2004}, {}, {EXITS: 9}]
 
 
 def test_json_says_null_for_what_is_not_known() -> None:

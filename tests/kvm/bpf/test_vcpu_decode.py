@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,6 +100,36 @@ def test_what_has_not_changed_is_the_same_object() -> None:
     changed = pack_identities((0, 501), (1, 777))
     look = assembler.assemble(HostBlocks(pack_vm(0xA, 0, 2), changed, ((2, 2), (0, 0))))[VmKey(100, 5, 9)]
     assert look.tids == (501, 777)
+
+
+def test_a_vm_that_stands_still_has_the_same_counters_whoever_comes_or_moves_beside_it() -> None:
+    assembler, still, other, new = VmAssembler(NAMES), VmKey(100, 5, 9), VmKey(200, 5, 9), VmKey(300, 5, 9)
+    identities = pack_identities((0, 501), (0, 601), (0, 701))
+    two = pack_vm(0xA, 0, 1) + pack_vm(0xB, 1, 1, tgid=200)
+    first = assembler.assemble(HostBlocks(two, identities[:16], ((10**9, 10), (10**6, 2))))
+    second = assembler.assemble(HostBlocks(two, identities[:16], ((10**9, 11), (10**6, 2))))
+    assert second[still] is first[still]
+    assert second[other].per_vcpu == {"exits": (11,), "notify_window_exits": (2,)}
+    assert second[other].per_vcpu["notify_window_exits"] is first[other].per_vcpu["notify_window_exits"]
+    # A third one is listed first, so that all numbers stand elsewhere.
+    three = pack_vm(0xC, 0, 1, tgid=300) + pack_vm(0xA, 1, 1) + pack_vm(0xB, 2, 1, tgid=200)
+    shifted = identities[16:] + identities[:16]
+    third = assembler.assemble(HostBlocks(three, shifted, ((7, 10**9, 12), (8, 10**6, 2))))
+    assert third[still] is first[still]
+    assert {key: counters.per_vcpu["exits"] for key, counters in third.items()} == {
+        new: (7,),
+        still: (10**9,),
+        other: (12,),
+    }
+
+
+@pytest.mark.parametrize("change", [{"notify": (4711, 1, 1)}, {"notify": (0, 0, 0)}, {"missing": 1}])
+def test_a_vm_whose_record_changes_has_new_counters(change: dict[str, Any]) -> None:
+    assembler, identities = VmAssembler(NAMES), pack_identities((0, 501))
+    (before,) = assembler.assemble(HostBlocks(pack_vm(0xA, 0, 1), identities, ((1,), (0,)))).values()
+    (after,) = assembler.assemble(HostBlocks(pack_vm(0xA, 0, 1, **change), identities, ((1,), (0,)))).values()
+    assert before != after
+    assert after.per_vcpu == before.per_vcpu
 
 
 def test_a_new_vm_in_old_memory_is_another_vm() -> None:

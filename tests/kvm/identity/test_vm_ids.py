@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,22 @@ def test_start_times_follow_a_step_of_the_clock() -> None:
     assert after.start_time_seconds is not None
     assert after.start_time_seconds - before.start_time_seconds == pytest.approx(3600.0, abs=5.0)
     assert (after.id, after.owner) == (before.id, before.owner)
+
+
+def test_vms_that_come_and_go_are_told_apart_from_those_that_stay() -> None:
+    owners = {OLD[:2]: Owner("qemu"), YOUNG[:2]: Owner("qemu")}
+    wanted: list[set[tuple[int, int]]] = []
+
+    def find_owners(tids: Mapping[tuple[int, int], int], _wait: float) -> Mapping[tuple[int, int], Owner]:
+        wanted.append(set(tids))
+        return {process: owners[process] for process in tids}
+
+    ids = VmIds(find_owners, ReadErrors(), Path("/proc"), Clock())
+    for keys in ([OLD], [OLD], [OLD, YOUNG], [OLD, YOUNG], [YOUNG], [YOUNG], []):
+        found = ids.identify(dict.fromkeys(keys, 1))
+        assert list(found) == keys
+        assert wanted[-1] == {key[:2] for key in keys}, "hung look-ups are given up on whether VMs come or not"
+    assert len(wanted) == 7
 
 
 @pytest.mark.parametrize(("uid", "is_hidden"), [(0, True), (os.getuid(), True), (64055, False), (None, False)])
