@@ -99,7 +99,7 @@ class IncreaseTracker:
         column = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
         if column is not None and len(column) == len(counters.vcpu_ids):
             complete = len(column) == reading.vcpu_count
-            if column != memory.column or counters.vcpu_ids != memory.vcpu_ids or complete != memory.complete:
+            if (column, counters.vcpu_ids, complete) != (memory.column, memory.vcpu_ids, memory.complete):
                 self._observe_vcpus(memory, dict(zip(counters.vcpu_ids, column, strict=True)), complete, now)
                 memory.vcpu_ids, memory.column = counters.vcpu_ids, column
         elif NOTIFY_WINDOW_EXITS in counters.totals:
