@@ -6,6 +6,10 @@ after the VM's end is a use after free. Linux kernel commit eed3013faa40 "KVM: G
 stats file descriptors" (in v6.5 and stable trees) brought ``kvm_vcpu_stats_release``: without that name in
 /proc/kallsyms this source refuses to work.
 
+So no fd is kept from one snapshot to the next, although that is what reading costs: of 5.3 us of CPU time a vCPU,
+borrowing and closing take 2.0, reading 1.0, the checks below 1.1, Python around them the rest (Linux 6.18, Python
+3.11). A plain C program borrows, reads, closes and prints in 2.0. io_uring cannot borrow fds.
+
 Only pread: a duplicate shares its file offset with the VMM.
 
 An fd number may hold another file by now, and a VMM that is not honest could put a forged one there. So a file is known

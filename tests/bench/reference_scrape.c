@@ -81,13 +81,13 @@ static void find_offsets(int fd, off_t *notify, off_t *exits)
 	struct kvm_stats_desc *desc;
 
 	if (pread(fd, &header, sizeof(header), 0) != sizeof(header))
-		exit(1);
+		return;
 	desc = malloc(sizeof(*desc) + header.name_size);
 	for (unsigned int i = 0; i < header.num_desc; i++) {
 		size_t size = sizeof(*desc) + header.name_size;
 
 		if (pread(fd, desc, size, header.desc_offset + i * size) != (ssize_t)size)
-			exit(1);
+			break;
 		if (!strcmp(desc->name, "notify_window_exits"))
 			*notify = header.data_offset + desc->offset;
 		if (!strcmp(desc->name, "exits"))
@@ -105,6 +105,7 @@ static size_t scrape(char *out)
 
 	for (size_t i = 0; i < count; i++) {
 		struct vcpu *v = &vcpus[i];
+		ssize_t length;
 		off_t low;
 		int fd;
 
@@ -120,9 +121,10 @@ static size_t scrape(char *out)
 		if (!notify)
 			find_offsets(fd, &notify, &exits);
 		low = notify < exits ? notify : exits;
-		if (pread(fd, block, llabs(notify - exits) + 8, low) < 16)
-			exit(1);
+		length = pread(fd, block, llabs(notify - exits) + 8, low);
 		close(fd);
+		if (length < 16)
+			continue; // the fd holds another file by now
 		used += sprintf(out + used, "kvm_vcpu_notify_window_exits_total{vcpu=\"%d\",vm=\"vmm-%d\"} %llu\n",
 				v->vcpu_id, pid, *(unsigned long long *)(block + notify - low));
 		used += sprintf(out + used, "kvm_vcpu_exits_total{vcpu=\"%d\",vm=\"vmm-%d\"} %llu\n", v->vcpu_id,
