@@ -287,9 +287,13 @@ class BpfObject:
     def run(self, name: str) -> None:
         """Run a program once, in this thread; raises OSError."""
         options = _TestRunOpts(sz=ctypes.sizeof(_TestRunOpts))
+        self.library.call("bpf_prog_test_run_opts", self.program_fd(name), ctypes.byref(options))
+
+    def program_fd(self, name: str) -> int:
+        """Return the fd of a loaded program; the object owns it."""
         if name not in self._program_fds:
             self._program_fds[name] = self.library.call("bpf_program__fd", self._find_program(name))
-        self.library.call("bpf_prog_test_run_opts", self._program_fds[name], ctypes.byref(options))
+        return self._program_fds[name]
 
     def attach(self, name: str) -> None:
         """Attach an fentry or fexit program; raises OSError."""

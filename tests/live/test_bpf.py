@@ -28,6 +28,7 @@ from kvm.host.throwaway_vm import ThrowawayVm
 from kvm.model import VmCounters, VmKey
 from tests.agents import ROOT
 from tests.live import OTHER_EXITS, GuestProcess, open_guest_process, strange_vmm
+from tests.verifier_bill import MOST, read_bill
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.live
@@ -490,3 +491,9 @@ def test_maps_keep_as_much_as_they_are_meant_to_however_many_cpus_set_entries_as
         assert fill_map(programs.map_fd(name), KEPT_VMS) == KEPT_VMS
     finally:
         programs.close()
+
+
+def test_the_verifier_has_little_to_do(tell: Callable[[str], None]) -> None:
+    bill = dict(read_bill())
+    tell(f"verified instructions on {os.uname().release}: {bill}")
+    assert max(bill.values()) <= MOST

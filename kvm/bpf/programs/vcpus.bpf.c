@@ -32,6 +32,18 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+__noinline int copy_statistics(__u64 statistics, __u32 at)
+{
+	for (int i = 0; i < MAX_STATISTICS && i < control.statistics; i++) {
+		__u64 *value = bpf_map_lookup_elem(&values, &at);
+
+		if (value)
+			*value = read_u64((void *)(statistics + control.stat_offsets[i]));
+		at += control.vcpu_capacity;
+	}
+	return 0;
+}
+
 static long read_one_vcpu(__u32 index, struct vcpu_walk *walk)
 {
 	struct kvm_vcpu *vcpu;
@@ -48,13 +60,7 @@ static long read_one_vcpu(__u32 index, struct vcpu_walk *walk)
 		return 0; /* userspace sees by control.vcpus that it needs more room */
 	identity->vcpu_id = BPF_CORE_READ(vcpu, vcpu_id);
 	identity->tid = read_tid(vcpu);
-	for (int i = 0; i < MAX_STATISTICS && i < control.statistics; i++) {
-		__u64 *value = bpf_map_lookup_elem(&values, &at);
-
-		if (value)
-			*value = read_u64(FIELD(vcpu, struct kvm_vcpu, stat) + control.stat_offsets[i]);
-		at += control.vcpu_capacity;
-	}
+	copy_statistics((__u64)FIELD(vcpu, struct kvm_vcpu, stat), at);
 	return 0;
 }
 
@@ -100,9 +106,9 @@ static __always_inline void read_vm(struct vm *vm, struct owner *owner)
 	__u64 files = read_files_of(owner);
 	__u32 first = control.vcpus, online;
 
-	if (!files || !is_listed(kvm) || (__u64)BPF_CORE_READ(kvm, mm) != vm->mm)
+	if (!files || !is_listed(vm->kvm) || (__u64)BPF_CORE_READ(kvm, mm) != vm->mm)
 		return;
-	owner->vm_fd = find_vm_fd((void *)files, vm->kvm, owner);
+	owner->vm_fd = find_vm_fd(files, vm->kvm, owner);
 	online = BPF_CORE_READ(kvm, online_vcpus.counter);
 	/* A VM that is being made is listed before its process has got the fd; and an exiting task gives up its files
 	 * before any is closed, so that what was not found in them proves nothing. */
@@ -113,7 +119,7 @@ static __always_inline void read_vm(struct vm *vm, struct owner *owner)
 		if (online && online <= MAX_VCPUS_OF_VM)
 			bpf_loop(online, read_one_vcpu, &walk, 0);
 		read_notify(kvm, &vm->notify_window, &vm->notify_vmexit_flags, &vm->has_notify);
-		if (!is_listed(kvm)) {
+		if (!is_listed(vm->kvm)) {
 			control.vcpus = first;
 			return;
 		}
@@ -310,6 +316,6 @@ int read_vcpu(void *ctx)
 	if (!vcpu.vcpu)
 		return 0;
 	read_state((void *)vcpu.vcpu, state);
-	control.found = is_listed(kvm);
+	control.found = is_listed((__u64)kvm);
 	return 0;
 }

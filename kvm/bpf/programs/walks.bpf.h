@@ -32,7 +32,7 @@ static __always_inline void read_notify(const struct kvm *kvm, __u32 *window, __
 }
 
 /* Our list node is the VM's as long as both neighbours say so; list_del() poisons the node's pointers. */
-static __always_inline bool is_listed(const void *kvm)
+__noinline int is_listed(__u64 kvm)
 {
 	struct list_head node = {};
 	unsigned long at = (unsigned long)FIELD(kvm, struct kvm, vm_list);
@@ -64,18 +64,22 @@ static __always_inline bool is_node(__u64 entry)
 	return (entry & 3) == 2 && entry > LOWEST_POINTER; /* xa_is_node() in include/linux/xarray.h */
 }
 
-/* Return the vCPU at walk->index, 0 if there is none; indexes are asked for in ascending order. */
-static __always_inline __u64 find_vcpu(struct vcpu_walk *walk)
-{
-	__u32 slots = bpf_core_field_size(struct xa_node, slots) / sizeof(void *); /* 64, or 16 on small kernels */
-	__u64 entry = walk->head;
+/* 64, or 16 on small kernels */
+#define SLOTS (bpf_core_field_size(struct xa_node, slots) / sizeof(void *))
 
+/* Return what stands at walk->index, from the top of the tree down; note the leaf.
+ *
+ * A function that is not static is verified once, and not in each of the states in which it is called: of those that
+ * are called in loops, the large ones are such. */
+__noinline __u64 descend(struct vcpu_walk *walk)
+{
+	__u64 entry;
+
+	if (!walk)
+		return 0;
+	entry = walk->head;
 	if (!is_node(entry))
 		return walk->index == 0 && !(entry & 3) ? entry : 0;
-	if (walk->leaf && (walk->index & (slots - 1))) {
-		entry = read_u64(FIELD(walk->leaf, struct xa_node, slots) + 8 * (walk->index & (slots - 1)));
-		return entry & 3 ? 0 : entry;
-	}
 	for (int depth = 0; depth < 4; depth++) {
 		__u64 node = entry - 2;
 		__u8 shift = 0;
@@ -83,7 +87,7 @@ static __always_inline __u64 find_vcpu(struct vcpu_walk *walk)
 		bpf_probe_read_kernel(&shift, sizeof(shift), FIELD(node, struct xa_node, shift));
 		if (shift > 30)
 			return 0;
-		entry = read_u64(FIELD(node, struct xa_node, slots) + 8 * ((walk->index >> shift) & (slots - 1)));
+		entry = read_u64(FIELD(node, struct xa_node, slots) + 8 * ((walk->index >> shift) & (SLOTS - 1)));
 		if (!shift) {
 			walk->leaf = node;
 			return entry & 3 ? 0 : entry;
@@ -94,6 +98,17 @@ static __always_inline __u64 find_vcpu(struct vcpu_walk *walk)
 	return 0;
 }
 
+/* Return the vCPU at walk->index, 0 if there is none; indexes are asked for in ascending order. */
+static __always_inline __u64 find_vcpu(struct vcpu_walk *walk)
+{
+	__u64 entry;
+
+	if (!walk->leaf || !(walk->index & (SLOTS - 1)))
+		return descend(walk);
+	entry = read_u64(FIELD(walk->leaf, struct xa_node, slots) + 8 * (walk->index & (SLOTS - 1)));
+	return entry & 3 ? 0 : entry;
+}
+
 /* ---- the fd of a VM ------------------------------------------------------------------------------------------------- */
 
 struct fd_walk {
@@ -102,7 +117,7 @@ struct fd_walk {
 	__s32 found;
 };
 
-static __always_inline bool is_vm_file(const struct file *file, __u64 kvm)
+__noinline int is_vm_file(__u64 file, __u64 kvm)
 {
 	return file && read_u64(FIELD(file, struct file, f_op)) == control.vm_fops &&
 	       read_u64(FIELD(file, struct file, private_data)) == kvm;
@@ -110,7 +125,7 @@ static __always_inline bool is_vm_file(const struct file *file, __u64 kvm)
 
 static long find_in_chunk(__u32 index, struct fd_walk *walk)
 {
-	struct file *files[CHUNK];
+	__u64 files[CHUNK];
 	__u32 base = index * CHUNK;
 
 	if (bpf_probe_read_kernel(files, sizeof(files), (void *)(walk->fds + 8 * (__u64)base)))
@@ -128,16 +143,19 @@ static long find_in_chunk(__u32 index, struct fd_walk *walk)
  *
  * What is known of it is looked at first. A VM whose file its process has closed would cost a search of all its fds in
  * each look, and a process can have many: that is searched for again after SEARCH_ROUNDS only. */
-static __always_inline __s32 find_vm_fd(const struct files_struct *files, __u64 kvm, struct owner *owner)
+__noinline int find_vm_fd(__u64 files, __u64 kvm, struct owner *owner)
 {
-	struct fdtable *table = BPF_CORE_READ(files, fdt);
-	__s32 known = owner->vm_fd;
+	struct fdtable *table = (void *)read_u64(FIELD(files, struct files_struct, fdt));
 	struct fd_walk walk = { .kvm = kvm, .found = -1 };
+	__s32 known;
 
+	if (!owner)
+		return -1;
+	known = owner->vm_fd;
 	walk.fds = (__u64)BPF_CORE_READ(table, fd);
 	walk.max_fds = BPF_CORE_READ(table, max_fds);
 	if (known >= 0 && known < walk.max_fds &&
-	    is_vm_file((void *)read_u64((void *)(walk.fds + 8 * (__u64)known)), kvm))
+	    is_vm_file(read_u64((void *)(walk.fds + 8 * (__u64)known)), kvm))
 		return known;
 	if (known < 0 && owner->searched && control.round - owner->searched < SEARCH_ROUNDS)
 		return -1;

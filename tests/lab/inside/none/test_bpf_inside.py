@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +14,7 @@ from kvm.counters.bpf import BpfSource
 from kvm.model import VmKey
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
+from tests.verifier_bill import MOST, read_bill
 
 RUN = "kvm_arch_vcpu_ioctl_run"
 KVM_EXIT_IO, KVM_EXIT_IO_OUT = 2, 1
@@ -68,6 +69,12 @@ def test_registers_are_those_that_the_guest_ended_with(source: BpfSource, guest:
         assert state.state_protected is False
         assert state.vm_type in (0, None)  # None before Linux 6.8
         assert {name: v[0] for name, v in state.statistics.items()} == read_vcpu_statistics(guest, vcpu)
+
+
+def test_the_verifier_has_little_to_do(tell: Callable[[str], None]) -> None:
+    bill = dict(read_bill(RUN))
+    tell(f"verified instructions: {bill}")
+    assert max(bill.values()) <= MOST
 
 
 @pytest.mark.usefixtures("injector")
