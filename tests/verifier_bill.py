@@ -8,8 +8,9 @@ from contextlib import closing
 from pathlib import Path
 
 from kvm.bpf import notify_trigger, vcpu_programs
+from kvm.bpf.bpf_object import BpfObject
 from kvm.bpf.btf import read_types
-from kvm.bpf.libbpf import BpfObject, open_library
+from kvm.bpf.libbpf import open_library
 
 # A quarter of a second on a real core.
 MOST = 30_000

@@ -37,7 +37,7 @@ class Fingerprint:
     registers: Mapping[str, int]
 
     def find_differences(self, counters: VmCounters | None) -> Iterator[str]:
-        """Yield what a snapshot of the host reads otherwise, of the VM's statistics ``counter`` alone."""
+        """Yield what a snapshot reads otherwise, of the VM's statistics ``counter`` alone."""
         if counters is None or len(counters.vcpu_ids) != 1:
             yield "it is not found among the vCPUs of its VM"
             return

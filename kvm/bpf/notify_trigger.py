@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvm import abi
+from kvm.bpf.bpf_object import BpfObject, RingBuffer
 from kvm.bpf.btf import read_types
-from kvm.bpf.libbpf import LIBRARY, BpfObject, Library, RingBuffer, open_library
+from kvm.bpf.libbpf import LIBRARY, Library, open_library
 from kvm.bpf.refusals import check_own_pid, explain
 from kvm.errors import MalformedData, SourceUnavailable
 

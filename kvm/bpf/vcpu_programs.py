@@ -12,7 +12,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvm.bpf.libbpf import BpfObject, Library, read_iterator
+from kvm.bpf.bpf_object import BpfObject, read_iterator
+from kvm.bpf.libbpf import Library
 from kvm.bpf.vcpu_decode import IDENTITY, STATE_RECORD, VM_RECORD, HostBlocks, decode_files
 from kvm.errors import MalformedData
 

@@ -34,16 +34,14 @@ from kvm.bpf.btf import read_types
 from kvm.bpf.fingerprint import refuse_layout, refuse_own_vcpu, take_fingerprint
 from kvm.bpf.libbpf import LIBRARY, Library, open_library
 from kvm.bpf.refusals import check_own_pid, explain
+from kvm.bpf.unowned_vms import UnownedVms
 from kvm.bpf.vcpu_decode import (
     HostBlocks,
     VmAssembler,
     decode_state,
-    find_all,
     find_owner,
-    find_unowned,
     has_gaps,
     join_blocks,
-    keep_vms,
 )
 from kvm.bpf.vcpu_programs import (
     ALL,
@@ -70,8 +68,6 @@ FIRST_CAPACITY = 16_384
 LIST_TRIES = 50
 RETRY_SECONDS = 300.0
 FILES_TRIES = 3
-# A process that ends has no memory any more some time before its VMs are gone.
-ENDING_SECONDS = 1.0
 
 
 class BpfSource:
@@ -110,8 +106,7 @@ class BpfSource:
         self._described: dict[str, Statistic] = {}
         self._types: bytes | None = None
         self._marks = (-1, -1)
-        self._unowned: dict[int, float] = {}
-        self._unheld: set[int] = set()
+        self._unowned = UnownedVms()
         self._clock = clock
         self._opened_at = 0.0
         self._has_read = False
@@ -248,7 +243,7 @@ class BpfSource:
                     self.method = "list"
                 else:
                     self.method_reason = "KVM's list of VMs does not lead to a VM of our own"
-            self._unowned, self._unheld = {}, set()
+            self._unowned = UnownedVms()
             if vm is not None:
                 self._check_layout(vm, learnt)
         self._choose_statistics(self._loaded())
@@ -352,7 +347,9 @@ class BpfSource:
             return self._assembler.assemble(self._read_files(programs))
         except RoomNeeded as needed:
             return self._read(self._grow(programs, needed.vcpus))
-        return self._assembler.assemble(self._add_unowned(programs, blocks))
+        if asked := self._unowned.choose(blocks.vms, self._clock()):
+            blocks = join_blocks(blocks, self._unowned.take(asked, self._read_files(programs)))
+        return self._assembler.assemble(blocks)
 
     def _read_files(self, programs: VcpuPrograms) -> HostBlocks:
         """Read by open files; again if a process was closing its files meanwhile."""
@@ -361,22 +358,6 @@ class BpfSource:
             if not has_gaps(blocks.vms):
                 return blocks
         return programs.read_files()
-
-    def _add_unowned(self, programs: VcpuPrograms, blocks: HostBlocks) -> HostBlocks:
-        """Add the VMs whose own process has ended while another holds their files.
-
-        Most VMs without a process are just ending. So the files of the host are scanned only for those that have
-        been so for a while, and no more for those that nobody holds.
-        """
-        now = self._clock()
-        self._unowned = {kvm: self._unowned.get(kvm, now) for kvm in find_unowned(blocks.vms)}
-        self._unheld &= self._unowned.keys()
-        asked = {kvm for kvm, since in self._unowned.items() if now - since >= ENDING_SECONDS} - self._unheld
-        if not asked:
-            return blocks
-        held = keep_vms(self._read_files(programs), asked)
-        self._unheld |= asked - find_all(held.vms)
-        return join_blocks(blocks, held)
 
     def _grow(self, programs: VcpuPrograms, vcpus: int) -> VcpuPrograms:
         """Load the programs again with more room, and let them take over what these have learnt."""

@@ -20,7 +20,8 @@ import pytest
 
 from kvm import syscalls
 from kvm.binary_stats import decode_header
-from kvm.bpf.libbpf import BpfObject, open_library
+from kvm.bpf.bpf_object import BpfObject
+from kvm.bpf.libbpf import open_library
 from kvm.bpf.vcpu_programs import KEPT_VMS, OBJECT, VcpuPrograms
 from kvm.counters.bpf import BpfSource
 from kvm.errors import SourceUnavailable

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvm.bpf import vcpu_programs
-from kvm.bpf.libbpf import BpfObject, Library, open_library
+from kvm.bpf.bpf_object import BpfObject
+from kvm.bpf.libbpf import Library, open_library
 from kvm.errors import SourceUnavailable
 
 
