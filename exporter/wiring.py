@@ -13,6 +13,7 @@ from pathlib import Path
 
 from exporter.build_info import BuildInfo, read_version
 from exporter.flags import choose_collectors
+from exporter.monitor.agent_usage import read_agent_usage
 from exporter.monitor.backends import Backends, Trigger
 from exporter.monitor.cpu_time import read_cpu_time
 from exporter.monitor.stall_monitor import StallMonitor
@@ -58,6 +59,7 @@ def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, bp
         open_pidfd=open_vm_process,
         is_thread=is_thread_of,
         read_cpu_time=read_cpu_time,
+        read_agent_usage=read_agent_usage,
         may_run_tds=partial(may_run_tds, SYSFS),
         make_trigger=make_trigger if arguments.trigger_bpf else None,
     )
@@ -71,6 +73,7 @@ def open_simulated_monitor(arguments: argparse.Namespace, reader: SnapshotReader
         tracer=SimulatedTracer(host),
         read_vcpu=make_vcpu_reader(host.read_vcpu),
         read_cpu_time=host.read_cpu_time,
+        read_agent_usage=read_agent_usage,
     )
     return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.stalls.verdicts import State, VcpuReport, Verdict
+from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, State, VcpuReport, Verdict
 from kvm.model import Owner, Vcpu, Vm, VmKey
 
 RIP = 0xFFFFFFFF81012345
+
+
+USAGE = AgentUsage(9, dict.fromkeys(THREAD_KINDS, 1.5), 100, 7)
 
 
 def make_vm(name: str = "web", pid: int = 4242) -> Vm:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+from exporter.stalls.verdicts import AgentUsage
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.model import NotifyExit, SnapshotReader, VmKey
 
@@ -45,7 +46,7 @@ class Backends:
     returns None if it is gone; it raises SourceUnavailable. ``open_pidfd`` opens a pidfd of a VM's process and raises
     VmGone. ``is_thread`` tells whether a thread belongs to a process, ``read_cpu_time`` how many seconds it has run,
     ``may_run_tds`` whether a vCPU of which nothing can be read may be a TD's. ``make_trigger`` makes a trigger that
-    hands its calls to the given function.
+    hands its calls to the given function. ``read_agent_usage`` reads what the agent itself uses.
     """
 
     reader: SnapshotReader
@@ -56,6 +57,7 @@ class Backends:
     read_cpu_time: Callable[[int, int], float | None] | None = None
     may_run_tds: Callable[[], bool] = bool  # no
     make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None
+    read_agent_usage: Callable[[], AgentUsage | None] | None = None
 
 
 T = TypeVar("T")

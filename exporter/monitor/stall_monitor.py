@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from exporter.monitor.agent_usage import USAGE_SECONDS
 from exporter.monitor.attempts import Attempts
 from exporter.monitor.backends import Backends, PollMode, Reading, Run
 from exporter.monitor.context_losses import ContextLosses, Thread
@@ -40,7 +41,7 @@ from exporter.monitor.vcpu_reader import VcpuReader
 from exporter.monitor.workers import Workers
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.stall_log import StallLog
-from exporter.stalls.verdicts import MonitorReport, StallRule, State, VcpuReport, Verdict
+from exporter.stalls.verdicts import AgentUsage, MonitorReport, StallRule, State, VcpuReport, Verdict
 from kvm.bpf.notify_trigger import NotifyCall
 from kvm.model import Vcpu, VcpuKey, VmKey, VmReading
 
@@ -70,6 +71,8 @@ class StallMonitor:
         """``run`` runs what waits for the kernel; by default in worker threads of the monitor's own."""
         self._reader, self._rule, self._unix = backends.reader, rule, unix
         self._read_cpu_time = backends.read_cpu_time
+        self._read_usage, self._usage_at = backends.read_agent_usage, -_NEVER
+        self._usage: AgentUsage | None = None
         self._clock: Callable[[], float] = time.monotonic
         self._workers: Workers | None = None
         if run is None:
@@ -134,6 +137,7 @@ class StallMonitor:
             warnings_suppressed=self._stall_log.suppressed,
             interval_min_seconds=dict(scheduler.intervals),
             context_invalid=self._trigger.read_context_invalid(),
+            agent_usage=self._usage,
         )
 
     async def start_drill(self, name: str) -> VcpuReport:
@@ -163,6 +167,9 @@ class StallMonitor:
             await self._attempts.take(self._poll)
         elif self._reads_singly and self._clock() >= self._read_at + TRACK_SECONDS:
             await self._attempts.take(self._read_singly)
+        if self._read_usage is not None and self._clock() >= self._usage_at:
+            self._usage_at = self._clock() + USAGE_SECONDS
+            self._usage = await self._run(self._read_usage)
         await self._attempts.take(self._settle)
 
     async def _rest(self) -> None:
@@ -171,6 +178,8 @@ class StallMonitor:
         due = [self._find_poll_time(), self._scheduler.cool_at, self._tracked.gone_at, self._drills.ends_at]
         if self._scheduler.problem or self._single.left_out or not self._trigger.attached:
             due.append(self._retry_at)
+        if self._read_usage is not None:
+            due.append(self._usage_at)
         if self._reads_singly:
             due.append(self._read_at + TRACK_SECONDS)
         if self._stall_log.busy or self._losses.waiting:

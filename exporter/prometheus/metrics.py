@@ -239,6 +239,24 @@ WARNINGS_SUPPRESSED = Metric(
     MetricType.COUNTER,
     "Stalls of vCPUs that were not logged at once, so that no guest can fill the log.",
 )
+THREADS = Metric(
+    "kvm_exporter_threads",
+    MetricType.GAUGE,
+    "Number of threads of the agent, read every 15 s.",
+)
+THREAD_CPU = Metric(
+    "kvm_exporter_thread_cpu_seconds_total",
+    MetricType.COUNTER,
+    "CPU time, user and system, of the agent's threads by kind: the event loop (main), and its pools of workers.",
+    ("thread",),
+    "seconds",
+)
+CONTEXT_SWITCHES = Metric(
+    "kvm_exporter_context_switches_total",
+    MetricType.COUNTER,
+    "Context switches of the agent: voluntary ones wait for something, involuntary ones were forced on it.",
+    ("kind",),
+)
 COMPLETE = Metric(
     "kvm_exporter_complete",
     MetricType.GAUGE,
@@ -328,6 +346,9 @@ METRICS: tuple[Metric, ...] = (
     TRACE_BUDGET_EXHAUSTED,
     WARNINGS,
     WARNINGS_SUPPRESSED,
+    THREADS,
+    THREAD_CPU,
+    CONTEXT_SWITCHES,
     SCRAPE_DURATION,
     SCRAPE_SUCCESS,
     BUILD_INFO,

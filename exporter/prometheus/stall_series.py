@@ -12,7 +12,7 @@ from typing import Final
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family, render_sample
 from exporter.prometheus.metrics import Metric
-from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
+from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VcpuReport
 from kvm.model import NOTIFY_WINDOW_EXITS, Vcpu, VmKey, VmReading
 
 _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
@@ -95,6 +95,8 @@ class StallSeries:
             family = Family(metric)
             family.add((), getattr(self._report, name))
             families.append(family)
+        if self._report.agent_usage is not None:
+            families += _build_usage_families(self._report.agent_usage)
         return families
 
     def _judge(self, vcpu: Vcpu, found: VcpuReport | None, drill: VcpuReport | None, has_notified: bool) -> bool | None:
@@ -114,6 +116,16 @@ class StallSeries:
         is_alone = self._vms[key[:2]] <= 1
         counts = self._invalid.get(key[:2], {}).items()
         return sum(n for (tid, vcpu_id), n in counts if vcpu_id == vcpu.vcpu_id and (is_alone or tid == vcpu.tid))
+
+
+def _build_usage_families(usage: AgentUsage) -> list[Family]:
+    threads, cpu, switches = Family(metrics.THREADS), Family(metrics.THREAD_CPU), Family(metrics.CONTEXT_SWITCHES)
+    threads.add((), usage.threads)
+    for kind in THREAD_KINDS:
+        cpu.add((kind,), usage.cpu_seconds[kind])
+    switches.add(("involuntary",), usage.involuntary_switches)
+    switches.add(("voluntary",), usage.voluntary_switches)
+    return [threads, cpu, switches]
 
 
 def _render_traces(reading: VmReading, found: Mapping[int, VcpuReport]) -> Iterator[tuple[Metric, str]]:

@@ -84,6 +84,23 @@ class VcpuReport:
     drill: bool = False
 
 
+# Kinds of the agent's threads: the event loop, and its pools of workers.
+THREAD_KINDS: Final = ("main", "monitor", "scrape", "status", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentUsage:
+    """What the agent itself uses: threads now, and CPU seconds by kind of thread and context switches since start.
+
+    A kind's CPU seconds are those of threads that still run: the pools keep theirs for the agent's life.
+    """
+
+    threads: int
+    cpu_seconds: Mapping[str, float]
+    voluntary_switches: int
+    involuntary_switches: int
+
+
 @dataclass(frozen=True, slots=True)
 class MonitorReport:
     """What the stall monitor has found, and how it works.
@@ -93,7 +110,7 @@ class MonitorReport:
     none can happen; ``trigger_problem`` is why no BPF trigger is attached ("" where one is, or where none is wanted),
     ``trigger_missed`` how often a counter had moved of which the trigger told nothing.
     ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
-    tid and vcpu_id, None where nothing counts it.
+    tid and vcpu_id, None where nothing counts it; ``agent_usage`` is None until it has been read.
     """
 
     vcpus: tuple[VcpuReport, ...] = ()
@@ -111,6 +128,7 @@ class MonitorReport:
     warnings_suppressed: int = 0
     interval_min_seconds: Mapping[int, float] = field(default_factory=dict)
     context_invalid: Mapping[tuple[int, int, int, int], int] | None = None
+    agent_usage: AgentUsage | None = None
 
 
 # Intel SDM volume 3, table 6-1

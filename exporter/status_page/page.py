@@ -27,6 +27,7 @@ from exporter.status_page.text import (
     count_things,
     describe_age,
     describe_drills,
+    describe_usage,
     describe_watch,
     make_headline,
 )
@@ -211,8 +212,10 @@ def _render_host(view: StatusView) -> str:
         "KVM": _render_text(describe_kvm(host)),
         "Notify exits": _render_text(_describe_support(host)),
         "Lockdown": _render_text(describe_lockdown(host)),
-        "Watch": escape(describe_watch(view)[1]),
+        "Stalls": escape(describe_watch(view)[1]),
     }
+    if view.report is not None and view.report.agent_usage is not None:
+        facts["Agent"] = escape(describe_usage(view.report.agent_usage))
     if not view.snapshot.complete:
         facts["Beware"] = _render_text(f"There may be VMs that are not listed: {describe_blind_spots(view.snapshot)}.")
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())

@@ -11,7 +11,7 @@ from heapq import nsmallest
 from typing import Final
 
 from exporter.host_summary import has_counters
-from exporter.stalls.verdicts import State, name_vector
+from exporter.stalls.verdicts import AgentUsage, State, name_vector
 from exporter.status_page.view import SHOWN_NAMES, Row, StatusView
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection
 
@@ -182,6 +182,16 @@ def describe_watch(view: StatusView) -> tuple[str, str]:
         why = clean_name(report.trigger_problem, MAX_REASON) or "none is asked for"
         return period, f"Counters that can move are polled {period}, for want of a BPF trigger: {why}."
     return "nothing", "No VM of this host can take notify exits."
+
+
+def describe_usage(usage: AgentUsage) -> str:
+    """Say what the agent itself uses."""
+    seconds = sum(usage.cpu_seconds.values())
+    busiest = max(usage.cpu_seconds, key=lambda kind: usage.cpu_seconds[kind])
+    return (
+        f"{count_things(usage.threads, 'thread')}; {seconds:.1f} s of CPU time since it started, most of it in "
+        f"{busiest}; {usage.involuntary_switches:,} times it was made to wait for a CPU."
+    )
 
 
 def describe_age(view: StatusView) -> str:

@@ -76,7 +76,7 @@ def make_agent_row() -> Row:
             make_graph(
                 35,
                 "Duration of a scrape",
-                "By part; the collector look is the reading of the host, before the others.",
+                "By part; the collector snapshot is the reading of the host, before the others.",
                 [Query(f"max by ({HOST_KEYS}, collector) ({select(m.SCRAPE_DURATION)})", "{{instance}} {{collector}}")],
                 unit="s",
                 lines=5,
@@ -89,13 +89,33 @@ def make_agent_row() -> Row:
                 [Query(f"max by ({HOST_KEYS}) ({select(m.POLL_PERIOD)})", "{{instance}}")],
                 unit="s",
             ),
+            make_graph(
+                391,
+                "CPU time of the agent",
+                "By kind of thread: its event loop (main) and its pools of workers. 1 is one CPU, all the time.",
+                [Query(f"max by ({HOST_KEYS}, thread) ({rate(m.THREAD_CPU)})", "{{instance}} {{thread}}")],
+                unit="none",
+                lines=5,
+                stacked=True,
+            ),
+            make_graph(
+                392,
+                "Threads and context switches of the agent",
+                "Switches per second. Many involuntary ones: the host has no CPU to spare for its agent.",
+                [
+                    Query(f"max by ({HOST_KEYS}) ({select(m.THREADS)})", "threads {{instance}}"),
+                    Query(f"max by ({HOST_KEYS}, kind) ({rate(m.CONTEXT_SWITCHES)})", "{{kind}} {{instance}}"),
+                ],
+                unit="none",
+                lines=5,
+            ),
         ],
         collapsed=True,
     )
 
 
 def make_tracing_row() -> Row:
-    """Return the row about looks at vCPUs and what was said of them."""
+    """Return the row about trace sessions, and what was logged of them."""
     return Row(
         40,
         "Tracing and warnings",

@@ -31,7 +31,7 @@ from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport
 from kvm.simulated.host import SimulatedHost
 from tests.documents import ALL_DOCUMENTS, DOCS, find_anchors, find_blocks, find_blocks_anywhere, find_table
 from tests.grafana.promql import TARGET_LABELS, find_joins, find_labels, find_selectors, walk
-from tests.reports import make_report
+from tests.reports import USAGE, make_report
 
 ROOT: Final = Path(__file__).parents[2]
 DIRECTORY: Final = ROOT / "grafana" / "alerts"
@@ -637,16 +637,18 @@ def find_notified(snapshot: Snapshot) -> list[VcpuReport]:
 
 @pytest.mark.parametrize(("mode", "of_vcpu", "of_notified"), [("all", 2, 5), ("active", 0, 7), ("none", 0, 2)])
 def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Callable[[str], None]) -> None:
-    """What the arithmetic of docs/fleet.md says: 13 of the host, 25 of the agent, 10 a VM, and those of vCPUs."""
+    """What the arithmetic of docs/fleet.md says: 13 of the host, 33 of the agent, 10 a VM, and those of vCPUs."""
     row = find_series_row(mode)
-    assert row[0] == " + ".join(["54", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
-    healthy = 54 + 10 * 50 + of_vcpu * 50 * 8
+    assert row[0] == " + ".join(["62", "10 V", *([f"{of_vcpu} C"] if of_vcpu else []), f"{of_notified} N"])
+    healthy = 62 + 10 * 50 + of_vcpu * 50 * 8
     assert row[1:] == [f"{healthy:,}", f"{round(20_000 * healthy / 1e6)} million"]
     vms, vcpus = 48, 8
     reports: list[VcpuReport] = []
 
     def read_report() -> MonitorReport:
-        return MonitorReport(vcpus=tuple(reports), interval_min_seconds={0: 0.001}, context_invalid={})
+        return MonitorReport(
+            vcpus=tuple(reports), interval_min_seconds={0: 0.001}, context_invalid={}, agent_usage=USAGE
+        )
 
     host = HostOfArmedVms(vms, vcpus, iter([0.0, 1.0, 100.0, 101.0]))
     settings = CollectorSettings(vcpu_series=VcpuSeries(mode))
@@ -661,7 +663,7 @@ def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Ca
     assert stalled == notified
     claims = sum(line.startswith("kvm_vm_claimed_info{") for line in series)  # of VMs for which nobody vouches
     assert claims == vms // 3
-    assert len(series) == claims + 13 + 25 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified + stalled
+    assert len(series) == claims + 13 + 33 + 10 * vms + of_vcpu * vms * vcpus + of_notified * notified + stalled
     tell(f"--vcpu-series={mode}: {len(series)} series of {vms} VMs, {vms * vcpus} vCPUs, {notified} with notify exits")
 
 

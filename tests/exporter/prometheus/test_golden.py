@@ -21,6 +21,7 @@ GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "demo.prom"
 VARIES = re.compile(
     r"^(kvm_(?:vcpu_\w+|vm_notify_window_exits_total|vm_start_time_seconds|host_notify_\w+_total"
     r"|host_notify_interval_min_seconds|exporter_scrape_collector_duration_seconds|exporter_trace\w+"
+    r"|exporter_thread\w+|exporter_context_switches_total"
     r"|exporter_snapshot_timestamp_seconds"
     r"|exporter_warnings\w+|exporter_poll_period_seconds|host_vcpus_no_forward_progress)(?:\{.*\})?) \S+$",
     re.MULTILINE,

@@ -19,7 +19,7 @@ from exporter.prometheus.metrics import METRICS, Metric, MetricType, order_label
 from exporter.stalls.verdicts import MonitorReport
 from kvm.model import BlindSpot, Snapshot
 from kvm.simulated.host import SimulatedHost
-from tests.reports import make_report
+from tests.reports import USAGE, make_report
 
 # promtool's own lists (client_golang, prometheus/testutil/promlint).
 NOT_BASE_UNITS = {"milliseconds", "microseconds", "nanoseconds", "minutes", "hours", "days", "weeks", "kelvin", "bits"}
@@ -106,7 +106,7 @@ def make_watch_report() -> MonitorReport:
     """What the stall monitor might say of the simulated host, with something of everything."""
     reading = next(r for r in SimulatedHost().read().readings if r.vm.owner.name == "batch-1")
     report = replace(make_report(vm=reading.vm), vcpu=reading.vcpus[0])
-    return MonitorReport(vcpus=(report,), interval_min_seconds={128_000: 0.025}, context_invalid={})
+    return MonitorReport(vcpus=(report,), interval_min_seconds={128_000: 0.025}, context_invalid={}, agent_usage=USAGE)
 
 
 def collect_families(*blind_spots: BlindSpot) -> dict[str, prometheus_client.Metric]:

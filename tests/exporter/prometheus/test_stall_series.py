@@ -13,9 +13,9 @@ from exporter.build_info import BuildInfo
 from exporter.prometheus.collector import CollectorSettings, HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.vm_series import VcpuSeries
-from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
+from exporter.stalls.verdicts import THREAD_KINDS, MonitorReport, State, VcpuReport
 from kvm.model import Snapshot, VmReading
-from tests.reports import make_report
+from tests.reports import USAGE, make_report
 from tests.snapshots import make_reading, make_snapshot
 
 NO_PROGRESS = "kvm_vcpu_no_forward_progress"
@@ -108,7 +108,7 @@ def test_where_rips_cannot_be_had_nothing_is_said() -> None:
     assert pick(collect(hidden, reading), NO_PROGRESS) == {"1": 0.0}
 
 
-def test_without_a_watch_there_is_none_of_it() -> None:
+def test_without_a_monitor_there_is_none_of_it() -> None:
     names = {name for name, _ in collect(None, make_reading(notify=(3, 1)))}
     assert not {name for name in names if "progress" in name or "trace" in name or "warnings" in name or "poll" in name}
 
@@ -166,7 +166,7 @@ def test_a_drill_is_1_without_hiding_what_is_real() -> None:
     assert pick(blind, NO_PROGRESS) == {"0": 1.0}
 
 
-def test_figures_of_the_watch() -> None:
+def test_figures_of_the_monitor() -> None:
     watch = MonitorReport(
         poll_period_seconds=1.5,
         trigger_missed=9,
@@ -178,6 +178,7 @@ def test_figures_of_the_watch() -> None:
         warnings=7,
         warnings_suppressed=8,
         interval_min_seconds={0: 0.001, 128_000: 0.025},
+        agent_usage=USAGE,
     )
     series = collect(watch, make_reading())
     values = {
@@ -190,9 +191,13 @@ def test_figures_of_the_watch() -> None:
         "trace_budget_exhausted_total": 6,
         "warnings_total": 7,
         "warnings_suppressed_total": 8,
+        "threads": 9,
     }
     for name, value in values.items():
         assert pick(series, f"kvm_exporter_{name}") == {"": value}
+    switches, cpu = "kvm_exporter_context_switches_total", "kvm_exporter_thread_cpu_seconds_total"
+    assert series[switches, frozenset({("kind", "involuntary")})] == 7
+    assert {dict(labels)["thread"] for name, labels in series if name == cpu} == set(THREAD_KINDS)
     name = "kvm_host_notify_interval_min_seconds"
     assert series[name, frozenset({("window_cycles", "0")})] == 0.001
     assert series[name, frozenset({("window_cycles", "128000")})] == 0.025
