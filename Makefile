@@ -12,7 +12,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm man-db lintian
 
-.PHONY: run demo test unit lab bench bpf kernel dist packages clean test-packages run-packages
+.PHONY: run demo test unit lab bench bpf kernel dist packages deploy-test clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
@@ -40,6 +40,10 @@ kernel: $(VENV)/.installed-dev test-packages
 
 bpf: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.build_bpf
+
+# The packages on Debian 12 and 13 (some 10 minutes at first), and the manifests as kubectl renders them.
+deploy-test: $(VENV)/.installed-dev test-packages
+	DEPLOY_TESTS=1 $(BIN)/python -m pytest -m deploy tests/deploy
 
 # Wheel and sdist, in dist/.
 dist: $(VENV)/.installed-dev

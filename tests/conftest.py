@@ -37,10 +37,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/live/" in item.nodeid:
             item.add_marker(pytest.mark.live)
+    if os.environ.get("DEPLOY_TESTS") != "1":
+        left_out = [item for item in items if item.get_closest_marker("deploy")]
+        items[:] = [item for item in items if not item.get_closest_marker("deploy")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,6 +20,7 @@ from tests.live import open_guest_process
 from tests.waiting import wait_until
 
 pytestmark = [
+    pytest.mark.deploy,
     pytest.mark.slow,
     pytest.mark.live,
     pytest.mark.skipif(os.geteuid() != 0, reason="making a Debian takes root"),

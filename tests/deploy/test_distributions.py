@@ -57,6 +57,7 @@ def test_the_bounds_are_debians_oldest() -> None:
     }
 
 
+@pytest.mark.deploy
 @pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_with_debians_libraries(

@@ -54,6 +54,7 @@ def find_pod(manifests: list[Manifest]) -> Manifest:
     return pod
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize("version", VERSIONS)
 def test_kubernetes_accepts_them(version: str, manifests: list[Manifest]) -> None:
     native = [manifest for manifest in manifests if manifest["kind"] not in OPERATORS]
@@ -62,6 +63,7 @@ def test_kubernetes_accepts_them(version: str, manifests: list[Manifest]) -> Non
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
+@pytest.mark.deploy
 def test_a_field_that_kubernetes_does_not_know_is_noticed(manifests: list[Manifest]) -> None:
     (daemon_set,) = json.loads(json.dumps(find_kind(manifests, "DaemonSet")))
     daemon_set["spec"]["template"]["spec"]["hostPid"] = True
@@ -84,6 +86,7 @@ def judge(python: Path, manifests: list[Manifest]) -> list[str]:
     return said
 
 
+@pytest.mark.deploy
 @pytest.mark.slow
 def test_the_operator_accepts_them(manifests: list[Manifest], operator_python: Path) -> None:
     found = [manifest for manifest in manifests if manifest["kind"] in OPERATORS]
@@ -98,8 +101,12 @@ def test_the_operator_accepts_them(manifests: list[Manifest], operator_python: P
     assert any("selector" in said for said in judge(operator_python, [monitor]))
 
 
-def test_the_rules_are_those_of_grafana(manifests: list[Manifest]) -> None:
+def test_the_rules_are_made_anew() -> None:
     assert TARGET.read_text() == render_rules(), "run: python -m deploy.rules"
+
+
+@pytest.mark.deploy
+def test_the_rules_are_those_of_grafana(manifests: list[Manifest]) -> None:
     files = {
         path.name.removesuffix(".rules.yml"): yaml.safe_load(path.read_text()) for path in ALERTS.glob("*.rules.yml")
     }
@@ -107,6 +114,7 @@ def test_the_rules_are_those_of_grafana(manifests: list[Manifest]) -> None:
     assert {rule["metadata"]["name"]: rule["spec"] for rule in find_kind(manifests, "PrometheusRule")} == files
 
 
+@pytest.mark.deploy
 def test_the_dashboards_are_those_of_grafana(manifests: list[Manifest]) -> None:
     maps = find_kind(manifests, "ConfigMap")
     assert {name: text for found in maps for name, text in found["data"].items()} == {
@@ -115,6 +123,7 @@ def test_the_dashboards_are_those_of_grafana(manifests: list[Manifest]) -> None:
     assert {found["metadata"]["labels"]["grafana_dashboard"] for found in maps} == {"1"}
 
 
+@pytest.mark.deploy
 def test_the_agent_has_the_capabilities_of_the_unit_and_no_others(overlay: str, manifests: list[Manifest]) -> None:
     (container,) = find_pod(manifests)["containers"]
     capabilities = container["securityContext"]["capabilities"]
@@ -132,6 +141,7 @@ def test_the_capabilities_are_those_of_the_features() -> None:
     assert needed == set(read_values(NO_ADMIN, "CapabilityBoundingSet"))
 
 
+@pytest.mark.deploy
 def test_the_pod_sees_the_host_and_changes_nothing(manifests: list[Manifest]) -> None:
     pod = find_pod(manifests)
     (container,) = pod["containers"]
@@ -144,6 +154,7 @@ def test_the_pod_sees_the_host_and_changes_nothing(manifests: list[Manifest]) ->
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
+@pytest.mark.deploy
 def test_flags_ports_and_paths_are_the_programs(manifests: list[Manifest]) -> None:
     (container,) = find_pod(manifests)["containers"]
     (address,) = parse_command_line(container["args"]).listen_addresses
@@ -153,6 +164,7 @@ def test_flags_ports_and_paths_are_the_programs(manifests: list[Manifest]) -> No
     assert [(probe["path"], probe["port"]) for probe in probes] == [("/-/ready", "metrics"), ("/-/healthy", "metrics")]
 
 
+@pytest.mark.deploy
 def test_prometheus_finds_the_pods_and_knows_hosts_by_name(manifests: list[Manifest]) -> None:
     (monitor,) = find_kind(manifests, "PodMonitor")
     (daemon_set,) = find_kind(manifests, "DaemonSet")
