@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exporter.logs.formatters import LEVELS
 from exporter.monitor.backends import PollMode
-from exporter.prometheus.collector import COLLECTORS
+from exporter.prometheus.selection import COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import StallRule
 from exporter.web.listeners import Address, TcpAddress, parse_address

@@ -18,7 +18,8 @@ from exporter.monitor.backends import Backends, Trigger
 from exporter.monitor.cpu_time import read_cpu_time
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.monitor.vcpu_reader import make_vcpu_reader
-from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.collector import HostCollector
+from exporter.prometheus.selection import CollectorSettings
 from exporter.stalls.verdicts import StallRule
 from kvm.bpf.notify_trigger import NotifyCall, NotifyTrigger
 from kvm.counters.bpf import BpfSource

@@ -1,9 +1,8 @@
 """Takes one snapshot of the whole host: asks the sources in order, and says how each went.
 
 The best source that works has the first word on every VM; the next one is asked only for what is left. A source that
-does not work is tried again every ``RETRY_SECONDS``, not on every snapshot: under lockdown each try writes to the
-kernel log. Each source is tried at the first snapshot, so that what works is known of all, and the next one is ready
-when needed.
+does not work is tried again now and then, not at every snapshot: under lockdown each try writes to the kernel log. Each
+source is tried at the first snapshot, so that what works is known of all, and the next one is ready when needed.
 """
 
 from __future__ import annotations
@@ -14,41 +13,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kvm import abi
 from kvm.blind_spots import REFUSED_PROCESSES, Evidence, find_blind_spots
 from kvm.counters.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
+from kvm.counters.retried_source import RETRY_SECONDS, RetriedSource
 from kvm.counters.source import CounterSource
 from kvm.discovery.vm_discovery import Discovery
 from kvm.errors import SourceUnavailable
 from kvm.host import facts
 from kvm.identity.vcpu_index import number_vcpus, read_index
 from kvm.identity.vm_ids import OWNER_WAIT_SECONDS, FindOwners, VmIds
-from kvm.model import Host, Protection, Snapshot, SourceReport, Vcpu, Vm, VmCounters, VmKey, VmReading
+from kvm.model import Host, Snapshot, Vcpu, Vm, VmCounters, VmKey, VmReading
+from kvm.protection import judge_protection
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 300.0
-# The best source is missed most, and its failing costs nobody a line in the kernel log.
-BEST_RETRY_SECONDS = 30.0
 # A vCPU that has not run yet has no thread. Asking for it again costs a file read a vCPU, so it is done for a VM every
 # so often, and for so many VMs a snapshot.
 THREADS_SECONDS = 10.0
 THREADS_VMS = 20
-
-
-def judge_protection(notify_supported: bool | None, notify_flags: int | None) -> Protection:
-    """Tell whether a VM's notify exits are on, from what KVM offers and from the VM's ``notify_vmexit_flags``.
-
-    Flags that are clear mean "off" only where KVM could: where it cannot be asked, the CPU may have no notify exits.
-    """
-    if notify_supported is False:
-        return Protection.UNSUPPORTED
-    if notify_flags is None:
-        return Protection.UNKNOWN
-    if notify_flags & abi.NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED:
-        return Protection.ARMED
-    return Protection.OFF if notify_supported else Protection.UNKNOWN
 
 
 class _Answer(NamedTuple):
@@ -63,55 +46,6 @@ class _Answer(NamedTuple):
     all_vcpu_ids: tuple[int, ...] | None
     tid: int | None
     knows_threads: bool
-
-
-class _KeptSource:
-    """A source with what is known of it: whether it is open, and if not, why and since when."""
-
-    def __init__(self, source: CounterSource) -> None:
-        self.source = source
-        self.open = False
-        self._failure: SourceUnavailable | None = None
-        self._tried_at = float("-inf")
-
-    def ensure_open(self, now: float) -> bool:
-        retry_seconds = BEST_RETRY_SECONDS if self.source.finds_vms else RETRY_SECONDS
-        if not self.open and now - self._tried_at >= retry_seconds:
-            self._tried_at = now
-            try:
-                self.source.open()
-            except SourceUnavailable as err:
-                if str(err) != str(self._failure):
-                    log.info("source does not work", extra={"fields": self._describe(err)})
-                self._failure = err
-            else:
-                self.open, self._failure = True, None
-                log.info("source works", extra={"fields": {"source": self.source.name}})
-        return self.open
-
-    def retry_now(self) -> None:
-        """Let a source that does not work be tried at the next occasion."""
-        self._tried_at = float("-inf")
-
-    @property
-    def is_up(self) -> bool:
-        """Whether it works: it is open, and has been seen to read something."""
-        return self.open and not self.source.doubt
-
-    def fail(self, err: SourceUnavailable) -> None:
-        self.source.close()
-        self.open, self._failure = False, err
-        log.warning("source has stopped working", extra={"fields": self._describe(err)})
-
-    def _describe(self, err: SourceUnavailable) -> dict[str, str]:
-        return {"source": self.source.name, "reason": err.reason, "remedy": err.remedy}
-
-    def report(self) -> SourceReport:
-        if self._failure is None and self.open and self.source.doubt:
-            return SourceReport(self.source.name, up=False, reason=self.source.doubt)
-        if self._failure is None:
-            return SourceReport(self.source.name, up=self.open, reason=self.source.limits if self.open else "")
-        return SourceReport(self.source.name, up=False, reason=self._failure.reason, remedy=self._failure.remedy)
 
 
 class _KeptVm:
@@ -167,7 +101,7 @@ class HostReader:
         monotonic: Callable[[], float] = time.monotonic,
         unix: Callable[[], float] = time.time,
     ) -> None:
-        self._sources = [_KeptSource(source) for source in sources]
+        self._sources = [RetriedSource(source) for source in sources]
         self._discovery = discovery
         self._identities = VmIds(find_owners, errors, proc, unix, wait_seconds=owner_wait_seconds)
         self._errors = errors

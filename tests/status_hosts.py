@@ -13,7 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from exporter.build_info import BuildInfo
 from exporter.history.recorder import SnapshotRecorder
-from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.collector import HostCollector
+from exporter.prometheus.selection import CollectorSettings
 from exporter.stalls.drill import NoDrill
 from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
 from exporter.web.listeners import TcpAddress

@@ -21,8 +21,9 @@ from exporter.build_info import BuildInfo
 from exporter.commands.once import render_table
 from exporter.host_summary import render_check
 from exporter.logs.formatters import build_fields, render_logfmt
-from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
+from exporter.prometheus.selection import CollectorSettings
 from exporter.stalls.stall_log import StallLog
 from kvm.host.privileges import Privileges
 from kvm.model import (

@@ -11,10 +11,8 @@ says so in ``kvm_exporter_scrape_collector_success``; a VM that makes no sense l
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final, TypeVar
 
 from exporter.build_info import BuildInfo
@@ -22,11 +20,12 @@ from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import CounterLines, Family
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
+from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.vm_series import VCPU_COUNTERS, Rendered, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
-from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, Vm, VmKey, VmReading
+from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
@@ -34,50 +33,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ShownVm = tuple[VmReading, VmSeries]
 
-COLLECTORS: Final = ("host", "vm", "vcpu", "exporter")
 SNAPSHOT: Final = "snapshot"
-
-
-class BadSelection(ValueError):
-    """A scrape asks for collectors in a way that cannot be answered; the message is for its sender."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectorSettings:
-    """What is to be exported.
-
-    ``enabled`` are the collectors that run when a scrape asks for none by name. ``vm_include`` and ``vm_exclude`` are
-    searched for in a VM's name and in its id, so they match anywhere in it unless they are anchored, as node_exporter's
-    do; a VM is shown if the first one (where given) matches and the second one does not.
-    """
-
-    enabled: frozenset[str] = frozenset(COLLECTORS)
-    vcpu_series: VcpuSeries = VcpuSeries.ALL
-    vm_include: re.Pattern[str] | None = None
-    vm_exclude: re.Pattern[str] | None = None
-
-    def shows(self, vm: Vm) -> bool:
-        """Tell whether a VM has series of its own."""
-        names = (vm.owner.name, vm.id)
-        if self.vm_include and not any(self.vm_include.search(name) for name in names):
-            return False
-        return not (self.vm_exclude and any(self.vm_exclude.search(name) for name in names))
-
-
-def select_collectors(enabled: Collection[str], collect: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
-    """Choose the collectors for a scrape from its parameters ``collect[]`` and ``exclude[]``, as node_exporter does.
-
-    Raises BadSelection for both at once, and for a name that is unknown or of a collector that is switched off.
-    """
-    if collect and exclude:
-        raise BadSelection("collect[] and exclude[] cannot be combined")
-    for name in [*collect, *exclude]:
-        if name not in COLLECTORS:
-            raise BadSelection(f"no such collector: {name!r}; there are {', '.join(COLLECTORS)}")
-    for name in collect:
-        if name not in enabled:
-            raise BadSelection(f"collector {name!r} is switched off on this agent")
-    return frozenset(collect or enabled) - frozenset(exclude)
 
 
 class HostCollector:

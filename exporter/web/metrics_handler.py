@@ -11,9 +11,10 @@ from aiohttp import web
 
 from exporter.host_summary import describe_blind_spots
 from exporter.logs.rate_limit import RateLimitedLog
-from exporter.prometheus.collector import BadSelection, HostCollector, select_collectors
+from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import compress_document, open_self_metrics, render_document
 from exporter.prometheus.negotiation import Format, accepts_gzip, parse_accept
+from exporter.prometheus.selection import BadSelection, select_collectors
 from exporter.web.connection_guard import ConnectionGuard
 from exporter.web.settings import ServerSettings
 

@@ -22,9 +22,10 @@ import pytest
 import yaml
 
 from exporter.build_info import BuildInfo
-from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.metrics import METRICS
+from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport

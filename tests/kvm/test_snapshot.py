@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from kvm.counters.retried_source import RETRY_SECONDS
 from kvm.discovery.processes import read_stat
 from kvm.discovery.vm_discovery import Discovery, HeldVm
 from kvm.errors import SourceUnavailable
 from kvm.host.facts import read_host
 from kvm.model import EXITS, Identity, Owner, Protection, Snapshot, VmCounters, VmKey
+from kvm.protection import judge_protection
 from kvm.read_errors import ReadErrors
-from kvm.snapshot import RETRY_SECONDS, HostReader, judge_protection
+from kvm.snapshot import HostReader
 
 PID = os.getpid()
 START = read_stat(Path("/proc"), PID).start_ticks

@@ -13,8 +13,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.build_info import BuildInfo
-from exporter.prometheus.collector import COLLECTORS, BadSelection, CollectorSettings, HostCollector, select_collectors
+from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
+from exporter.prometheus.selection import COLLECTORS, BadSelection, CollectorSettings, select_collectors
 from exporter.prometheus.vm_series import VcpuSeries
 from kvm.model import (
     EXITS,

@@ -13,9 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.build_info import BuildInfo
 from exporter.prometheus import metrics
-from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.metrics import METRICS, Metric, MetricType, order_labels
+from exporter.prometheus.selection import CollectorSettings
 from exporter.stalls.verdicts import MonitorReport
 from kvm.model import BlindSpot, Snapshot
 from kvm.simulated.host import SimulatedHost

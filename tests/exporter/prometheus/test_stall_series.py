@@ -10,8 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.build_info import BuildInfo
-from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
+from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import THREAD_KINDS, MonitorReport, State, VcpuReport
 from kvm.model import Snapshot, VmReading

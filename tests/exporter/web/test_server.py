@@ -21,8 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from exporter.build_info import BuildInfo
 from exporter.history.recorder import SnapshotRecorder
-from exporter.prometheus.collector import CollectorSettings, HostCollector
+from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import Family
+from exporter.prometheus.selection import CollectorSettings
 from exporter.web.connection_guard import ConnectionGuard
 from exporter.web.listeners import Address, TcpAddress, UnixAddress
 from exporter.web.server import open_server, serve
