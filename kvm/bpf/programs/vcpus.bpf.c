@@ -32,6 +32,7 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+/* Copy the wanted statistics of a vCPU to the columns; not static, so that its loop is verified once. */
 __noinline int copy_statistics(__u64 statistics, __u32 at)
 {
 	for (int i = 0; i < MAX_STATISTICS && i < control.statistics; i++) {
