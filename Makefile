@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # libbpf1: the eBPF source works without it being there, but then the next source takes over.
 RUN_PACKAGES := python3-venv libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
-	prometheus prometheus-alertmanager chromium \
+	prometheus prometheus-alertmanager chromium curl openssl \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm man-db lintian

@@ -33,7 +33,7 @@ RANKS = [
 ]
 RANK_OF = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 THIRD_PARTY = {
-    "exporter.web": {"aiohttp"},
+    "exporter.web": {"aiohttp", "bcrypt", "yaml"},
     "exporter.prometheus": {"prometheus_client"},
     "exporter.monitor": {"psutil"},
 }
@@ -69,6 +69,8 @@ TESTED_IN = {
     "exporter.web.metrics_handler": "exporter/web/test_server.py",
     "exporter.web.protocol": "exporter/logs/test_rate_limit.py",
     "exporter.web.settings": "exporter/web/test_server.py",
+    "exporter.web.tls_config": "exporter/web/test_web_config.py",
+    "exporter.web.yaml_mapping": "exporter/web/test_web_config.py",
     "exporter.web.stall_handlers": "exporter/web/test_vcpus_json.py",
     "exporter.wiring": "exporter/test_cli.py",
     "kvm.bpf.bpf_object": "kvm/bpf/test_libbpf.py",
