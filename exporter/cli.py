@@ -26,6 +26,7 @@ from exporter.flags import (
     add_log_flags,
     add_monitor_flags,
     add_source_flags,
+    add_web_config_flag,
     add_web_flags,
     parse_prom_path,
 )
@@ -58,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         add_log_flags(command, "info" if name in ("serve", "demo") else "warn")
+        if name == "check":
+            add_web_config_flag(command, "check only this file of serve's, and all that it names")
         if name == "drill":
             add_drill_flags(command)
             continue

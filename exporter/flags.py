@@ -17,7 +17,8 @@ from kvm.bpf.notify_trigger import FUNCTION
 SOURCES = ("bpf", "stats_fd", "debugfs")
 
 
-DEFAULT_ADDRESS = TcpAddress("", 9750)
+# Where to listen if nobody says: on the network only where clients are asked who they are, or cannot be overheard.
+OPEN_ADDRESS, LOOPBACK_ADDRESS = TcpAddress("", 9750), TcpAddress("127.0.0.1", 9750)
 
 
 def parse_sources(text: str) -> tuple[str, ...]:
@@ -123,8 +124,10 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         action="append",
         type=parse_listen_address,
-        help="where to listen: HOST:PORT, [IPV6]:PORT, :PORT or unix:PATH; repeatable (default: :9750)",
+        help="where to listen: HOST:PORT, [IPV6]:PORT, :PORT or unix:PATH; repeatable "
+        "(default: :9750 with TLS or authentication, else 127.0.0.1:9750)",
     )
+    add_web_config_flag(parser, "file with TLS, users and limits, in exporter-toolkit's format; SIGHUP reads it anew")
     parser.add_argument(
         "--web.telemetry-path",
         dest="telemetry_path",
@@ -146,6 +149,11 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out metrics about the exporter itself (process_*, python_*)",
     )
+
+
+def add_web_config_flag(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the flag of the web configuration."""
+    parser.add_argument("--web.config.file", dest="web_config_file", metavar="FILE", type=Path, help=text)
 
 
 def choose_collectors(arguments: argparse.Namespace) -> frozenset[str]:

@@ -108,9 +108,12 @@ def open_host(
 
 
 def build_collector(
-    reader: SnapshotReader, arguments: argparse.Namespace, monitor: StallMonitor | None = None
+    reader: SnapshotReader,
+    arguments: argparse.Namespace,
+    monitor: StallMonitor | None = None,
+    is_web_config_fresh: Callable[[], bool] | None = None,
 ) -> HostCollector:
-    """Return the collector that the flags ask for."""
+    """Return the collector that the flags ask for; ``is_web_config_fresh`` tells of its last reload."""
     settings = CollectorSettings(
         enabled=choose_collectors(arguments),
         vcpu_series=arguments.vcpu_series,
@@ -118,4 +121,7 @@ def build_collector(
         vm_exclude=arguments.vm_exclude,
     )
     build = BuildInfo(read_version(), "", platform.python_version())
-    return HostCollector(reader, settings, build, time.perf_counter, monitor.report if monitor else None)
+    read_report = monitor.report if monitor else None
+    return HostCollector(
+        reader, settings, build, time.perf_counter, read_report, is_web_config_fresh=is_web_config_fresh
+    )

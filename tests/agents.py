@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -21,16 +21,27 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.waiting import wait_until
 
 T = TypeVar("T")
+Connect = Callable[[int], http.client.HTTPConnection]
 ROOT = Path(__file__).parent.parent
 # Far above what is usual: under emulation it takes a minute to load eBPF programs.
 START_SECONDS = 240.0
 
 
-class AgentProcess:
-    """A running agent; made by `open_agent`."""
+def connect_plain(port: int) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=60)
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+
+class AgentProcess:
+    """A running agent; made by `open_agent`. ``connect`` is how to talk to it at a port, ``headers`` what to say."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[str],
+        connect: Connect = connect_plain,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.process = process
+        self._connect, self._headers = connect, dict(headers or {})
         self.pid = process.pid
         self.log: list[str] = []
         self._news = threading.Condition()
@@ -75,9 +86,10 @@ class AgentProcess:
 
     def get(self, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], bytes]:
         """Ask once: status, headers in lower case, body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = self._connect(self.port)
         with contextlib.closing(connection):
-            connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+            words = self._headers | {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request("GET", path, headers=words)
             answer = connection.getresponse()
             return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
 
@@ -109,11 +121,17 @@ class AgentProcess:
 
 
 @contextmanager
-def open_agent(*flags: str, command: str = "serve", prefix: Sequence[str] = ()) -> Iterator[AgentProcess]:
+def open_agent(
+    *flags: str,
+    command: str = "serve",
+    prefix: Sequence[str] = (),
+    connect: Connect = connect_plain,
+    headers: Mapping[str, str] | None = None,
+) -> Iterator[AgentProcess]:
     """Run the agent on a free port until it is ready; end it on the way out. ``prefix`` is a command that runs it."""
     words = [*prefix, sys.executable, "-m", "exporter", command, "--web.listen-address=127.0.0.1:0", *flags]
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        agent = AgentProcess(process)
+        agent = AgentProcess(process, connect, headers)
         try:
             agent.wait()
             yield agent

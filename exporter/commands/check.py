@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
 from exporter.host_summary import can_read, render_check
 from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, open_host
@@ -15,12 +16,24 @@ from kvm.perf.notify_tracer import NotifyTracer
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Print what works on this host; 0 if counters can be read, else 1."""
+    """Print what works on this host; 0 if counters can be read, else 1. With a web configuration, check that alone."""
+    if arguments.web_config_file is not None:
+        return check_web_config(arguments.web_config_file)
     with contextlib.ExitStack() as stack:
         snapshot = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS).read()
     tracing = try_tracing(NotifyTracer())
     sys.stdout.write(render_check(snapshot, read_privileges(PROC, SYSFS), read_vmx_flags(PROC), tracing))
     return 0 if can_read(snapshot) else 1
+
+
+def check_web_config(path: Path) -> int:
+    """Print what a web configuration does, or raise ConfigError with what is wrong with it."""
+    # The libraries that it takes are nothing to wait for otherwise.
+    from exporter.web.web_config import describe_web_config  # noqa: PLC0415
+    from exporter.web.web_config_file import load_web_config  # noqa: PLC0415
+
+    sys.stdout.write(f"{path} is valid: {describe_web_config(load_web_config(path).config)}\n")
+    return 0
 
 
 def try_tracing(tracer: NotifyTracer) -> str:

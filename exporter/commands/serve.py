@@ -6,19 +6,24 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import logging
 import platform
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Final
 
-from exporter.flags import (
-    DEFAULT_ADDRESS,
-)
+from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS
 from exporter.history.recorder import SnapshotRecorder
 from exporter.monitor.stall_monitor import StallMonitor
+from exporter.web.listeners import Address
 from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.counters.bpf import BpfSource
 from kvm.simulated.host import SimulatedHost
+
+log = logging.getLogger(__name__)
+
+HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+MAX_RELOADS: Final = 2
 
 # A snapshot makes some thousand objects and lets go of as many, none of them in a circle. At Python's own threshold of
 # 700 that had the collector run seven times a scrape of 10,000 vCPUs: a tenth of its time.
@@ -27,12 +32,16 @@ GC_THRESHOLD: Final = 50_000
 
 def run_server(arguments: argparse.Namespace) -> int:
     """Serve this host, or a simulated one, until a signal ends it."""
+    for number in HARMLESS_SIGNALS:  # by default they would end the agent, and systemd would call that a success
+        signal.signal(number, signal.SIG_IGN)
     # Importing aiohttp takes longer than all the rest of what the other commands do.
     from exporter.web.server import serve  # noqa: PLC0415
     from exporter.web.settings import ServerSettings  # noqa: PLC0415
+    from exporter.web.web_config_file import WebConfigFile  # noqa: PLC0415
 
+    web_config = WebConfigFile(arguments.web_config_file) if arguments.web_config_file else None
     settings = ServerSettings(
-        addresses=tuple(arguments.listen_addresses or [DEFAULT_ADDRESS]),
+        addresses=choose_addresses(arguments.listen_addresses, is_protected=bool(web_config and web_config.protects)),
         telemetry_path=arguments.telemetry_path,
         max_requests=arguments.max_requests,
         exporter_metrics=not arguments.disable_exporter_metrics,
@@ -48,16 +57,54 @@ def run_server(arguments: argparse.Namespace) -> int:
             bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
             recorder = SnapshotRecorder(open_host(arguments.sources, stack, bpf=bpf))
             monitor = open_stall_monitor(arguments, recorder, bpf)
-        collector = build_collector(recorder, arguments, monitor)
-        asyncio.run(run_until_signalled(monitor, lambda stop: serve(collector, recorder, settings, stop, monitor)))
+        is_fresh = (lambda: web_config.reload_succeeded) if web_config else None
+        collector = build_collector(recorder, arguments, monitor, is_fresh)
+
+        async def serve_until(stop: asyncio.Event) -> None:
+            await serve(collector, recorder, settings, stop, monitor, web_config=web_config)
+
+        reload = web_config.reload if web_config else tell_nothing_to_reload
+        asyncio.run(run_until_signalled(monitor, serve_until, reload))
     return 0
 
 
-async def run_until_signalled(monitor: StallMonitor, serve: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Serve and monitor until SIGINT or SIGTERM, then finish what is under way."""
-    stop, stop_monitor = asyncio.Event(), asyncio.Event()
+def choose_addresses(wanted: Sequence[Address] | None, *, is_protected: bool) -> tuple[Address, ...]:
+    """Return where to listen; unless somebody says where, on the network only if the web configuration protects it."""
+    if wanted:
+        return tuple(wanted)
+    if is_protected:
+        return (OPEN_ADDRESS,)
+    how = f"--web.config.file with TLS or users, or --web.listen-address={OPEN_ADDRESS} for a network that is trusted"
+    log.info(
+        "without TLS or authentication only this machine is served",
+        extra={"fields": {"address": str(LOOPBACK_ADDRESS), "remedy": how}},
+    )
+    return (LOOPBACK_ADDRESS,)
+
+
+async def tell_nothing_to_reload(reason: str) -> None:
+    """Say that there is no file to read anew."""
+    log.info("nothing to reload without --web.config.file", extra={"fields": {"reason": reason}})
+
+
+async def run_until_signalled(
+    monitor: StallMonitor,
+    serve: Callable[[asyncio.Event], Awaitable[None]],
+    reload: Callable[[str], Coroutine[object, object, None]],
+) -> None:
+    """Serve and monitor until SIGINT or SIGTERM, then finish what is under way; SIGHUP has files read anew."""
+    loop, stop, stop_monitor = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    reloads: set[asyncio.Task[None]] = set()
+
+    def start_reload() -> None:
+        if len(reloads) < MAX_RELOADS:  # one under way, and one that sees what has changed since it began
+            task = loop.create_task(reload("SIGHUP"))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, start_reload)
     monitor_task = asyncio.create_task(monitor.run(stop_monitor))
     try:
         await serve(stop)

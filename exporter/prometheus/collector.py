@@ -46,10 +46,13 @@ class HostCollector:
         build: BuildInfo,
         clock: Callable[[], float],
         read_report: Callable[[], MonitorReport] | None = None,
+        *,
+        is_web_config_fresh: Callable[[], bool] | None = None,
     ) -> None:
         """``clock`` gives seconds for durations, as time.perf_counter does.
 
-        ``read_report`` returns what the stall monitor has found.
+        ``read_report`` returns what the stall monitor has found, ``is_web_config_fresh`` whether the last reload of the
+        web configuration succeeded, if there is one.
         """
         self.settings = settings
         self.build = build
@@ -58,6 +61,7 @@ class HostCollector:
         self._reader = reader
         self._clock = clock
         self._read_report = read_report
+        self._is_web_config_fresh = is_web_config_fresh
         self._verdicts: StallSeries | None = None
         self._increases = IncreaseTracker()
         self._errors = ReadErrors()
@@ -78,6 +82,9 @@ class HostCollector:
         build = Family(metrics.BUILD_INFO)
         build.add(order_labels(metrics.BUILD_INFO, **_label_build(self.build)), 1)
         families = {family.metric: family for family in (duration, success, build)}
+        if self._is_web_config_fresh:
+            reload = families[metrics.WEB_CONFIG_RELOAD_SUCCESS] = Family(metrics.WEB_CONFIG_RELOAD_SUCCESS)
+            reload.add((), int(self._is_web_config_fresh()))
 
         def run(name: str, collector: Callable[[], list[Family]]) -> bool:
             started = self._clock()

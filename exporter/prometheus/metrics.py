@@ -301,6 +301,12 @@ SCRAPE_SUCCESS = Metric(
     "Whether a collector succeeded.",
     ("collector",),
 )
+WEB_CONFIG_RELOAD_SUCCESS = Metric(
+    "kvm_exporter_web_config_reload_success",
+    MetricType.GAUGE,
+    "Whether the last reload of --web.config.file succeeded; where it did not, the one before stays in force and the "
+    "log says why. Absent without the flag.",
+)
 BUILD_INFO = Metric(
     "kvm_exporter_build_info",
     MetricType.GAUGE,
@@ -351,6 +357,7 @@ METRICS: tuple[Metric, ...] = (
     CONTEXT_SWITCHES,
     SCRAPE_DURATION,
     SCRAPE_SUCCESS,
+    WEB_CONFIG_RELOAD_SUCCESS,
     BUILD_INFO,
 )
 

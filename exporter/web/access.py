@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Mapping
 from typing import Final
 
@@ -59,6 +60,29 @@ def _is_loopback(text: str) -> bool:
 def is_local(request: web.Request) -> bool:
     """Tell whether a request is one of this machine, and of nobody else by way of it."""
     return is_local_client(find_peer(request), request.headers, request.version)
+
+
+def is_unix_socket(request: web.Request) -> bool:
+    """Tell whether a request came through a Unix socket."""
+    sock = request.transport.get_extra_info("socket") if request.transport else None
+    return sock is not None and sock.family == socket.AF_UNIX
+
+
+def find_client(request: web.Request) -> str:
+    """Name the client of a request as ``name_client`` does."""
+    peer = find_peer(request)
+    return name_client(("" if peer is None else peer,)) if peer != "gone" else "gone"
+
+
+def name_client(address: object) -> str:
+    """Name a client for counts and the log: its address; of IPv6 the network, as a client has 2**64 addresses."""
+    try:
+        found = ipaddress.ip_address(str(address[0]).partition("%")[0]) if isinstance(address, tuple) else None
+    except ValueError:
+        found = None
+    if isinstance(found, ipaddress.IPv6Address):
+        return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+    return str(found or "unix socket")
 
 
 def find_peer(request: web.Request) -> str | None:

@@ -57,6 +57,11 @@ class ConnectionGuard:
         if transport in self._open:
             self._wait(transport, self._next_request_seconds)
 
+    def abort_idle(self) -> None:
+        """Cut the connections on which no request is under way."""
+        for transport in tuple(self._waiting):
+            _abort(transport)
+
     def abort_all(self) -> None:
         """Cut what is still open."""
         for transport in tuple(self._open):

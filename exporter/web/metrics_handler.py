@@ -40,7 +40,8 @@ class MetricsApp:
         self._rate_limited_log = rate_limited_log
         self._self_metrics = open_self_metrics(settings.exporter_metrics)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scrape")
-        self._scrapes = 0
+        # The ids of scrapes under way, until their last byte is written. Who is not let in is none.
+        self._scrapes: set[int] = set()
 
     async def run_worker(self, app: web.Application) -> AsyncIterator[None]:
         """Take a first look while the application starts, and let the worker finish when it ends."""
@@ -59,10 +60,9 @@ class MetricsApp:
     @web.middleware
     async def frame_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer one request, the writing included, and bound what it can hold meanwhile."""
-        transport, is_scrape = request.transport, request.path == self._settings.telemetry_path
+        transport = request.transport
         client = request.remote or "unix socket"
         self._guard.begin(transport)
-        self._scrapes += is_scrape
         try:
             response = await self._answer(request, handler)
             async with asyncio.timeout(self._settings.write_seconds):
@@ -75,15 +75,16 @@ class MetricsApp:
         except ConnectionError as err:
             log.debug("client has gone", extra={"fields": {"client": client, "err": repr(err)}})
         finally:
-            self._scrapes -= is_scrape
+            self._scrapes.discard(id(request))
             self._guard.end(transport)
         return response
 
     async def answer_metrics(self, request: web.Request) -> web.Response:
         """Look at the host and answer in the format that the client likes best."""
         limit = self._settings.max_requests
-        if limit and self._scrapes > limit:
+        if limit and len(self._scrapes) >= limit:
             return _render_text(503, f"limit of concurrent requests reached ({limit}), try again later")
+        self._scrapes.add(id(request))
         query = request.query
         try:
             selected = select_collectors(

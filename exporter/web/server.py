@@ -8,6 +8,7 @@ slow readers can pin is ``max_requests`` documents, for ``WRITE_SECONDS``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,13 +21,16 @@ from exporter.history.recorder import SnapshotRecorder
 from exporter.logs.rate_limit import RateLimitedLog
 from exporter.prometheus.collector import HostCollector
 from exporter.status_page import page
+from exporter.web.acceptor import Acceptor
 from exporter.web.connection_guard import NEXT_REQUEST_SECONDS, ConnectionGuard
-from exporter.web.listeners import BACKLOG, Address, find_address, open_sockets, parse_address
+from exporter.web.gate import Gate
+from exporter.web.listeners import Address, find_address, open_sockets, parse_address
 from exporter.web.metrics_handler import MetricsApp
 from exporter.web.protocol import SERVER, HttpProtocol
 from exporter.web.settings import DRILL_PATH, HEALTHY_PATH, READY_PATH, STATUS_PATH, VCPUS_PATH, ServerSettings
 from exporter.web.stall_handlers import StallHandlers, Watcher
 from exporter.web.status_handlers import StatusHandlers
+from exporter.web.web_config_file import LoadedConfig, WebConfigFile
 
 __all__ = ["ServerSettings", "create_app", "open_server", "parse_address", "serve"]
 
@@ -42,18 +46,19 @@ def create_app(
     settings: ServerSettings,
     *,
     guard: ConnectionGuard,
+    gate: Gate,
     rate_limited_log: RateLimitedLog,
     watcher: Watcher | None = None,
 ) -> web.Application:
-    """Make the application; it owns neither the collector nor its reader, nor the watcher."""
+    """Make the application; it owns neither the collector nor its reader, nor the watcher, nor the gate."""
     pages, stalls = MetricsApp(collector, settings, guard, rate_limited_log), StallHandlers(watcher)
-    app = web.Application(middlewares=[pages.frame_request])
+    app = web.Application(middlewares=[pages.frame_request, gate.admit])
     app.router.add_get(settings.telemetry_path, pages.answer_metrics)
     app.router.add_get(HEALTHY_PATH, pages.answer_healthy)
     app.router.add_get(READY_PATH, pages.answer_ready)
     app.router.add_get(VCPUS_PATH, stalls.answer_vcpus)
     app.router.add_post(DRILL_PATH, stalls.answer_drill)
-    app.on_response_prepare.append(_set_headers)
+    app.on_response_prepare.append(partial(_set_headers, gate))
     app.cleanup_ctx.append(pages.run_worker)
     if settings.telemetry_path != "/":
         links = {"Metrics": settings.telemetry_path, "vCPUs as JSON": VCPUS_PATH}
@@ -72,22 +77,29 @@ async def open_server(
     recorder: SnapshotRecorder,
     settings: ServerSettings,
     guard: ConnectionGuard | None = None,
+    *,
     watcher: Watcher | None = None,
+    web_config: WebConfigFile | None = None,
 ) -> AsyncIterator[tuple[Address, ...]]:
     """Serve inside the context, which gets the addresses as the kernel chose them.
 
-    ``recorder`` is what the collector takes its looks through. At the end nobody new is let in, what is under way has
-    ``drain_seconds`` to finish, then connections are cut. Raises ListenError.
+    ``recorder`` is what the collector takes its looks through, ``web_config`` says who is let in and how. At the end
+    nobody new is let in, what is under way has ``drain_seconds`` to finish, then connections are cut. Raises
+    ListenError.
     """
     guard, rate_limited_log = guard or ConnectionGuard(), RateLimitedLog()
-    runner = web.AppRunner(
-        create_app(collector, recorder, settings, guard=guard, rate_limited_log=rate_limited_log, watcher=watcher)
+    gate = Gate(lambda: web_config.current if web_config else None, rate_limited_log)
+    app = create_app(
+        collector, recorder, settings, guard=guard, gate=gate, rate_limited_log=rate_limited_log, watcher=watcher
     )
-    with open_sockets(settings.addresses) as sockets:
+    runner = web.AppRunner(app)
+    if web_config:
+        web_config.on_reload = partial(_cut_untrusted, guard)
+    with contextlib.closing(gate), open_sockets(settings.addresses) as sockets:
         await runner.setup()
-        servers: list[asyncio.Server] = []
+        acceptor: Acceptor | None = None
         try:
-            loop, manager = asyncio.get_running_loop(), runner.server
+            manager = runner.server
             if manager is None:
                 raise RuntimeError("aiohttp's runner was set up and has no server")
             make_protocol = partial(
@@ -99,12 +111,16 @@ async def open_server(
                 keepalive_timeout=NEXT_REQUEST_SECONDS,
                 lingering_time=LINGER_SECONDS,
             )
-            for sock in sockets:
-                servers.append(await loop.create_server(guard.wrap(make_protocol), sock=sock, backlog=BACKLOG))
+            acceptor = Acceptor(
+                guard.wrap(make_protocol), lambda: web_config.current.context if web_config else None, rate_limited_log
+            )
+            acceptor.start(sockets)
             yield tuple(find_address(sock) for sock in sockets)
         finally:
-            for server in servers:
-                server.close()
+            if acceptor:
+                await acceptor.close()
+            for sock in sockets:  # from now on clients are refused, not kept waiting
+                sock.close()
             if runner.server is not None:  # before aiohttp 3.9, its runner waits for connections of its own sites only
                 await runner.server.shutdown(settings.drain_seconds)
             await runner.cleanup()
@@ -117,15 +133,30 @@ async def serve(
     settings: ServerSettings,
     stop: asyncio.Event,
     watcher: Watcher | None = None,
+    *,
+    web_config: WebConfigFile | None = None,
 ) -> None:
     """Serve until ``stop`` is set; raises ListenError."""
-    async with open_server(collector, recorder, settings, watcher=watcher) as listening:
+    async with open_server(collector, recorder, settings, watcher=watcher, web_config=web_config) as listening:
         for address in listening:
             log.info("listening", extra={"fields": {"address": str(address)}})
-        await stop.wait()
+        watching = asyncio.create_task(web_config.watch()) if web_config else None
+        try:
+            await stop.wait()
+        finally:
+            if watching:
+                watching.cancel()
         log.info("stopping")
 
 
-async def _set_headers(request: web.Request, response: web.StreamResponse) -> None:
+def _cut_untrusted(guard: ConnectionGuard, before: LoadedConfig, now: LoadedConfig) -> None:
+    """Let clients connect anew where other certificates are asked for now; requests under way are answered."""
+    if before.context and now.context and before.context.trust != now.context.trust:
+        guard.abort_idle()
+
+
+async def _set_headers(gate: Gate, request: web.Request, response: web.StreamResponse) -> None:
+    for name, value in gate.headers.items():
+        response.headers.setdefault(name, value)
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Server"] = SERVER

@@ -58,6 +58,13 @@ def make_agent_row() -> Row:
                 Query(f"min by ({HOST_KEYS}, collector) ({select(m.SCRAPE_SUCCESS)})", "{{instance}} {{collector}}"),
                 mappings=WORKS,
             ),
+            make_timeline(
+                45,
+                "Web configuration",
+                "Whether the last reload of --web.config.file succeeded. If not, the one before stays in force.",
+                Query(f"min by ({HOST_KEYS}) ({select(m.WEB_CONFIG_RELOAD_SUCCESS)})", "{{instance}}"),
+                mappings=WORKS,
+            ),
             make_graph(
                 34,
                 "Read errors",

@@ -201,8 +201,10 @@ def _open_monitored_hosts(stack: ExitStack, directory: Path, receiver: Receiver)
     agents = {"real": stack.enter_context(open_agent()), "blind": stack.enter_context(open_blind_agent())}
     leaving = stack.enter_context(ExitStack())
     agents["gone"] = leaving.enter_context(open_agent(command="demo"))
+    web_config = directory / "web.yml"
+    web_config.write_text("http_server_config: {http2: true}\n")
     for name in ("twin", "demo"):
-        agents[name] = stack.enter_context(open_agent(command="demo"))
+        agents[name] = stack.enter_context(open_agent(f"--web.config.file={web_config}", command="demo"))
     agents["lost"] = agents["twin"]
 
     for name in ("alertmanager", "prometheus"):

@@ -149,8 +149,9 @@ def build_prometheus_config(
     rule_files: Sequence[Path],
     alertmanager_port: int | None = None,
     interval_seconds: int = 1,
+    access: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A configuration for a Prometheus that scrapes and evaluates so often."""
+    """A configuration for a Prometheus that scrapes and evaluates so often; ``access`` is how, by TLS say."""
     interval = f"{interval_seconds}s"
     managers = [] if alertmanager_port is None else [f"127.0.0.1:{alertmanager_port}"]
     return {
@@ -160,6 +161,7 @@ def build_prometheus_config(
         "scrape_configs": [
             {
                 "job_name": job,
+                **(access or {}),
                 # As any Prometheus does by default: a label that a target has as well would be renamed by it.
                 "honor_labels": False,
                 "static_configs": [

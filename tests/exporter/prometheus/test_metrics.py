@@ -113,7 +113,14 @@ def make_watch_report() -> MonitorReport:
 def collect_families(*blind_spots: BlindSpot) -> dict[str, prometheus_client.Metric]:
     reader = ErringHost(iter([0.0, 1.0, 100.0]), *blind_spots)
     build = BuildInfo("1", "2", "3")
-    collector = HostCollector(reader, CollectorSettings(), build, time.perf_counter, make_watch_report)
+    collector = HostCollector(
+        reader,
+        CollectorSettings(),
+        build,
+        time.perf_counter,
+        make_watch_report,
+        is_web_config_fresh=lambda: True,
+    )
     collector.collect()
     return {family.name: family for family in text_string_to_metric_families(render_text(collector.collect()))}
 
