@@ -15,7 +15,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 .PHONY: run demo test unit lab bench bpf kernel dist packages deploy-test clean test-packages run-packages
 
 run: $(VENV)/.installed
-	$(BIN)/kvm-notify-exporter serve --web.listen-address=127.0.0.1:9750
+	$(BIN)/kvm-notify-exporter serve
 
 demo: $(VENV)/.installed
 	KVM_NOTIFY_EXPORTER=$(BIN)/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import grp
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from exporter.monitor.backends import PollMode
 from exporter.prometheus.selection import COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import StallRule
-from exporter.web.listeners import Address, TcpAddress, parse_address
+from exporter.web.listeners import Address, TcpAddress, UnixAddress, parse_address
 from kvm.bpf.notify_trigger import FUNCTION
 
 SOURCES = ("bpf", "stats_fd", "debugfs")
@@ -19,6 +20,7 @@ SOURCES = ("bpf", "stats_fd", "debugfs")
 
 # Where to listen if nobody says: on the network only where clients are asked who they are, or cannot be overheard.
 OPEN_ADDRESS, LOOPBACK_ADDRESS = TcpAddress("", 9750), TcpAddress("127.0.0.1", 9750)
+SOCKET_ADDRESS = UnixAddress("/run/kvm-notify-exporter/agent.sock")
 
 
 def parse_sources(text: str) -> tuple[str, ...]:
@@ -35,6 +37,16 @@ def parse_pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as err:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {err}") from err
+
+
+def parse_group(text: str) -> int:
+    """Return the number of a group, by name or as it is; raises argparse.ArgumentTypeError."""
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError as err:
+        if text.isascii() and text.isdigit() and int(text) < 1 << 32:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such group") from err
 
 
 def parse_listen_address(text: str) -> Address:
@@ -125,9 +137,16 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=parse_listen_address,
         help="where to listen: HOST:PORT, [IPV6]:PORT, :PORT or unix:PATH; repeatable "
-        "(default: :9750 with TLS or authentication, else 127.0.0.1:9750)",
+        f"(default: :9750 with TLS or authentication, else 127.0.0.1:9750; and {SOCKET_ADDRESS})",
     )
     add_web_config_flag(parser, "file with TLS, users and limits, in exporter-toolkit's format; SIGHUP reads it anew")
+    parser.add_argument(
+        "--web.details-group",
+        dest="details_gid",
+        metavar="GROUP",
+        type=parse_group,
+        help="group whose members see RIPs and owners over the Unix socket, as root does, and may start drills",
+    )
     parser.add_argument(
         "--web.telemetry-path",
         dest="telemetry_path",
@@ -161,9 +180,6 @@ def choose_collectors(arguments: argparse.Namespace) -> frozenset[str]:
     chosen = {name: getattr(arguments, f"collector_{name}") for name in COLLECTORS}
     default = not arguments.disable_defaults
     return frozenset(name for name, wanted in chosen.items() if (default if wanted is None else wanted))
-
-
-DEFAULT_URL = "http://127.0.0.1:9750"
 
 
 def parse_exits(text: str) -> int:
@@ -227,6 +243,8 @@ def add_drill_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vm", metavar="NAME", required=True, help="name or id of the VM that the drill is about")
     parser.add_argument(
         "--url",
-        default=DEFAULT_URL,
-        help=f"where the agent listens on this machine: http://HOST:PORT or unix:PATH (default: {DEFAULT_URL})",
+        metavar="unix:PATH",
+        type=parse_listen_address,
+        default=SOCKET_ADDRESS,
+        help=f"the agent's Unix socket (default: {SOCKET_ADDRESS})",
     )

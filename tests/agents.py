@@ -9,15 +9,19 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from exporter.commands.drill import UnixConnection
+from exporter.web.listeners import UnixAddress
+from tests.users import HEADERS, write_web_config
 from tests.waiting import wait_until
 
 T = TypeVar("T")
@@ -37,10 +41,12 @@ class AgentProcess:
     def __init__(
         self,
         process: subprocess.Popen[str],
+        socket_path: str = "",
         connect: Connect = connect_plain,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.process = process
+        self.socket = UnixAddress(socket_path)
         self._connect, self._headers = connect, dict(headers or {})
         self.pid = process.pid
         self.log: list[str] = []
@@ -77,11 +83,14 @@ class AgentProcess:
         with self._news:
             return self._news.wait_for(find, seconds)
 
-    def get_json(self, path: str) -> dict[str, object]:
-        """Ask once for JSON."""
-        status, _headers, body = self.get(path)
-        assert status == 200
-        document: dict[str, object] = json.loads(body)
+    def get_json(self, path: str) -> dict[str, Any]:
+        """Ask once for JSON, at the Unix socket: there the agent sees that it is root who asks."""
+        with contextlib.closing(UnixConnection(self.socket.path)) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            body = answer.read()
+        assert answer.status == 200
+        document: dict[str, Any] = json.loads(body)
         return document
 
     def get(self, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -129,14 +138,26 @@ def open_agent(
     headers: Mapping[str, str] | None = None,
 ) -> Iterator[AgentProcess]:
     """Run the agent on a free port until it is ready; end it on the way out. ``prefix`` is a command that runs it."""
-    words = [*prefix, sys.executable, "-m", "exporter", command, "--web.listen-address=127.0.0.1:0", *flags]
-    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        agent = AgentProcess(process, connect, headers)
+    with ExitStack() as stack:
+        path = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='agent-'))}/agent.sock"
+        addresses = ["--web.listen-address=127.0.0.1:0", f"--web.listen-address=unix:{path}"]
+        words = [*prefix, sys.executable, "-m", "exporter", command, *addresses, *flags]
+        process = stack.enter_context(subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        agent = AgentProcess(process, path, connect, headers)
         try:
             agent.wait()
             yield agent
         finally:
             agent.close()
+
+
+@contextmanager
+def open_known_agent(*flags: str, command: str = "serve") -> Iterator[AgentProcess]:
+    """Run an agent that asks for a password, which we and the browser of tests know: so it shows us names over TCP."""
+    with tempfile.TemporaryDirectory(prefix="web-") as directory:
+        flag = f"--web.config.file={write_web_config(directory)}"
+        with open_agent(flag, *flags, command=command, headers=HEADERS) as agent:
+            yield agent
 
 
 def run_agent(*words: str, expect: Sequence[int] = (0,), prefix: Sequence[str] = ()) -> str:

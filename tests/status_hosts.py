@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,11 @@ from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
 from exporter.web.listeners import TcpAddress
 from exporter.web.server import open_server
 from exporter.web.settings import ServerSettings
+from exporter.web.web_config_file import WebConfigFile
 from kvm.model import Owner, Protection, Snapshot, VmReading
 from tests.reports import make_report
 from tests.snapshots import make_reading, make_snapshot
+from tests.users import write_web_config
 
 SCRIPT = "<script>alert(1)</script>"
 HOSTILE_NAMES = (
@@ -149,14 +152,17 @@ class ScriptedAgent:
 def serve_host(
     host: FixedHost, watcher: FixedWatcher | None = None, port: int = 0, host_name: str = "hv-17.example"
 ) -> Iterator[int]:
-    """Serve a host from a thread; gives the port."""
+    """Serve a host from a thread to the user of tests, who sees names; gives the port."""
+    with tempfile.TemporaryDirectory() as directory:
+        web_config = WebConfigFile(write_web_config(directory))
     listening, ports = threading.Event(), list[int]()
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     async def serve() -> None:
         recorder = SnapshotRecorder(host)
         settings = ServerSettings(addresses=(TcpAddress("127.0.0.1", port),), host_name=host_name)
-        async with open_server(open_collector(recorder), recorder, settings, watcher=watcher) as (address,):
+        collector = open_collector(recorder)
+        async with open_server(collector, recorder, settings, watcher=watcher, web_config=web_config) as (address,):
             assert isinstance(address, TcpAddress)
             ports.append(address.port)
             listening.set()

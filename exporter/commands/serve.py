@@ -7,15 +7,17 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import platform
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Final
 
-from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS
+from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS
 from exporter.history.recorder import SnapshotRecorder
 from exporter.monitor.stall_monitor import StallMonitor
-from exporter.web.listeners import Address
+from exporter.web.listeners import Address, UnixAddress
 from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.counters.bpf import BpfSource
 from kvm.simulated.host import SimulatedHost
@@ -35,6 +37,7 @@ def run_server(arguments: argparse.Namespace) -> int:
     for number in HARMLESS_SIGNALS:  # by default they would end the agent, and systemd would call that a success
         signal.signal(number, signal.SIG_IGN)
     # Importing aiohttp takes longer than all the rest of what the other commands do.
+    from exporter.web.peer_credentials import TrustedPeers  # noqa: PLC0415
     from exporter.web.server import serve  # noqa: PLC0415
     from exporter.web.settings import ServerSettings  # noqa: PLC0415
     from exporter.web.web_config_file import WebConfigFile  # noqa: PLC0415
@@ -42,6 +45,9 @@ def run_server(arguments: argparse.Namespace) -> int:
     web_config = WebConfigFile(arguments.web_config_file) if arguments.web_config_file else None
     settings = ServerSettings(
         addresses=choose_addresses(arguments.listen_addresses, is_protected=bool(web_config and web_config.protects)),
+        optional_addresses=() if arguments.listen_addresses else (make_socket_directory(SOCKET_ADDRESS),),
+        is_simulated=arguments.command == "demo",
+        trusted_peers=TrustedPeers(os.geteuid(), arguments.details_gid),
         telemetry_path=arguments.telemetry_path,
         max_requests=arguments.max_requests,
         exporter_metrics=not arguments.disable_exporter_metrics,
@@ -80,6 +86,13 @@ def choose_addresses(wanted: Sequence[Address] | None, *, is_protected: bool) ->
         extra={"fields": {"address": str(LOOPBACK_ADDRESS), "remedy": how}},
     )
     return (LOOPBACK_ADDRESS,)
+
+
+def make_socket_directory(address: UnixAddress) -> UnixAddress:
+    """Make the directory of the default socket, where nobody has: a unit does by ``RuntimeDirectory=``."""
+    with contextlib.suppress(OSError):  # listening there then says what is the matter
+        Path(address.path).parent.mkdir(mode=0o755, exist_ok=True)
+    return address
 
 
 async def tell_nothing_to_reload(reason: str) -> None:

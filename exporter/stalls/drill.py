@@ -4,8 +4,8 @@ The agent's detector is fed simulated records of one vCPU, so that the log line,
 about as they would for a real one; all of them are marked. After a minute the simulated vCPU goes on. The guest itself
 is not touched, and a real stall of the same vCPU is found and reported meanwhile.
 
-Only clients of this machine can ask for a drill, and no web page can: it takes a header that a browser sends to another
-site only after asking that site.
+Only clients that the agent knows can ask for a drill, and no web page can: it takes a header that a browser sends to
+another site only after asking that site.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ def _render_hint(with_details: bool) -> str:
     if with_details:
         return ""
     return (
-        '<p class="soft">Names, owners and RIPs are shown to clients of this machine only: '
-        "<code>ssh -L 9750:localhost:9750 HOST</code>, then http://localhost:9750/.</p>"
+        '<p class="soft">Names, owners and RIPs are shown only to clients that the agent knows: by a password, or by '
+        "<code>ssh -L 9751:/run/kvm-notify-exporter/agent.sock root@HOST</code>, then http://localhost:9751/.</p>"
     )
 
 

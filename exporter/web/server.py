@@ -24,7 +24,7 @@ from exporter.status_page import page
 from exporter.web.acceptor import Acceptor
 from exporter.web.connection_guard import NEXT_REQUEST_SECONDS, ConnectionGuard
 from exporter.web.gate import Gate
-from exporter.web.listeners import Address, find_address, open_sockets, parse_address
+from exporter.web.listeners import Address, ListenError, find_address, open_sockets, parse_address
 from exporter.web.metrics_handler import MetricsApp
 from exporter.web.protocol import SERVER, HttpProtocol
 from exporter.web.settings import DRILL_PATH, HEALTHY_PATH, READY_PATH, STATUS_PATH, VCPUS_PATH, ServerSettings
@@ -88,14 +88,21 @@ async def open_server(
     ListenError.
     """
     guard, rate_limited_log = guard or ConnectionGuard(), RateLimitedLog()
-    gate = Gate(lambda: web_config.current if web_config else None, rate_limited_log)
+    gate = Gate(lambda: web_config.current if web_config else None, settings, rate_limited_log)
     app = create_app(
         collector, recorder, settings, guard=guard, gate=gate, rate_limited_log=rate_limited_log, watcher=watcher
     )
     runner = web.AppRunner(app)
     if web_config:
         web_config.on_reload = partial(_cut_untrusted, guard)
-    with contextlib.closing(gate), open_sockets(settings.addresses) as sockets:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(gate))
+        sockets = list(stack.enter_context(open_sockets(settings.addresses)))
+        for address in settings.optional_addresses:
+            try:
+                sockets += stack.enter_context(open_sockets((address,)))
+            except ListenError as err:
+                log.warning("not listened on", extra={"fields": {"address": str(address), "err": err}})
         await runner.setup()
         acceptor: Acceptor | None = None
         try:

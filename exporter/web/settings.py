@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import Final
 
 from exporter.web.listeners import Address, TcpAddress
+from exporter.web.peer_credentials import TrustedPeers
 
 VCPUS_PATH: Final = "/api/v1/vcpus"
 
@@ -37,7 +39,9 @@ class ServerSettings:
 
     ``addresses`` are where to listen, ``telemetry_path`` where the metrics are, ``max_requests`` how many scrapes may
     be under way at once (0: any number), ``exporter_metrics`` whether the process_* and python_* metrics of the agent
-    itself are among them, ``host_name`` how the status page calls this machine. Raises ValueError for a path that
+    itself are among them, ``host_name`` how the status page calls this machine, ``trusted_peers`` who at the Unix
+    socket sees details. ``optional_addresses`` are listened on where that can be; a host that
+    ``is_simulated`` has no secrets. Raises ValueError for a path that
     cannot be served.
     """
 
@@ -46,6 +50,9 @@ class ServerSettings:
     max_requests: int = 40
     exporter_metrics: bool = True
     host_name: str = ""
+    trusted_peers: TrustedPeers = field(default_factory=lambda: TrustedPeers(os.geteuid()))
+    optional_addresses: tuple[Address, ...] = ()
+    is_simulated: bool = False
     write_seconds: float = WRITE_SECONDS
     drain_seconds: float = DRAIN_SECONDS
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from exporter.stalls import drill
 from exporter.stalls.verdicts import MonitorReport, VcpuReport
 from exporter.web import vcpus_json
-from exporter.web.access import PRIVATE_HEADERS, is_local
+from exporter.web.access import PRIVATE_HEADERS, sees_details
 from exporter.web.settings import DRILL_HEADER
 
 
@@ -34,18 +34,18 @@ class StallHandlers:
         self._watcher = watcher
 
     async def answer_vcpus(self, request: web.Request) -> web.Response:
-        """Say what is known of the vCPUs that take notify exits; RIPs and owners to clients of this machine only."""
+        """Say what is known of the vCPUs that take notify exits; RIPs and owners to clients that are known only."""
         report = (
             await asyncio.to_thread(self._watcher.report) if self._watcher else MonitorReport(problem="not watched")
         )
-        with_details = is_local(request)
+        with_details = sees_details(request)
         document = vcpus_json.build_document(report, time.monotonic(), time.time(), with_details)
         return web.json_response(document, headers=PRIVATE_HEADERS)
 
     async def answer_drill(self, request: web.Request) -> web.Response:
-        """Begin a drill, for clients of this machine that mean it."""
-        if not is_local(request):
-            return _refuse(403, "a drill is for clients of this machine: http://127.0.0.1 or the Unix socket")
+        """Begin a drill, for clients that are known and mean it."""
+        if not sees_details(request):
+            return _refuse(403, "a drill is for root at the Unix socket, or for who has a password or a certificate")
         if DRILL_HEADER not in request.headers or "Origin" in request.headers:
             return _refuse(403, f"a drill takes the header {DRILL_HEADER}, which no web page can send")
         if self._watcher is None:

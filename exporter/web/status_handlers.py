@@ -4,8 +4,8 @@
   takes long is waited for once, by all who ask meanwhile together: the page then shows the last one, and says how old
   it is.
 - What is known is put together at most every ``VIEW_SECONDS``, and rendered once for all who ask the same.
-- Searches have a share of a core, one for this machine and one for everybody else: whoever asks for ever new words
-  gets 503 in the end, and the page without a search is not touched by that.
+- Searches have a share of a core, one for clients that are known and one for everybody else: whoever asks for ever new
+  words gets 503 in the end, and the page without a search is not touched by that.
 
 While a vCPU takes notify exits, the host is looked at every ``SAMPLE_SECONDS`` also when nobody asks, so that whoever
 opens the page after a warning sees what has happened. It is a look like a scrape's: no guest notices.
@@ -30,7 +30,7 @@ from exporter.stalls.verdicts import State, VcpuReport
 from exporter.status_page import page
 from exporter.status_page.page import _hash, read_asset
 from exporter.status_page.view import StatusView, clean_query, make_status_view
-from exporter.web.access import PRIVATE_HEADERS, is_local
+from exporter.web.access import PRIVATE_HEADERS, sees_details
 from exporter.web.cpu_budget import Budget
 from exporter.web.stall_handlers import Watcher
 from kvm.model import Snapshot
@@ -110,7 +110,7 @@ class StatusHandlers:
 
     async def _answer(self, request: web.Request, *, is_page: bool) -> web.Response:
         query, refresh = clean_query(request.query.get("q", "")), is_page and "refresh" in request.query
-        question = _Question(is_page, query, is_local(request), refresh)
+        question = _Question(is_page, query, sees_details(request), refresh)
         if question not in self._answers:
             if query and self._is_too_much(question):
                 text = "too many searches, try again later\n"

@@ -1,10 +1,6 @@
 """What ``/api/v1/vcpus`` answers: each vCPU that has taken notify exits, what is known of it, since when.
 
-A RIP tells a stranger where a guest's kernel lies, and owners are nobody's business. So both are for clients of this
-machine only: a peer with a loopback address, or of the Unix socket, that has asked for this machine by a loopback
-name (a web page cannot make a browser do that under its own name) and is no proxy that speaks for somebody else. What
-a browser here is asked to fetch by another site's page (Sec-Fetch-Site) could not be read there, and is not answered
-in full all the same; a link from there may be followed.
+RIPs and owners are for clients that are known only, as ``access`` has it.
 """
 
 from __future__ import annotations

@@ -144,7 +144,9 @@ def test_output_that_nobody_reads_is_no_error(word: str, unbuffered: str) -> Non
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("words", [["--version"], ["once"], ["check"], ["drill", "--vm=x", "--url=http://127.0.0.1:1"]])
+@pytest.mark.parametrize(
+    "words", [["--version"], ["once"], ["check"], ["drill", "--vm=x", "--url=unix:/nowhere/agent.sock"]]
+)
 def test_commands_that_serve_nothing_import_no_server(words: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "exporter", *words],

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.users import HEADERS
 from tests.waiting import wait_until
 
 ANSWER_SECONDS = 60.0
@@ -63,6 +64,8 @@ class Tab:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        # As a browser sends it once somebody has typed it in.
+        self.call("Network.setExtraHTTPHeaders", headers=HEADERS)
 
     def call(self, method: str, **parameters: Any) -> Any:  # noqa: ANN401 - JSON
         """Call a method of the protocol and return its result; raises BrowserError."""

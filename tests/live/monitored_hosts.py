@@ -216,7 +216,7 @@ def _open_monitored_hosts(stack: ExitStack, directory: Path, receiver: Receiver)
     prometheus = stack.enter_context(open_prometheus(directory / "prometheus", prometheus_config))
 
     wait_until(lambda: set(prometheus.find_targets().values()) == {"up"}, "all agents are scraped", SCRAPED_SECONDS)
-    run_agent("drill", f"--vm={DRILL_VM}", f"--url=http://127.0.0.1:{agents['twin'].port}")
+    run_agent("drill", f"--vm={DRILL_VM}", f"--url={agents['twin'].socket}")
     leaving.close()
     prometheus.forget("lost:9750")
     return prometheus

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tests.agents import open_agent
+from tests.agents import open_known_agent
 from tests.live.chromium import open_tab
 
 PATH = Path(__file__).parents[2] / "docs" / "status-page.png"
@@ -18,7 +18,7 @@ AGE_SECONDS = 120 + 15 + 35
 
 def main() -> None:
     PATH.parent.mkdir(exist_ok=True)
-    with open_agent(command="demo") as agent, open_tab() as tab:
+    with open_known_agent(command="demo") as agent, open_tab() as tab:
         tab.resize(WIDTH, 900)
         tab.prefer(color_scheme="light")
         tab.open(f"http://127.0.0.1:{agent.port}/")

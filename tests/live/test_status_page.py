@@ -16,7 +16,7 @@ from exporter.status_page.page import Frame, render_page, render_parts
 from exporter.status_page.view import make_status_view
 from kvm.model import SourceReport
 from kvm.simulated.host import CYCLE_SECONDS
-from tests.agents import AgentProcess, open_agent
+from tests.agents import AgentProcess, open_known_agent
 from tests.live import open_guest_process
 from tests.live.chromium import Tab, find_chromium, open_tab
 from tests.reports import make_report
@@ -96,7 +96,7 @@ def tab(browser: Tab) -> Iterator[Tab]:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[AgentProcess]:
-    with open_agent(command="demo") as agent:
+    with open_known_agent(command="demo") as agent:
         yield agent
 
 
@@ -123,8 +123,7 @@ def wait_polls(tab: Tab, number: int) -> None:
 
 
 def find_stalled(agent: AgentProcess) -> list[str]:
-    document = json.loads(agent.get("/api/v1/vcpus")[2])
-    return [vcpu["name"] for vcpu in document["vcpus"] if vcpu["state"] == "stalled"]
+    return [vcpu["name"] for vcpu in agent.get_json("/api/v1/vcpus")["vcpus"] if vcpu["state"] == "stalled"]
 
 
 def test_a_stall_shows_up_within_three_seconds(tab: Tab, demo: AgentProcess, tell: Callable[[str], None]) -> None:
@@ -228,7 +227,7 @@ def test_a_name_is_text_in_every_sentence(tab: Tab, name: str) -> None:
 
 @pytest.mark.live
 def test_a_real_vm_called_script_is_found_and_is_text(tab: Tab) -> None:
-    with open_guest_process(vcpus=2, name=SCRIPT, port_writes=1), open_agent() as agent:
+    with open_guest_process(vcpus=2, name=SCRIPT, port_writes=1), open_known_agent() as agent:
         tab.open(f"http://127.0.0.1:{agent.port}/?q=%3Cscript%3E")
         assert SCRIPT in tab.evaluate("[...document.querySelectorAll('.quiet .name')].map((e) => e.textContent)")
         assert "0 notify exits" in tab.evaluate("document.querySelector('.quiet').innerText")

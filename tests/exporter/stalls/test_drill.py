@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from exporter.commands.drill import ask_for_drill
 from exporter.stalls.drill import DRILL_SECONDS, Drill, NoDrill, find_vm
 from exporter.stalls.verdicts import StallRule, State
+from exporter.web.listeners import TcpAddress
 from kvm.simulated.host import SimulatedHost
 from tests.agents import ROOT, open_agent, run_agent
 from tests.snapshots import make_reading, make_snapshot, make_unread
@@ -46,32 +45,30 @@ def test_a_vm_is_found_by_its_id_or_its_name_if_that_is_one() -> None:
         find_vm(make_snapshot(make_unread(pid=9)), "firecracker-9")
 
 
-def test_the_command_raises_it_in_a_running_agent(tmp_path: Path) -> None:
-    with open_agent(f"--web.listen-address=unix:{tmp_path}/socket", command="demo") as agent:
-        url = f"http://127.0.0.1:{agent.port}"
-        said = run_agent("drill", "--vm=gateway-1", f"--url={url}")
+def test_the_command_raises_it_in_a_running_agent() -> None:
+    with open_agent(command="demo") as agent:
+        said = run_agent("drill", "--vm=gateway-1", f"--url={agent.socket}")
         assert "(gateway-1) is stalled for 60 s" in said
         (line,) = (line for line in agent.log if "DRILL, not real: vCPU makes no forward progress" in line)
         assert " drill=yes " in line
         vm = next(reading.vm.id for reading in SimulatedHost().read().readings if reading.vm.owner.name == "gateway-1")
         assert agent.samples("kvm_vcpu_no_forward_progress", vm=vm) == {(("vcpu", "0"),): 1.0}
-        _status, _headers, body = agent.get("/api/v1/vcpus")
-        drills = [vcpu for vcpu in json.loads(body)["vcpus"] if vcpu["drill"]]
+        drills = [vcpu for vcpu in agent.get_json("/api/v1/vcpus")["vcpus"] if vcpu["drill"]]
         assert [(vcpu["vm"], vcpu["state"]) for vcpu in drills] == [(vm, "stalled")]
         with pytest.raises(NoDrill, match="a drill is under way"):
-            ask_for_drill(f"unix:{tmp_path}/socket", "gateway-1")
-        with pytest.raises(ValueError, match="want http"):
-            ask_for_drill("https://localhost", "x")
+            ask_for_drill(agent.socket, "gateway-1")
+        with pytest.raises(ValueError, match="want unix:PATH"):
+            ask_for_drill(TcpAddress("127.0.0.1", agent.port), "x")
 
 
 def test_without_an_agent_the_command_says_so() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "exporter", "drill", "--vm=x", "--url=http://127.0.0.1:1"],
+        [sys.executable, "-m", "exporter", "drill", "--vm=x", "--url=unix:/nowhere/agent.sock"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 1
-    assert "Connection refused" in run.stderr
+    assert "No such file" in run.stderr
     assert "Traceback" not in run.stderr

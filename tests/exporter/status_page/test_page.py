@@ -121,8 +121,8 @@ def test_strangers_see_neither_names_nor_owners_nor_rips() -> None:
         parts = render_parts(FRAME, picture, picture.find(query, False), False)
         assert not re.search("secret|terces|0xffffffff81012345", parts)
         assert "vCPU 0 of uuid-1." in plain(parts)
-        assert "to clients of this machine only" in parts
-    assert "to clients of this machine only" not in render(picture)
+        assert "only to clients that the agent knows" in parts
+    assert "only to clients that the agent knows" not in render(picture)
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)

@@ -94,13 +94,13 @@ class Listener:
     def tell_of(self, vm: str) -> str:
         """What there is to know when something has not come."""
         samples = [line for line in self.agent.get()[2].decode().splitlines() if line.startswith("kvm_exporter_trace")]
-        found = [vcpu for vcpu in json.loads(self.agent.get("/api/v1/vcpus")[2])["vcpus"] if vcpu["vm"] == vm]
+        found = [vcpu for vcpu in self.agent.get_json("/api/v1/vcpus")["vcpus"] if vcpu["vm"] == vm]
         lines = [line for line in self.agent.log if vm in line or "level=DEBUG" not in line]
         return "\n".join([*lines[-40:], *samples, *(json.dumps(vcpu) for vcpu in found)])
 
     def find_vcpu(self, vm: str, vcpu: int = 0) -> dict[str, object]:
-        _status, _headers, body = self.agent.get("/api/v1/vcpus")
-        return next(found for found in json.loads(body)["vcpus"] if (found["vm"], found["vcpu"]) == (vm, vcpu))
+        vcpus: list[dict[str, object]] = self.agent.get_json("/api/v1/vcpus")["vcpus"]
+        return next(found for found in vcpus if (found["vm"], found["vcpu"]) == (vm, vcpu))
 
 
 def count_events(pid: int) -> int:
