@@ -63,7 +63,6 @@ TESTED_IN = {
     "exporter.stalls.verdicts": "exporter/stalls/test_detector.py",
     "exporter.status_page.table": "exporter/status_page/test_page.py",
     "exporter.status_page.text": "exporter/status_page/test_page.py",
-    "exporter.web.connection_guard": "exporter/web/test_server.py",
     "exporter.web.cpu_budget": "exporter/web/test_status_handlers.py",
     "exporter.web.metrics_handler": "exporter/web/test_server.py",
     "exporter.web.protocol": "exporter/logs/test_rate_limit.py",

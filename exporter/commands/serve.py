@@ -10,12 +10,14 @@ import logging
 import os
 import platform
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS
 from exporter.history.recorder import SnapshotRecorder
+from exporter.logs.rate_limit import RateLimitedLog
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.web.listeners import Address, UnixAddress
 from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
@@ -100,6 +102,12 @@ async def tell_nothing_to_reload(reason: str) -> None:
     log.info("nothing to reload without --web.config.file", extra={"fields": {"reason": reason}})
 
 
+def tell_failure(log: RateLimitedLog, _loop: asyncio.AbstractEventLoop, context: Mapping[str, object]) -> None:
+    """Write a line where asyncio would write a traceback, each time."""
+    what = str(context.get("message", "no message"))
+    log.write(logging.ERROR, "the event loop met a failure", err=repr(context.get("exception", "")), reason=what)
+
+
 async def run_until_signalled(
     monitor: StallMonitor,
     serve: Callable[[asyncio.Event], Awaitable[None]],
@@ -115,6 +123,7 @@ async def run_until_signalled(
             reloads.add(task)
             task.add_done_callback(reloads.discard)
 
+    loop.set_exception_handler(partial(tell_failure, RateLimitedLog()))
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, start_reload)

@@ -19,10 +19,10 @@ from typing import Final
 
 from exporter.logs.rate_limit import RateLimitedLog
 from exporter.web.access import name_client
+from exporter.web.connection_guard import MAX_HANDSHAKES
 
 log = logging.getLogger(__name__)
 
-MAX_HANDSHAKES: Final = 64
 HANDSHAKE_SECONDS: Final = 10.0
 SHUTDOWN_SECONDS: Final = 2.0
 PAUSE_SECONDS: Final = 1.0

@@ -9,13 +9,29 @@ whose client has gone is cancelled here: aiohttp does that on request, but not b
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_CONNECTIONS: Final = 512
+MAX_HANDSHAKES: Final = 64
 FIRST_REQUEST_SECONDS: Final = 10.0
 # As long as Prometheus keeps an idle connection.
 NEXT_REQUEST_SECONDS: Final = 300.0
+
+
+class Limits(NamedTuple):
+    """How many connections there may be, and how many TLS handshakes besides."""
+
+    connections: int
+    handshakes: int
+
+
+def find_limits(max_fds: int) -> Limits:
+    """Return the limits for so many file descriptors (RLIM_INFINITY for any number): reading VMs needs some, too."""
+    if max_fds == resource.RLIM_INFINITY:
+        return Limits(MAX_CONNECTIONS, MAX_HANDSHAKES)
+    return Limits(max(1, min(MAX_CONNECTIONS, max_fds // 2)), max(1, min(MAX_HANDSHAKES, max_fds // 8)))
 
 
 class ConnectionGuard:

@@ -16,6 +16,7 @@ from exporter.prometheus.exposition import compress_document, open_self_metrics,
 from exporter.prometheus.negotiation import Format, accepts_gzip, parse_accept
 from exporter.prometheus.selection import BadSelection, select_collectors
 from exporter.web.connection_guard import ConnectionGuard
+from exporter.web.document import Document
 from exporter.web.settings import ServerSettings
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -66,8 +67,11 @@ class MetricsApp:
         try:
             response = await self._answer(request, handler)
             async with asyncio.timeout(self._settings.write_seconds):
-                await response.prepare(request)
-                await response.write_eof()
+                if isinstance(response, Document):
+                    await response.write_to(request)
+                else:
+                    await response.prepare(request)
+                    await response.write_eof()
         except TimeoutError:
             self._rate_limited_log.write(logging.WARNING, "client reads too slowly and is cut off", client=client)
             if transport is not None:
@@ -79,7 +83,7 @@ class MetricsApp:
             self._guard.end(transport)
         return response
 
-    async def answer_metrics(self, request: web.Request) -> web.Response:
+    async def answer_metrics(self, request: web.Request) -> web.StreamResponse:
         """Look at the host and answer in the format that the client likes best."""
         limit = self._settings.max_requests
         if limit and len(self._scrapes) >= limit:
@@ -99,7 +103,7 @@ class MetricsApp:
         headers = {"Content-Type": form.content_type, "Vary": "Accept, Accept-Encoding"}
         if zipped:
             headers["Content-Encoding"] = "gzip"
-        return web.Response(body=body, headers=headers)
+        return Document(body, headers)
 
     async def answer_healthy(self, request: web.Request) -> web.Response:
         """Say that the agent runs and answers."""

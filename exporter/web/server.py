@@ -2,7 +2,7 @@
 
 Looking and rendering run in one worker thread, so that scrapes take turns and the event loop never waits for the
 kernel. A scrape counts against ``max_requests`` until its last byte is written, and writing has a time limit: so what
-slow readers can pin is ``max_requests`` documents, for ``WRITE_SECONDS``.
+slow readers can pin is ``max_requests`` documents, for ``WRITE_SECONDS``. Idle connections pin none (``document``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from exporter.logs.rate_limit import RateLimitedLog
 from exporter.prometheus.collector import HostCollector
 from exporter.status_page import page
 from exporter.web.acceptor import Acceptor
-from exporter.web.connection_guard import NEXT_REQUEST_SECONDS, ConnectionGuard
+from exporter.web.connection_guard import NEXT_REQUEST_SECONDS, ConnectionGuard, find_limits
 from exporter.web.gate import Gate
 from exporter.web.listeners import Address, ListenError, find_address, open_sockets, parse_address
 from exporter.web.metrics_handler import MetricsApp
@@ -87,7 +88,8 @@ async def open_server(
     nobody new is let in, what is under way has ``drain_seconds`` to finish, then connections are cut. Raises
     ListenError.
     """
-    guard, rate_limited_log = guard or ConnectionGuard(), RateLimitedLog()
+    limits = find_limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    guard, rate_limited_log = guard or ConnectionGuard(limits.connections), RateLimitedLog()
     gate = Gate(lambda: web_config.current if web_config else None, settings, rate_limited_log)
     app = create_app(
         collector, recorder, settings, guard=guard, gate=gate, rate_limited_log=rate_limited_log, watcher=watcher
@@ -119,7 +121,10 @@ async def open_server(
                 lingering_time=LINGER_SECONDS,
             )
             acceptor = Acceptor(
-                guard.wrap(make_protocol), lambda: web_config.current.context if web_config else None, rate_limited_log
+                guard.wrap(make_protocol),
+                lambda: web_config.current.context if web_config else None,
+                rate_limited_log,
+                limits.handshakes,
             )
             acceptor.start(sockets)
             yield tuple(find_address(sock) for sock in sockets)

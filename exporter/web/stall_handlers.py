@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from aiohttp import web
 
@@ -13,6 +14,8 @@ from exporter.stalls.verdicts import MonitorReport, VcpuReport
 from exporter.web import vcpus_json
 from exporter.web.access import PRIVATE_HEADERS, sees_details
 from exporter.web.settings import DRILL_HEADER
+
+PAUSE_SECONDS: Final = 240.0  # after a drill's end
 
 
 class Watcher(Protocol):
@@ -30,8 +33,9 @@ class Watcher(Protocol):
 class StallHandlers:
     """The handlers; ``watcher`` is None where nobody watches."""
 
-    def __init__(self, watcher: Watcher | None) -> None:
-        self._watcher = watcher
+    def __init__(self, watcher: Watcher | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._watcher, self._clock = watcher, clock
+        self._next_drill_at = 0.0
 
     async def answer_vcpus(self, request: web.Request) -> web.Response:
         """Say what is known of the vCPUs that take notify exits; RIPs and owners to clients that are known only."""
@@ -50,10 +54,15 @@ class StallHandlers:
             return _refuse(403, f"a drill takes the header {DRILL_HEADER}, which no web page can send")
         if self._watcher is None:
             return _refuse(409, "this agent does not watch for stalls")
+        left_seconds = self._next_drill_at - self._clock()
+        if left_seconds > 0:
+            # Whoever is called must be able to tell a drill from a stall: not one after the other.
+            return _refuse(429, f"the last drill was just now; the next one may begin in {left_seconds:.0f} s")
         try:
             begun = await self._watcher.start_drill(request.query.get("vm", ""))
         except drill.NoDrill as err:
             return _refuse(409, str(err))
+        self._next_drill_at = self._clock() + drill.DRILL_SECONDS + PAUSE_SECONDS
         vm = f"VM {begun.vm.id} ({begun.vm.owner.name or 'no name'})"
         where = "in the log, in kvm_vcpu_no_forward_progress and in the API"
         message = f"vCPU {begun.vcpu.index} of {vm} is {begun.verdict.state} for {drill.DRILL_SECONDS:.0f} s, {where}"

@@ -190,7 +190,19 @@ def test_a_drill_is_asked_for_by_post_with_its_header_by_whom_the_agent_knows() 
         status, body = await ask(address, path, MARKED, method="POST")
         assert (status, watcher.drills) == (200, ["web 1"])
         assert "is stalled for 60 s" in json.loads(body)["message"]
+        status, body = await ask(address, path, MARKED, method="POST")
+        assert (status, watcher.drills) == (429, ["web 1"])
+        assert "may begin in 300 s" in body
+
+    serve(scenario, watcher)
+
+
+def test_a_drill_that_was_not_had_costs_no_pause() -> None:
+    watcher = FakeWatcher()
+
+    async def scenario(address: Address) -> None:
         assert (await ask(address, DRILL_PATH, MARKED, method="POST"))[0] == 409
+        assert (await ask(address, f"{DRILL_PATH}?vm=web", MARKED, method="POST"))[0] == 200
 
     serve(scenario, watcher)
 
