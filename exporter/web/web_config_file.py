@@ -85,8 +85,10 @@ class WebConfigFile:
             try:
                 loaded = await asyncio.to_thread(load_web_config, self._path)
                 _refuse_switch(self._path, self.current.config, loaded.config)
-            except ConfigError as err:
-                self._state, self.reload_succeeded = state, False
+            except (ConfigError, OSError) as err:
+                # Where it was not the file's fault, as without fds, the next look at it is another try.
+                self._state = state if isinstance(err, ConfigError) else None
+                self.reload_succeeded = False
                 log.error("web configuration not reloaded, the old one stays", extra={"fields": fields | {"err": err}})
                 return
             # Of files that were named only now, a change since then is seen by the next look at them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
@@ -202,6 +203,32 @@ def test_clients_certificates_and_their_names(directory: Path, authority: Author
         assert await is_shut_out(listening[0], authority.trust())
 
     run(scenario, directory, MUTUAL + "  client_allowed_sans: [prometheus.example.org]\n")
+
+
+def test_a_password_or_a_certificate_makes_known_and_tls_alone_does_not(directory: Path, authority: Authority) -> None:
+    ours = authority.trust(find_pair(authority, "prometheus"))
+    if_given = MUTUAL.replace("RequireAndVerifyClientCert", "VerifyClientCertIfGiven")
+
+    async def sees_details(address: Address, header: str, context: ssl.SSLContext | None) -> bool:
+        answer = await ask(address, "/api/v1/vcpus", header, context=context)
+        assert answer.status == 200
+        found: bool = json.loads(answer.body)["details"]
+        return found
+
+    async def by_password(listening: tuple[Address, ...], _file: WebConfigFile) -> None:
+        assert await sees_details(listening[0], ALICE, None)
+
+    async def by_certificate(listening: tuple[Address, ...], _file: WebConfigFile) -> None:
+        assert await sees_details(listening[0], "X: y", ours)
+        assert not await sees_details(listening[0], "Via: 1.1 proxy", ours)
+        assert not await sees_details(listening[0], "X: y", authority.trust())
+
+    async def by_nothing(listening: tuple[Address, ...], _file: WebConfigFile) -> None:
+        assert not await sees_details(listening[0], ALICE, ours)
+
+    run(by_password, directory, USERS)
+    run(by_certificate, directory, if_given)
+    run(by_nothing, directory, TLS)
 
 
 def test_a_certificate_is_replaced_under_connections_in_use(directory: Path, authority: Authority) -> None:
