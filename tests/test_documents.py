@@ -71,7 +71,7 @@ def find_code(document: Path) -> Iterator[str]:
 
 def test_files_that_a_document_names_exist(document: Path) -> None:
     for code in find_code(document):
-        for path in re.findall(rf"(?<![\w/.~])(?:{'|'.join(TOP)})/[\w./*-]*", code):
+        for path in re.findall(rf"(?<![\w/.~-])(?:{'|'.join(TOP)})/[\w./*-]*", code):
             assert list(ROOT.glob(path.rstrip("/."))), f"{document.name} names {path}"
 
 

@@ -1,6 +1,6 @@
 """What the status page shows: the vCPUs that have taken notify exits, worst first, and what of them a search finds.
 
-A ``StatusView`` is made once for all who look; searching it and taking the first few rows is cheap, however many vCPUs
+A ``StatusView`` is made once for all readers; searching it and taking the first few rows is cheap, however many vCPUs
 there are. Names, owners and RIPs can be found only by clients that see them (``exporter.web.access``): a search that
 finds what it does not show gives it away all the same.
 """

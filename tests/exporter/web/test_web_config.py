@@ -162,8 +162,8 @@ def test_what_is_no_yaml_is_refused(text: bytes) -> None:
         parse_web_config(text, PATH)
 
 
-def test_the_readmes_example_is_valid() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+def test_the_documents_example_is_valid() -> None:
+    readme = (Path(__file__).parents[3] / "docs" / "web-config.md").read_text()
     (text,) = (block.partition("```")[0] for block in readme.split("```yaml\n") if "web.yml;" in block.splitlines()[0])
     config = parse(text)
     assert config.authenticates
