@@ -45,15 +45,15 @@ class MetricsApp:
         self._scrapes: set[int] = set()
 
     async def run_worker(self, app: web.Application) -> AsyncIterator[None]:
-        """Take a first look while the application starts, and let the worker finish when it ends."""
+        """Take a first snapshot while the application starts, and let the worker finish when it ends."""
         loop = asyncio.get_running_loop()
-        first_look: asyncio.Future[object] = loop.run_in_executor(self._worker, self._collector.collect)
+        first_snapshot: asyncio.Future[object] = loop.run_in_executor(self._worker, self._collector.collect)
         yield
         last_job: asyncio.Future[object] = loop.run_in_executor(self._worker, _do_nothing)
         drain_seconds = self._settings.drain_seconds
-        _, unfinished = await asyncio.wait({first_look, last_job}, timeout=drain_seconds)
+        _, unfinished = await asyncio.wait({first_snapshot, last_job}, timeout=drain_seconds)
         if unfinished:
-            log.warning("a look at the host still goes on", extra={"fields": {"waited_seconds": drain_seconds}})
+            log.warning("a snapshot is still under way", extra={"fields": {"waited_seconds": drain_seconds}})
         for job in unfinished:
             job.cancel()
         self._worker.shutdown(wait=False, cancel_futures=True)
@@ -84,7 +84,7 @@ class MetricsApp:
         return response
 
     async def answer_metrics(self, request: web.Request) -> web.StreamResponse:
-        """Look at the host and answer in the format that the client likes best."""
+        """Read the host and answer in the format that the client likes best."""
         limit = self._settings.max_requests
         if limit and len(self._scrapes) >= limit:
             return _render_text(503, f"limit of concurrent requests reached ({limit}), try again later")
@@ -113,7 +113,7 @@ class MetricsApp:
         """Say whether the host is seen: the first snapshot has been taken, and it is not blind."""
         snapshot = self._collector.snapshot
         if snapshot is None:
-            return _render_text(503, "not ready: the first look at the host has not ended yet")
+            return _render_text(503, "not ready: the first snapshot of the host is still under way")
         if snapshot.is_blind:
             return _render_text(503, f"not ready: nothing of this host can be seen: {describe_blind_spots(snapshot)}")
         return _render_text(200, "ready")

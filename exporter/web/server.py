@@ -1,6 +1,6 @@
 """HTTP: the metrics, the status page, health.
 
-Looking and rendering run in one worker thread, so that scrapes take turns and the event loop never waits for the
+Snapshots and rendering run in one worker thread, so that scrapes take turns and the event loop never waits for the
 kernel. A scrape counts against ``max_requests`` until its last byte is written, and writing has a time limit: so what
 slow readers can pin is ``max_requests`` documents, for ``WRITE_SECONDS``. Idle connections pin none (``document``).
 """
@@ -84,8 +84,8 @@ async def open_server(
 ) -> AsyncIterator[tuple[Address, ...]]:
     """Serve inside the context, which gets the addresses as the kernel chose them.
 
-    ``recorder`` is what the collector takes its looks through, ``web_config`` says who is let in and how. At the end
-    nobody new is let in, what is under way has ``drain_seconds`` to finish, then connections are cut. Raises
+    ``recorder`` is what the collector takes its snapshots through, ``web_config`` says who is let in and how. At the
+    end nobody new is let in, what is under way has ``drain_seconds`` to finish, then connections are cut. Raises
     ListenError.
     """
     limits = find_limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0])

@@ -1,14 +1,14 @@
-"""Answers for the status page, at a cost that does not grow with the number of those who look.
+"""Answers for the status page, at a cost that does not grow with the number of its readers.
 
-- The host is looked at anew at most every ``LOOK_SECONDS``, by whoever comes first, in a thread of its own. A look that
+- The host is read anew at most every ``SNAPSHOT_SECONDS``, for whoever comes first, in a thread of its own. A read that
   takes long is waited for once, by all who ask meanwhile together: the page then shows the last one, and says how old
   it is.
 - What is known is put together at most every ``VIEW_SECONDS``, and rendered once for all who ask the same.
 - Searches have a share of a core, one for clients that are known and one for everybody else: whoever asks for ever new
   words gets 503 in the end, and the page without a search is not touched by that.
 
-While a vCPU takes notify exits, the host is looked at every ``SAMPLE_SECONDS`` also when nobody asks, so that whoever
-opens the page after a warning sees what has happened. It is a look like a scrape's: no guest notices.
+While a vCPU takes notify exits, the host is read every ``SAMPLE_SECONDS`` also when nobody asks, so that whoever
+opens the page after a warning sees what has happened. It costs what a scrape does: no guest notices.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from kvm.model import Snapshot
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 2.0
-LOOK_WAIT_SECONDS: Final = 0.5
+SNAPSHOT_SECONDS: Final = 2.0
+SNAPSHOT_WAIT_SECONDS: Final = 0.5
 VIEW_SECONDS: Final = 0.5
 SHARE: Final = 20
 MAX_VIEW_SECONDS: Final = 2.0
@@ -78,14 +78,14 @@ class StatusHandlers:
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._lately, self._watcher, self._frame = recorder, watcher, frame
+        self._recorder, self._watcher, self._frame = recorder, watcher, frame
         self._clock, self._unix_clock = clock, unix_clock
-        self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-look")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-snapshot")
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status")
-        self._looking: asyncio.Future[Snapshot] | None = None
+        self._reading: asyncio.Future[Snapshot] | None = None
         self._wait_until = 0.0
-        self._picture: StatusView | None = None
-        self._picture_until = 0.0
+        self._view: StatusView | None = None
+        self._view_until = 0.0
         self._answers: dict[_Question, asyncio.Task[_Answer]] = {}
         self._budgets = {here: Budget(SEARCH_SHARE, SEARCH_BURST_SECONDS, clock) for here in (True, False)}
 
@@ -97,7 +97,7 @@ class StatusHandlers:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        for workers in (self._looker, self._renderer):
+        for workers in (self._reader, self._renderer):
             workers.shutdown(wait=False, cancel_futures=True)
 
     async def answer_page(self, request: web.Request) -> web.Response:
@@ -133,7 +133,7 @@ class StatusHandlers:
         """Make an answer, which is good for VIEW_SECONDS."""
         loop = asyncio.get_running_loop()
         try:
-            await self._look(LOOK_SECONDS, LOOK_WAIT_SECONDS)
+            await self._renew(SNAPSHOT_SECONDS, SNAPSHOT_WAIT_SECONDS)
             answer = await loop.run_in_executor(self._renderer, self._render_now, question)
             if question.query:
                 self._budgets[question.with_details].spend(answer.cost_seconds)
@@ -162,37 +162,37 @@ class StatusHandlers:
     def _draw(self) -> StatusView:
         """Put together what is known, unless that was done just now."""
         now, began = self._clock(), time.thread_time()
-        if self._picture is None or now >= self._picture_until:
+        if self._view is None or now >= self._view_until:
             report = self._watcher.report() if self._watcher else None
-            self._picture = make_status_view(
-                self._lately.snapshot, report, self._lately.history, now, self._unix_clock()
+            self._view = make_status_view(
+                self._recorder.snapshot, report, self._recorder.history, now, self._unix_clock()
             )
             # However many vCPUs there are to tell of, most of the CPU's time is for others.
             cost = SHARE * (time.thread_time() - began)
-            self._picture_until = now + min(MAX_VIEW_SECONDS, max(VIEW_SECONDS, cost))
-        return self._picture
+            self._view_until = now + min(MAX_VIEW_SECONDS, max(VIEW_SECONDS, cost))
+        return self._view
 
-    async def _look(self, max_age_seconds: float, wait_seconds: float) -> None:
-        """Have the host looked at, unless somebody has done so just now; wait a while for it and no longer."""
-        snapshot = self._lately.snapshot
+    async def _renew(self, max_age_seconds: float, wait_seconds: float) -> None:
+        """Have the host read, unless that was done just now; wait a while for it and no longer."""
+        snapshot = self._recorder.snapshot
         if snapshot is not None and self._clock() - snapshot.monotonic_seconds < max_age_seconds:
             return
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().run_in_executor(self._looker, self._lately.read)
-            self._looking.add_done_callback(_tell_failure)
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.get_running_loop().run_in_executor(self._reader, self._recorder.read)
+            self._reading.add_done_callback(_tell_failure)
             self._wait_until = self._clock() + wait_seconds
-        # All who wait for one look wait that long together: one that hangs must not hold each of them up in turn.
-        await asyncio.wait({self._looking}, timeout=max(0.0, self._wait_until - self._clock()))
+        # All who wait for one read wait that long together: one that hangs must not hold each of them up in turn.
+        await asyncio.wait({self._reading}, timeout=max(0.0, self._wait_until - self._clock()))
 
     async def _sample(self) -> None:
-        """Look at the host now and then while something happens on it."""
+        """Read the host now and then while something happens on it."""
         loop, watcher = asyncio.get_running_loop(), self._watcher
         while watcher is not None:
             await asyncio.sleep(SAMPLE_SECONDS)
             try:
                 report = await loop.run_in_executor(self._renderer, watcher.report)
                 if any(_is_lively(vcpu, self._clock()) for vcpu in report.vcpus):
-                    await self._look(SAMPLE_SECONDS, LOOK_WAIT_SECONDS)
+                    await self._renew(SAMPLE_SECONDS, SNAPSHOT_WAIT_SECONDS)
             except Exception as err:  # noqa: BLE001 - a plot with a gap is better than none from now on
                 log.debug("the history was not kept", extra={"fields": {"err": repr(err)}})
 
@@ -205,9 +205,9 @@ def _is_lively(found: VcpuReport, now: float) -> bool:
     return found.verdict.state is not State.UNKNOWN or moved is None or now - moved <= WINDOW_SECONDS
 
 
-def _tell_failure(look: asyncio.Future[Snapshot]) -> None:
-    if not look.cancelled() and (err := look.exception()):
-        log.error("a look at the host failed", extra={"fields": {"err": repr(err)}})
+def _tell_failure(read: asyncio.Future[Snapshot]) -> None:
+    if not read.cancelled() and (err := read.exception()):
+        log.error("a snapshot failed", extra={"fields": {"err": repr(err)}})
 
 
 @cache

@@ -45,7 +45,7 @@ _CURVES: Final[Mapping[str, str]] = {"CurveP256": "prime256v1", "CurveP384": "se
 
 @dataclass(frozen=True, slots=True)
 class Pem:
-    """Certificates or a key: a file's path, or the text itself; ``where`` is for complaints."""
+    """Certificates or a key: a file's path, or the text itself; ``where`` is for error messages."""
 
     where: str
     path: Path | None = None

@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 
 
 class GatedHost:
-    """A simulated host whose looks can be held: each says that it has begun, then waits for the gate."""
+    """A simulated host whose snapshots can be held: each says that it has begun, then waits for the gate."""
 
     def __init__(self) -> None:
         self._host = SimulatedHost()
@@ -63,8 +63,8 @@ class GatedHost:
     async def wait_begun(self) -> None:
         assert await asyncio.to_thread(self.begun.acquire, timeout=PATIENCE_SECONDS)
 
-    async def pass_first_look(self, address: Address) -> None:
-        """Let the first look through, and hold the next one."""
+    async def pass_first_snapshot(self, address: Address) -> None:
+        """Let the first snapshot through, and hold the next one."""
         self.gate.set()
         await self.wait_begun()
         await wait_ready(address)
@@ -279,7 +279,7 @@ def test_bad_telemetry_path_is_refused(path: str) -> None:
         ServerSettings(telemetry_path=path)
 
 
-def test_ready_after_the_first_look() -> None:
+def test_ready_after_the_first_snapshot() -> None:
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
@@ -353,7 +353,7 @@ def test_fault_of_ours_is_a_short_500(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
-# Refused for what it asks, so that it needs no look; turned away before that where there is no place.
+# Refused for what it asks, so that it needs no snapshot; turned away before that where there is no place.
 ASK_FOR_A_PLACE = "/metrics?collect[]=disk"
 
 
@@ -361,7 +361,7 @@ def test_too_many_scrapes_are_turned_away() -> None:
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
-        await host.pass_first_look(address)
+        await host.pass_first_snapshot(address)
         scrape = asyncio.create_task(ask(address))
         await host.wait_begun()
         answer = await ask(address)
@@ -391,7 +391,7 @@ def test_client_that_leaves_gives_its_place_back(caplog: pytest.LogCaptureFixtur
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
-        await host.pass_first_look(address)
+        await host.pass_first_snapshot(address)
         client = await Client.open(address)
         await client.send(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
         await host.wait_begun()
@@ -466,7 +466,7 @@ def test_connections_that_are_all_busy_are_kept() -> None:
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
-        await host.pass_first_look(address)
+        await host.pass_first_snapshot(address)
         scrape = asyncio.create_task(ask(address))
         await host.wait_begun()
         late = await Client.open(address)
@@ -652,4 +652,4 @@ def test_stop_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_SECONDS))
     host.gate.set()
-    assert [record.message for record in caplog.records] == ["a look at the host still goes on"]
+    assert [record.message for record in caplog.records] == ["a snapshot is still under way"]

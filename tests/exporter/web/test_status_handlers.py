@@ -1,4 +1,4 @@
-"""The status page over HTTP: who gets what, and that it costs no more the more people look."""
+"""The status page over HTTP: who gets what, and that it costs no more the more people read."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_no_answer_is_kept_framed_or_read_by_others_nor_runs_anything() -> None:
     run_pages(scenario, clock=Clock())
 
 
-def test_many_who_look_cost_as_much_as_one(tell: Callable[[str], None]) -> None:
+def test_many_readers_cost_as_much_as_one(tell: Callable[[str], None]) -> None:
     host, watcher = FixedHost(make_snapshot(*READINGS)), FixedWatcher(*make_reports(READINGS, State.STALLED))
 
     async def scenario(address: Address) -> None:
@@ -203,9 +203,9 @@ def test_many_who_look_cost_as_much_as_one(tell: Callable[[str], None]) -> None:
             answers = await asyncio.gather(*(ask(address, target) for target in ["/", "/-/status"] * 20))
             assert {answer.status for answer in answers} == {200}
         seconds = loop.time() - began
-        counts = f"{host.looks - looks} looks at the host, {watcher.asked - asked} reports of the watch"
+        counts = f"{host.looks - looks} snapshots, {watcher.asked - asked} reports of the monitor"
         tell(f"status page asked 400 times in {seconds:.1f} s: {counts}")
-        assert host.looks - looks <= 1 + seconds / status_handlers.LOOK_SECONDS
+        assert host.looks - looks <= 1 + seconds / status_handlers.SNAPSHOT_SECONDS
         assert watcher.asked - asked <= 2 + seconds / status_handlers.VIEW_SECONDS
 
     run(scenario, host, watcher)
@@ -313,7 +313,7 @@ def test_much_to_put_together_is_put_together_less_often(monkeypatch: pytest.Mon
 
 
 def test_a_client_that_hangs_up_takes_nobodys_answer_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_handlers, "LOOK_WAIT_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(status_handlers, "SNAPSHOT_WAIT_SECONDS", PATIENCE_SECONDS)
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
@@ -345,29 +345,29 @@ def test_any_query_is_answered(query: str) -> None:
     run(scenario, FixedHost(make_snapshot(*READINGS)), FixedWatcher())
 
 
-def test_a_look_that_hangs_does_not_hold_the_page_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_handlers, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(status_handlers, "LOOK_WAIT_SECONDS", 0.01)
+def test_a_snapshot_that_hangs_does_not_hold_the_page_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_handlers, "SNAPSHOT_SECONDS", 0.0)
+    monkeypatch.setattr(status_handlers, "SNAPSHOT_WAIT_SECONDS", 0.01)
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
-        await host.pass_first_look(address)
+        await host.pass_first_snapshot(address)
         assert b"simulated" in (await ask(address)).body
         await host.wait_begun()
         assert b"simulated" in (await ask(address, "/?q=web")).body
-        assert not host.begun.acquire(blocking=False)  # one look at a time
+        assert not host.begun.acquire(blocking=False)  # one snapshot at a time
         host.gate.set()
 
     run(scenario, host, FixedWatcher())
 
 
-def test_a_look_that_hangs_holds_up_all_who_ask_together_and_not_in_turn(tell: Callable[[str], None]) -> None:
+def test_a_snapshot_that_hangs_holds_up_all_who_ask_together_and_not_in_turn(tell: Callable[[str], None]) -> None:
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
-        await host.pass_first_look(address)
+        await host.pass_first_snapshot(address)
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(status_handlers.LOOK_SECONDS)
+        await asyncio.sleep(status_handlers.SNAPSHOT_SECONDS)
         began = loop.time()
         searches = [ask(address, f"/-/status?q=random{number}", **STRANGER) for number in range(20)]
         answers = await asyncio.gather(ask(address, "/"), ask(address), *searches)
@@ -379,15 +379,15 @@ def test_a_look_that_hangs_holds_up_all_who_ask_together_and_not_in_turn(tell: C
         assert seconds < 1
         began = loop.time()
         assert (await ask(address, "/?refresh=1")).status == 200
-        assert loop.time() - began < 0.4  # this look has been waited for
-        tell(f"while a look hangs, 22 different questions are answered within {seconds:.2f} s")
+        assert loop.time() - began < 0.4  # this snapshot has been waited for
+        tell(f"while a snapshot hangs, 22 different questions are answered within {seconds:.2f} s")
         host.gate.set()
 
     run(scenario, host, FixedWatcher())
 
 
 class CountingHost(FixedHost):
-    """Tells when it has been looked at a third time."""
+    """Tells when it has been read a third time."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         super().__init__(snapshot)
@@ -400,7 +400,7 @@ class CountingHost(FixedHost):
         return snapshot
 
 
-def test_while_something_happens_the_history_is_kept_though_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_something_happens_the_history_is_kept_though_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_handlers, "SAMPLE_SECONDS", 0.01)
     host = CountingHost(make_snapshot(*READINGS))
 
@@ -412,7 +412,7 @@ def test_while_something_happens_the_history_is_kept_though_nobody_looks(monkeyp
 
 
 @pytest.mark.parametrize("reason", ["quiet", "drill", "paused"])
-def test_while_nothing_happens_nobody_looks(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+def test_while_nothing_happens_nobody_reads(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     monkeypatch.setattr(status_handlers, "SAMPLE_SECONDS", 0.01)
     (paused,) = make_reports(READINGS[:1], State.UNKNOWN, now=time.monotonic() - WINDOW_SECONDS)
     vcpus = {
