@@ -22,7 +22,16 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache/deploy"
 KEPT_SECONDS = 7 * 24 * 3600
 # All that the package depends on, and what process 1 takes.
-INCLUDED = ("systemd", "dbus", "python3-aiohttp", "python3-prometheus-client", "python3-psutil", "libbpf1")
+INCLUDED = (
+    "systemd",
+    "dbus",
+    "python3-aiohttp",
+    "python3-bcrypt",
+    "python3-prometheus-client",
+    "python3-psutil",
+    "python3-yaml",
+    "libbpf1",
+)
 CGROUPS = Path("/sys/fs/cgroup")
 ASK = """
 import http.client, sys

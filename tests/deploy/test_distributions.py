@@ -34,7 +34,13 @@ def test_the_wheel_is_the_program(distributions: tuple[Path, Path]) -> None:
         (metadata,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     assert names == {name for name in find_sources() if not name.startswith("kvm/patches/")}
     needs = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.MULTILINE)
-    assert needs == ["aiohttp<4,>=3.8.4", "prometheus-client<1,>=0.16", "psutil>=5.9"]
+    assert needs == [
+        "aiohttp<4,>=3.8.4",
+        "bcrypt<6,>=3.2.2",
+        "prometheus-client<1,>=0.16",
+        "psutil>=5.9",
+        "pyyaml<7,>=6",
+    ]
 
 
 def test_the_sdist_is_the_program_and_what_builds_it(distributions: tuple[Path, Path]) -> None:
