@@ -86,12 +86,12 @@ class WebConfigFile:
                 loaded = await asyncio.to_thread(load_web_config, self._path)
                 _refuse_switch(self._path, self.current.config, loaded.config)
             except (ConfigError, OSError) as err:
-                # Where it was not the file's fault, as without fds, the next check of it is another try.
+                # Where it was not the file's fault, as without fds, it is tried again at the next check.
                 self._state = state if isinstance(err, ConfigError) else None
                 self.reload_succeeded = False
                 log.error("web configuration not reloaded, the old one stays", extra={"fields": fields | {"err": err}})
                 return
-            # Of files that were named only now, a change since then is seen by the next check of them.
+            # Of files that were named only now, a change since then is seen at the next check.
             if loaded.config.tls != self.current.config.tls:
                 state = await asyncio.to_thread(_read_state, self._path, loaded.config)
             if loaded.config.rate_limit == self.current.config.rate_limit:  # a reload is no fresh burst

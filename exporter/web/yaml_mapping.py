@@ -1,4 +1,4 @@
-"""Reads YAML so that every error names the file, the line and the key.
+"""Reads YAML so that every refusal names the file, the line and the key.
 
 A key that is given twice, that nobody asks for, or that is empty is refused: what an operator wrote and the agent does
 not heed would be a false sense of safety.
