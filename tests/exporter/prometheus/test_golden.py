@@ -15,6 +15,7 @@ from pathlib import Path
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from tests.agents import AgentProcess, open_agent
+from tests.waiting import wait_until
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "demo.prom"
 # Samples whose values depend on time, on the machine or on the version.
@@ -40,7 +41,13 @@ def mask(exposition: str) -> str:
     return BUILD.sub("kvm_exporter_build_info{...} 1", VARIES.sub(r"\1 ...", text))
 
 
+def wait_monitored(agent: AgentProcess) -> None:
+    """Wait until the stall monitor has been round once, so that all that it reports is there."""
+    wait_until(lambda: "kvm_exporter_threads" in agent.scrape(), "the monitor's first report")
+
+
 def ask(agent: AgentProcess) -> str:
+    wait_monitored(agent)
     status, headers, body = agent.get()
     assert status == 200
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -59,6 +66,7 @@ def test_the_exposition_is_the_golden_one_and_promtool_agrees() -> None:
 
 def test_openmetrics_and_gzip_say_the_same() -> None:
     with open_agent(command="demo") as agent:
+        wait_monitored(agent)
         accept = "application/openmetrics-text; version=1.0.0"
         _status, headers, body = agent.get(Accept=accept, Accept_Encoding="gzip")
         assert headers["content-encoding"] == "gzip"
