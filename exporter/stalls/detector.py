@@ -16,6 +16,8 @@ takes them at one RIP, exit after exit, and shows no other sign of life. What co
   the RIP after the second: so they were all at that RIP.
 - **Registers** other than RIP and RSP that change are progress: a REP instruction moves RCX while its RIP stays. Where
   they can be read they must have been alike for as long as the stall takes; where not, the verdict says so.
+- **A nested guest** takes notify exits at RIPs of its own, and the trace does not tell whose a RIP is. While its
+  hypervisor's timer ticks, its own stall shows as progress of the vCPU: the verdict says that it cannot tell.
 - **CPU time** of the vCPU's thread tells a paused vCPU from a stuck one: the stuck one burns its core. It never calls a
   stall, nor forbids one: a stuck vCPU that its cgroup throttles uses little.
 - **Context invalid** is the CPU's own word that it has lost the guest's state: it takes no second exit, and lasts until
@@ -70,6 +72,7 @@ class StallDetector:
         self._last_record_seconds = float("-inf")
         self._run = RecordRun()
         self._nested: bool | None = None
+        self._runs_nested = False  # whether a nested guest was seen to run since the vCPU was quiet
         self._suspicion: Suspicion | None = None
         self._ended: Suspicion | None = None
         self._window: ObservationWindow | None = None
@@ -128,6 +131,9 @@ class StallDetector:
         reason = self._reason
         if self.state in (State.NOTIFYING, State.SUSPECT):
             reason += explain_slowness(self.interval_seconds or 0.0, self._rule.exits, self.state is State.SUSPECT)
+        nested_unjudged = self._runs_nested and self.state in (State.PROGRESSING, State.RECOVERED)
+        if nested_unjudged:
+            reason += "; whether its nested guest is stuck cannot be told"
         verdict = Verdict(
             self.state,
             self._since,
@@ -135,6 +141,7 @@ class StallDetector:
             nested=self._nested,
             cpu_percent=self._cpu.percent,
             episode=self._episode if self._suspicion or self._ended else 0,
+            nested_unjudged=nested_unjudged,
         )
         if self._suspicion:
             return self._suspicion.complete(verdict, self._window)
@@ -198,6 +205,7 @@ class StallDetector:
     ) -> Sequence[Verdict]:
         """Take in the registers, those that are current, read between ``began`` and ``ended``."""
         self._nested = nested
+        self._runs_nested |= bool(nested)
         suspicion, run = self._suspicion, self._run
         if began < (suspicion.first_seconds if suspicion else run.first_seconds):
             return ()  # from before it came here
@@ -373,6 +381,7 @@ class StallDetector:
 
     def _forget(self) -> None:
         self._suspicion = self._ended = None
+        self._runs_nested = False
         self._run, self._cpu = RecordRun(), CpuMeter()
 
     def _enter(self, state: State, now: float, reason: str) -> None:

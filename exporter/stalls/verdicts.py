@@ -43,6 +43,7 @@ class Verdict:
     vCPU is or, if recovered, was suspected at. ``episode`` numbers the stalls of this vCPU: one that is stalled, then
     unknown, then stalled again has not had a second one. ``nested`` is None where it is not known.
     ``cpu_percent`` is how much of a CPU the thread used in the last second or so, None where that was not measured.
+    ``nested_unjudged`` says that the vCPU makes progress and its nested guest may be stuck all the same.
     """
 
     state: State
@@ -58,6 +59,7 @@ class Verdict:
     idt_vectoring: int = 0
     episode: int = 0
     cpu_percent: float | None = None
+    nested_unjudged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         "registers_alike": verdict.registers_alike,
         "cpu_percent_of_thread": None if verdict.cpu_percent is None else round(verdict.cpu_percent, 1),
         "nested": verdict.nested,
+        "nested_guest_unjudged": verdict.nested_unjudged,
         "context_invalid": verdict.context_invalid or verdict.state is State.CONTEXT_LOST,
         "delivering": name_vector(verdict.idt_vectoring) or None,
         "source": report.source or None,

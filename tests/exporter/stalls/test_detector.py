@@ -493,6 +493,20 @@ def test_a_lost_context_is_known_at_once_and_until_the_vcpu_runs_again(before: s
     assert story.session().state is State.STALLED
 
 
+def test_a_nested_guest_that_may_be_stuck_is_not_called_progress_without_saying_so() -> None:
+    """Its hypervisor's timer tick exits at other RIPs: nearly all records at one RIP, and the vCPU progresses."""
+    story = Story(nested=True)
+    for _ in range(20):
+        story.trace(*[R] * 50, OTHER).arm().read().wait(0.1)
+    found = story.detector.verdict
+    assert (found.state, found.nested_unjudged) == (State.PROGRESSING, True)
+    assert found.reason.endswith("; whether its nested guest is stuck cannot be told")
+    plain = Story(nested=False).trace(R, R, OTHER).read().detector.verdict
+    assert (plain.state, plain.nested_unjudged) == (State.PROGRESSING, False)
+    story.wait(2 * QUIET_SECONDS).read()
+    assert (story.state, story.detector.verdict.nested_unjudged) == (State.QUIET, False)
+
+
 def test_cpu_time_of_before_a_suspicion_is_no_evidence() -> None:
     story = Story()
     for _ in range(3):
