@@ -42,7 +42,7 @@ from kvm.snapshot import HostReader
 log = logging.getLogger(__name__)
 
 WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
-PROC, SYSFS, KVM_DEVICE, KVM_DEBUGFS = Path("/proc"), Path("/sys"), Path("/dev/kvm"), Path("/sys/kernel/debug/kvm")
+PROC, SYSFS, KVM_DEBUGFS = Path("/proc"), Path("/sys"), Path("/sys/kernel/debug/kvm")
 # A process that hangs is given up on after 10 s (OwnerCache): one snapshot waits for it.
 SINGLE_SNAPSHOT_WAIT_SECONDS = 11.0
 

@@ -157,5 +157,3 @@ NS_GET_USERNS = 0xB701
 USER_HZ = 100
 
 # include/uapi/linux/bpf.h: enum bpf_prog_type, enum bpf_func_id
-BPF_PROG_TYPE_RAW_TRACEPOINT = 17
-BPF_FUNC_loop = 181

@@ -148,6 +148,5 @@ def seen_agents(expr: str) -> str:
 
 
 AGENTS: Final = f"min by ({HOST_KEYS}) ({select(AGENT_SCRAPED)})"
-ARMED_VMS: Final = f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS, protection='armed')})"
 ARMED_VCPUS: Final = f"sum by ({HOST_KEYS}) ({select(m.HOST_VCPUS, protection='armed')})"
 HOST_EXITS: Final = f"sum by ({HOST_KEYS}) ({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kvm import abi
 from kvm.errors import SourceUnavailable
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("libbpf_set_print", _P, (_PRINT,)),
     ("libbpf_version_string", _P, ()),
     ("libbpf_num_possible_cpus", _INT, ()),
-    ("libbpf_probe_bpf_helper", _INT, (_INT, _INT, _P)),
     ("bpf_object__open_mem", _P, (_P, _SIZE, _P)),
     ("bpf_object__load", _INT, (_P,)),
     ("bpf_object__close", None, (_P,)),
@@ -133,13 +131,6 @@ class Library:
         of a map of 16,384.
         """
         return wanted + LRU_FREE_PER_CPU * self.call("libbpf_num_possible_cpus")
-
-    def has_bpf_loop(self) -> bool:
-        """Tell whether this kernel knows bpf_loop() (v5.17), by trying; raises OSError.
-
-        A tracing program cannot be tried without a function to trace; its helpers are those of a raw tracepoint.
-        """
-        return bool(self.call("libbpf_probe_bpf_helper", abi.BPF_PROG_TYPE_RAW_TRACEPOINT, abi.BPF_FUNC_loop, None))
 
 
 def open_library(name: str = LIBRARY) -> Library:

@@ -25,7 +25,7 @@ MAX_VMS = 16384
 # VMs that have ended are forgotten by nobody until others take their place.
 KEPT_VMS = 2 * MAX_VMS
 STATISTICS_BYTES = 4096
-# What a kernel may be able to run: everything; not what looks into registers; not what needs bpf_loop()
+# What a kernel may be able to run: everything; all but what reads registers; only the walk over open files
 FILES_ONLY = ("learn", "read_files")
 WITHOUT_STATE = (*FILES_ONLY, "learn_vm_list", "list_vms", "read_batch", "find_owners")
 ALL = (*WITHOUT_STATE, "read_vcpu")

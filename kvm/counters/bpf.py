@@ -295,10 +295,7 @@ class BpfSource:
 
     def _load(self, library: Library, statistics: int) -> VcpuPrograms:
         """Load as many of the programs as this kernel takes; raises OSError if it does not take the last of them."""
-        has_loop = library.has_bpf_loop()
-        choices = [ALL, WITHOUT_STATE, FILES_ONLY] if self._with_list and has_loop else [FILES_ONLY]
-        if self._with_list and not has_loop:
-            self.method_reason = "this kernel has no bpf_loop() (Linux 5.17)"
+        choices = [ALL, WITHOUT_STATE, FILES_ONLY] if self._with_list else [FILES_ONLY]
         for names in choices[:-1]:
             try:
                 return VcpuPrograms(library, self._capacity, statistics, names, self._types)

@@ -13,7 +13,7 @@
  * only checked: 20,000 threads cost 10 ms to visit, more than 10,000 vCPUs to read.
  *
  * read_files is the slow and sure way: every open file of every process, held by a reference while we look. It serves
- * kernels without bpf_loop() (before v5.17), hosts without /dev/kvm, and VMs whose own process has ended while another
+ * hosts without /dev/kvm, kernels that refuse the list, and VMs whose own process has ended while another
  * holds their files.
  *
  * A file is KVM's if its f_op is KVM's own, learnt from a VM that our own process makes for that purpose. A name alone
