@@ -83,11 +83,12 @@ def test_a_flag_that_does_not_exist_is_noticed() -> None:
 
 
 def verify(unit: str, root: Path, text: str) -> subprocess.CompletedProcess[str]:
-    """Let systemd judge the text of a unit, in a root with our program in it."""
+    """Let systemd judge the text of a unit, in a root with our program in it, and with kill."""
     units = root / "usr/lib/systemd/system"
     units.mkdir(parents=True)
     (root / "usr/bin").mkdir()
-    shutil.copy("/bin/true", root / "usr/bin/kvm-notify-exporter")
+    for program in ("kvm-notify-exporter", "kill"):
+        shutil.copy("/bin/true", root / "usr/bin" / program)
     for target in TARGETS:
         shutil.copy(f"/usr/lib/systemd/system/{target}.target", units)
     (units / unit).write_text(text)
