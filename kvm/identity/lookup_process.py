@@ -30,6 +30,10 @@ class LookupFailed(KvmReadError):
     """The child has ended, or speaks nonsense: what it was asked must be asked of another one."""
 
 
+# Children that were killed and may hang on: kept, so that each is reaped, even when its cache is gone.
+_unreaped: list[subprocess.Popen[bytes]] = []
+
+
 class LookupProcess:
     """A child to be asked one thing at a time; ``fd`` is readable when its answer has come."""
 
@@ -95,8 +99,10 @@ class LookupProcess:
         return True, decode_answer(line, start_ticks)
 
     def leave(self) -> None:
-        """Kill it, and wait for nothing; it is reaped when ``has_ended`` is asked for."""
+        """Kill it, and wait for nothing: what hangs in the kernel ends when that lets it go."""
         self._process.kill()
+        _unreaped[:] = [process for process in _unreaped if process.poll() is None]
+        _unreaped.append(self._process)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
