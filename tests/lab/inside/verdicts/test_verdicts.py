@@ -337,7 +337,10 @@ def check_interrupts(listener: Listener, vm: str, tell: Tell) -> None:
     assert counts["LOC"] > 100
     assert counts["RES"] + counts["CAL"] > 20
     assert listener.verdicts(vm)[verdicts:] == []
-    assert listener.find_vcpu(vm, 1)["state"] == "stalled"
+    found = listener.find_vcpu(vm, 1)
+    assert found["state"] == "stalled"
+    tell(f"the thread of a stuck vCPU uses {found['cpu_percent_of_thread']} % of a CPU, beside three busy ones on two")
+    assert float(str(found["cpu_percent_of_thread"])) > 10
 
 
 def check_pause(listener: Listener, stuck: GuestProcess, vm: str) -> None:
@@ -346,6 +349,9 @@ def check_pause(listener: Listener, stuck: GuestProcess, vm: str) -> None:
     stuck.stop()
     stuck.wait_for("done")
     listener.wait_for(vm, "unknown", after=verdicts)
+    paused = listener.find_vcpu(vm, 1)
+    assert float(str(paused["cpu_percent_of_thread"])) < 5
+    assert "paused or throttled" in str(paused["reason"])
     assert listener.agent.samples("kvm_vcpu_no_forward_progress", vm=vm) == {}
     stuck.notify(1, exits=0)
     listener.wait_for(vm, "stalled", after=verdicts)
@@ -366,7 +372,7 @@ def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str, 
         pause_seconds=0.1,
     )
     seconds = time.monotonic() - began
-    tell(f"the guest goes on: line and metric after {seconds:.1f} s, because {line['why']}")
+    tell(f"the guest goes on: line and metric after {seconds:.1f} s, because {line['reason']}")
     assert is_within(seconds, 15.0)
     stuck.stop()
 
