@@ -69,11 +69,16 @@ def parse_mirror(deb822: str) -> Mirror:
     return Mirror(archive, security or f"{archive}-security", signed_by)
 
 
-def render_sources(mirror: Mirror, codename: str) -> str:
-    """Returns the lines of a ``sources.list`` for one release, its updates, security and backports."""
+def render_sources(mirror: Mirror, codename: str, *, is_released: bool = True) -> str:
+    """Returns the lines of a ``sources.list`` for one release, and its updates and backports.
+
+    One that is not released yet has none of these.
+    """
     option = f"[signed-by={mirror.signed_by}] " if mirror.signed_by else ""
-    suites = [(mirror.archive, codename), (mirror.archive, f"{codename}-updates")]
-    suites += [(mirror.security, f"{codename}-security"), (mirror.archive, f"{codename}-backports")]
+    suites = [(mirror.archive, codename)]
+    if is_released:
+        suites += [(mirror.archive, f"{codename}-updates"), (mirror.security, f"{codename}-security")]
+        suites += [(mirror.archive, f"{codename}-backports")]
     return "".join(f"deb {option}{uri} {suite} main\n" for uri, suite in suites)
 
 
@@ -117,8 +122,9 @@ def remove_unused(directory: Path) -> None:
 class Archive:
     """One Debian release as this lab sees it: own sources, own lists, empty dpkg status."""
 
-    def __init__(self, codename: str) -> None:
+    def __init__(self, codename: str, *, is_released: bool = True) -> None:
         self.codename = codename
+        self._is_released = is_released
         self.root = CACHE / "apt" / codename
         self.debs = CACHE / "debs"
         self._updated = False
@@ -154,7 +160,8 @@ class Archive:
             sources = SYSTEM_SOURCES.read_text(encoding="utf-8")
         except OSError as err:
             raise LabError(f"{SYSTEM_SOURCES} cannot be read ({err}); the lab takes its mirror from there") from err
-        (self.root / "sources.list").write_text(render_sources(parse_mirror(sources), self.codename), encoding="utf-8")
+        lines = render_sources(parse_mirror(sources), self.codename, is_released=self._is_released)
+        (self.root / "sources.list").write_text(lines, encoding="utf-8")
         say(f"reading the package lists of {self.codename}")
         run(["apt-get", *self._options(), "-qq", "update"])
         self._updated = True

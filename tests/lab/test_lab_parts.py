@@ -42,6 +42,9 @@ def test_the_mirror_is_the_one_of_the_system() -> None:
         "deb [signed-by=/usr/share/keyrings/archive.gpg] http://mirror.example/debian-security trixie-security main",
         "deb [signed-by=/usr/share/keyrings/archive.gpg] http://mirror.example/debian trixie-backports main",
     ]
+    assert render_sources(mirror, "forky", is_released=False).splitlines() == [
+        "deb [signed-by=/usr/share/keyrings/archive.gpg] http://mirror.example/debian forky main",
+    ]
 
 
 def test_a_system_without_a_mirror_is_an_error() -> None:
