@@ -1,9 +1,10 @@
 """Bounds what clients can hold: how many connections, how long without a request.
 
 aiohttp waits for ever for the first request of a connection, and for the rest of half a request. Descriptors that
-strangers hold are descriptors that reading VMs then lacks. A client that closes its sending half is taken for gone, as
-nginx does: a scraper that gave up looks just like that, and its place in the queue should not be held. So a request
-whose client has gone is cancelled here: aiohttp does that on request, but not before its 3.9.
+strangers hold are descriptors that reading VMs then lacks. A client may close its sending half and wait for the answer
+(RFC 9112, 9.6); a scraper that gave up looks just like that, and its place in the queue should not be held. So such a
+client gets its answer if that is there within ``HALF_CLOSED_SECONDS``, and is taken for gone then: a request whose client
+has gone is cancelled here, which aiohttp does on request, but not before its 3.9.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ MAX_HANDSHAKES: Final = 64
 FIRST_REQUEST_SECONDS: Final = 10.0
 # As long as Prometheus keeps an idle connection.
 NEXT_REQUEST_SECONDS: Final = 300.0
+# Below the usual 10 s of a scraper that begins anew after it has given up.
+HALF_CLOSED_SECONDS: Final = 5.0
+# A whole request that has come in is taken up at once, if there is one.
+TAKE_UP_SECONDS: Final = 0.1
 
 
 class Limits(NamedTuple):
@@ -46,10 +51,15 @@ class ConnectionGuard:
         max_connections: int = MAX_CONNECTIONS,
         first_request_seconds: float = FIRST_REQUEST_SECONDS,
         next_request_seconds: float = NEXT_REQUEST_SECONDS,
+        half_closed_seconds: float = HALF_CLOSED_SECONDS,
     ) -> None:
         self._max_connections = max_connections
         self._first_request_seconds = first_request_seconds
         self._next_request_seconds = next_request_seconds
+        self._half_closed_seconds = half_closed_seconds
+        self._half_closed: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}
+        # Those of which something has come in that is not, or not yet, a request that is answered.
+        self._heard: set[asyncio.BaseTransport] = set()
         self._open: set[asyncio.BaseTransport] = set()
         self._waiting: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}
         self._answering: dict[asyncio.BaseTransport, asyncio.Task[object]] = {}
@@ -61,6 +71,7 @@ class ConnectionGuard:
     def begin(self, transport: asyncio.BaseTransport | None) -> None:
         """Stop the clock of a connection: it has sent a request, which the current task answers."""
         self._stop_waiting(transport)
+        self._heard -= {transport}
         task = asyncio.current_task()
         if transport in self._open and task is not None:
             self._answering[transport] = task
@@ -70,7 +81,9 @@ class ConnectionGuard:
         if transport is None:
             return
         self._answering.pop(transport, None)
-        if transport in self._open:
+        if transport in self._half_closed:
+            self._wait(transport, TAKE_UP_SECONDS, _close)  # or a request that came in behind this one is taken up
+        elif transport in self._open:
             self._wait(transport, self._next_request_seconds)
 
     def abort_idle(self) -> None:
@@ -94,9 +107,28 @@ class ConnectionGuard:
         self._open.add(transport)
         self._wait(transport, self._first_request_seconds)
 
+    def hear(self, transport: asyncio.BaseTransport) -> None:
+        """Note that something has come in."""
+        self._heard.add(transport)
+
+    def half_close(self, transport: asyncio.BaseTransport) -> bool:
+        """Tell whether a client that sends no more awaits an answer; it then has a limited time to get it."""
+        if transport not in self._open or (transport not in self._heard and transport not in self._answering):
+            return False
+        if transport.get_extra_info("sslcontext") is not None:
+            return False  # asyncio closes both halves
+        loop = asyncio.get_running_loop()
+        self._half_closed[transport] = loop.call_later(self._half_closed_seconds, _abort, transport)
+        if transport not in self._answering:
+            self._wait(transport, TAKE_UP_SECONDS, _close)
+        return True
+
     def release(self, transport: asyncio.BaseTransport) -> None:
         """Forget a connection that is closed, and leave off answering it."""
         self._stop_waiting(transport)
+        self._heard.discard(transport)
+        if transport in self._half_closed:
+            self._half_closed.pop(transport).cancel()
         self._open.discard(transport)
         if transport in self._answering:
             self._answering.pop(transport).cancel()
@@ -105,9 +137,14 @@ class ConnectionGuard:
         if transport in self._waiting:
             self._waiting.pop(transport).cancel()
 
-    def _wait(self, transport: asyncio.BaseTransport, seconds: float) -> None:
+    def _wait(
+        self,
+        transport: asyncio.BaseTransport,
+        seconds: float,
+        end: Callable[[asyncio.BaseTransport], None] | None = None,
+    ) -> None:
         self._stop_waiting(transport)
-        self._waiting[transport] = asyncio.get_running_loop().call_later(seconds, _abort, transport)
+        self._waiting[transport] = asyncio.get_running_loop().call_later(seconds, end or _abort, transport)
 
 
 class _GuardedProtocol(asyncio.Protocol):
@@ -129,16 +166,23 @@ class _GuardedProtocol(asyncio.Protocol):
         self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._guard.hear(self._transport)
         self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
-        return self._inner.eof_received()
+        self._inner.eof_received()
+        return self._transport is not None and self._guard.half_close(self._transport)
 
     def pause_writing(self) -> None:
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
         self._inner.resume_writing()
+
+
+def _close(transport: asyncio.BaseTransport) -> None:
+    transport.close()
 
 
 def _abort(transport: asyncio.BaseTransport) -> None:

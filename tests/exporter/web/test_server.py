@@ -403,7 +403,8 @@ def test_client_that_leaves_gives_its_place_back(caplog: pytest.LogCaptureFixtur
         host.gate.set()
         assert (await ask(address)).status == 200
 
-    run(scenario, host, settings=ServerSettings(addresses=(LOOPBACK,), max_requests=1))
+    settings, guard = ServerSettings(addresses=(LOOPBACK,), max_requests=1), ConnectionGuard(half_closed_seconds=0.05)
+    run(scenario, host, settings=settings, guard=guard)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -560,18 +561,52 @@ def test_body_that_never_comes_holds_nobody_up() -> None:
     run(scenario)
 
 
-def test_half_closed_connection_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\n", b"GET /-/healthy HTTP/1.1\r\nHost: test\r\n\r"])
+def test_half_closed_connection_without_a_request_is_closed(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(address: Address) -> None:
-        for request in (b"", b"GET /metrics HTTP/1.1\r\n", b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n"):
-            client = await Client.open(address)
-            await client.send(request)
-            client.writer.write_eof()
-            await client.read_rest()
-            await client.close()
+        client = await Client.open(address)
+        await client.send(sent)
+        client.writer.write_eof()
+        assert await client.read_rest() == b""
+        await client.close()
         assert (await ask(address)).status == 200
 
     run(scenario)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("target", ["/metrics", "/-/healthy", "/"])
+@pytest.mark.parametrize("end", ["", "Connection: close\r\n"])
+def test_half_closed_client_gets_its_answers(target: str, end: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(address: Address) -> None:
+        client = await Client.open(address)
+        first = f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n"
+        await client.send(f"{first}GET {target} HTTP/1.1\r\nHost: test\r\n{end}\r\n".encode())
+        client.writer.write_eof()
+        answers = [await client.read_answer() for _ in range(2)]
+        assert [answer.status for answer in answers] == [200, 200]
+        assert await client.read_rest() == b""
+        await client.close()
+
+    run(scenario)
+    assert not caplog.records
+
+
+def test_half_closed_client_waits_for_a_limited_time() -> None:
+    host = GatedHost()
+
+    async def scenario(address: Address) -> None:
+        await host.pass_first_look(address)
+        client = await Client.open(address)
+        await client.send(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
+        await host.wait_begun()
+        client.writer.write_eof()
+        assert await client.read_rest() == b""
+        await client.close()
+        host.gate.set()
+        assert (await ask(address)).status == 200
+
+    run(scenario, host, guard=ConnectionGuard(half_closed_seconds=0.05))
 
 
 def test_many_clients_that_hang_up_anywhere(caplog: pytest.LogCaptureFixture) -> None:
