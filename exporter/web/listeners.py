@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import socket
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+log = logging.getLogger(__name__)
+
 BACKLOG: Final = 128
 UNIX_MODE: Final = 0o660
 _TCP = re.compile(r"(?P<host>\[[^\[\]]+\]|[^\[\]:]*):(?P<port>[0-9]{1,5})", re.ASCII)
-_NO_IPV6: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+# The machine has no such address, nor such a protocol: IPv6 is switched off.
+_NOT_HERE: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
 
 class ListenError(OSError):
@@ -106,13 +110,26 @@ def _open_tcp(address: TcpAddress) -> list[socket.socket]:
         try:
             return [_listen(socket.AF_INET6, ("::", address.port), dual=True)]
         except OSError as err:
-            if err.errno not in _NO_IPV6:
+            if err.errno not in _NOT_HERE:
                 raise
             return [_listen(socket.AF_INET, ("0.0.0.0", address.port))]
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets, missing = list[socket.socket](), dict[TcpAddress, OSError]()
     with ExitStack() as undo:
-        sockets = [undo.enter_context(_listen(family, name)) for family, name in {(item[0], item[4]) for item in found}]
+        for family, name in dict.fromkeys((item[0], item[4]) for item in found):
+            try:
+                sockets.append(undo.enter_context(_listen(family, name)))
+            except OSError as err:
+                if err.errno not in _NOT_HERE:
+                    raise
+                missing[TcpAddress(str(name[0]), address.port)] = err
+        if not sockets:
+            raise next(iter(missing.values()))
         undo.pop_all()
+    # /etc/hosts has an IPv6 address for localhost also where IPv6 is off.
+    for absent, err in missing.items():
+        fields = {"name": address.host, "address": str(absent), "err": err.strerror}
+        log.warning("one of the addresses of a name is not listened on", extra={"fields": fields})
     return sockets
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,53 @@ def test_socket_that_is_already_removed_is_no_trouble(tmp_path: Path) -> None:
 def test_path_that_is_too_long_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ListenError, match="too long"), open_sockets([UnixAddress(f"{tmp_path}/{'x' * 200}")]):
         pass
+
+
+# A network namespace with IPv4 on lo only, and an /etc/hosts that knows localhost by both protocols, as Debian's does.
+WITHOUT_IPV6 = """
+set -e
+mount --bind "$1" /etc/hosts
+ip link set lo up
+echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6
+shift
+exec "$@"
+"""
+LISTEN = """
+import logging, sys
+from exporter.web.listeners import find_address, open_sockets, parse_address
+logging.basicConfig(format="%(message)s %(fields)s")
+with open_sockets([parse_address(sys.argv[1])]) as sockets:
+    print(*(find_address(sock) for sock in sockets))
+"""
+
+
+def listen_without_ipv6(hosts: Path, address: str) -> subprocess.CompletedProcess[str]:
+    namespaces = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", WITHOUT_IPV6, "sh"]
+    run = subprocess.run(
+        [*namespaces, str(hosts), sys.executable, "-c", LISTEN, address],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unshare failed" in run.stderr:
+        pytest.skip(f"a user namespace cannot be had here: {run.stderr.strip()}")
+    return run
+
+
+def test_a_name_is_listened_on_as_far_as_the_machine_has_its_addresses(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n::1 localhost ip6-localhost\n")
+    run = listen_without_ipv6(hosts, "localhost:9750")
+    assert (run.returncode, run.stdout) == (0, "127.0.0.1:9750\n"), run.stderr
+    assert "one of the addresses of a name is not listened on" in run.stderr
+    assert "[::1]:9750" in run.stderr
+
+
+def test_a_name_without_an_address_here_is_an_error(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n::1 ip6-localhost\n")
+    run = listen_without_ipv6(hosts, "ip6-localhost:9750")
+    assert run.returncode == 1
+    assert "ListenError: cannot listen on ip6-localhost:9750: " in run.stderr
+    assert listen_without_ipv6(hosts, "localhost:9750").stderr == ""
