@@ -88,6 +88,21 @@ def raise_fd_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def open_missing_streams() -> None:
+    """Put something in the place of standard streams that whoever started us has closed.
+
+    Else the next socket has the number of stderr, and what a library writes there goes to a client. A log that has
+    nowhere to go is lost; output that has nowhere to go is an error (EBADF), because it was asked for.
+    """
+    for fd, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
     """Return what a command line asks for; exits with 2 for a wrong one, as argparse does."""
     known = {*COMMANDS, "-h", "--help", "--version"}
@@ -96,15 +111,28 @@ def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    open_missing_streams()
     try:
         return run_command(sys.argv[1:] if words is None else words)
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
+    except OSError as err:  # --help or --version could not be written
+        discard_output()
+        sys.stderr.write(f"{NAME}: {err}\n")
+        return 1
+
+
+def discard_output() -> None:
+    """Let what is still to be written to stdout go nowhere, instead of failing once more while Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(words: Sequence[str]) -> int:
-    """Run a command line; returns its exit code, and raises BrokenPipeError where nobody reads the output."""
+    """Run a command line; returns its exit code.
+
+    Raises BrokenPipeError where nobody reads the output, and OSError where help or version cannot be written.
+    """
     try:
         arguments = parse_command_line(words)
     finally:
@@ -126,5 +154,6 @@ def run_command(words: Sequence[str]) -> int:
         raise
     except (OSError, ValueError) as err:
         log.error("cannot go on", extra={"fields": {"err": str(err)}})
+        discard_output()
         return 1
     return code

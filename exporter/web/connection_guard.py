@@ -3,8 +3,8 @@
 aiohttp waits for ever for the first request of a connection, and for the rest of half a request. Descriptors that
 strangers hold are descriptors that reading VMs then lacks. A client may close its sending half and wait for the answer
 (RFC 9112, 9.6); a scraper that gave up looks just like that, and its place in the queue should not be held. So such a
-client gets its answer if that is there within ``HALF_CLOSED_SECONDS``, and is taken for gone then: a request whose client
-has gone is cancelled here, which aiohttp does on request, but not before its 3.9.
+client gets its answer if that is there within ``HALF_CLOSED_SECONDS``, and is taken for gone then: a request whose
+client has gone is cancelled here, which aiohttp does on request, but not before its 3.9.
 """
 
 from __future__ import annotations

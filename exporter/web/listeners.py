@@ -127,8 +127,8 @@ def _open_tcp(address: TcpAddress) -> list[socket.socket]:
             raise next(iter(missing.values()))
         undo.pop_all()
     # /etc/hosts has an IPv6 address for localhost also where IPv6 is off.
-    for absent, err in missing.items():
-        fields = {"name": address.host, "address": str(absent), "err": err.strerror}
+    for absent, problem in missing.items():
+        fields = {"name": address.host, "address": str(absent), "err": problem.strerror}
         log.warning("one of the addresses of a name is not listened on", extra={"fields": fields})
     return sockets
 

@@ -18,6 +18,7 @@ from exporter.flags import choose_collectors
 from exporter.prometheus.selection import COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries
 from tests.agents import ROOT, open_agent, run_agent
+from tests.waiting import wait_until
 
 
 def test_without_a_command_the_program_serves() -> None:
@@ -157,3 +158,51 @@ def test_commands_that_serve_nothing_import_no_server(words: list[str]) -> None:
     )
     assert "exporter.cli" in run.stderr
     assert "aiohttp" not in run.stderr
+
+
+# Whatever stands for one of these is closed by the shell that starts the program.
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
+def test_a_closed_stderr_stops_nothing(closed: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = f"exec {sys.executable} -m exporter demo --web.listen-address=127.0.0.1:{port} {closed}"
+    with subprocess.Popen(["sh", "-c", command], cwd=ROOT) as process:
+        try:
+            wait_until(lambda: is_open(port), "it listens", 60)
+            # Nothing that a library writes to stderr may reach a client.
+            assert os.readlink(f"/proc/{process.pid}/fd/2") == os.devnull
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("--version", ">&-"),
+        ("--help", ">&- <&-"),
+        ("once --collector.source=debugfs", ">&-"),
+        ("once --collector.source=debugfs", ">/dev/full"),
+    ],
+)
+def test_output_that_cannot_be_written_is_an_error_of_one_line(words: str, where: str) -> None:
+    run = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m exporter {words} {where}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert "Bad file descriptor" in run.stderr or "No space left" in run.stderr
+
+
+def test_no_stream_at_all_leaves_the_exit_code() -> None:
+    command = f"exec {sys.executable} -m exporter --version <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT, check=False).returncode == 1
