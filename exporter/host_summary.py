@@ -58,8 +58,8 @@ def describe_blind_spots(snapshot: Snapshot) -> str:
 
 def describe_cpu(host: Host) -> str:
     """Say which CPU it is, down to its microcode."""
-    if not host.cpu_vendor:
-        return "CPU unknown: /proc/cpuinfo cannot be read (in a unit: ProcSubset=pid)"
+    if host.cpu_unknown_reason:
+        return f"CPU unknown: {host.cpu_unknown_reason}"
     numbers = f"family {host.cpu_family} model {host.cpu_model} stepping {host.cpu_stepping}"
     return f"{host.cpu_model_name or 'CPU'} ({host.cpu_vendor} {numbers}, microcode {host.microcode or 'unknown'})"
 
@@ -82,7 +82,7 @@ def _describe_notify(host: Host, vmx_flags: frozenset[str] | None) -> str:
         return "unknown: KVM cannot be asked"
     if host.notify_supported:
         return "supported (KVM_CAP_X86_NOTIFY_VMEXIT); whether a VM has them armed is its VMM's choice"
-    if not host.cpu_vendor:
+    if host.cpu_unknown_reason:
         why = "why is not known, as /proc/cpuinfo cannot be read"
     elif vmx_flags is None:
         why = "the CPU shows no VMX"

@@ -46,9 +46,9 @@ class Protection(StrEnum):
 class Host:
     """What this host is and offers; "" and None stand for what could not be read.
 
-    ``lockdown_note`` says how the mode was read where that is not by the mounted securityfs, or why it is not known.
-    ``initial_pid_namespace`` is False where we run in a pid namespace of our own: a container without hostPID, whose
-    /proc lacks the host's processes.
+    ``cpu_unknown_reason`` says why the CPU's fields are "". ``lockdown_note`` says how the mode was read where that is
+    not by the mounted securityfs, or why it is not known. ``initial_pid_namespace`` is False where we run in a pid
+    namespace of our own: a container without hostPID, whose /proc lacks the host's processes.
     """
 
     kernel: str
@@ -64,6 +64,7 @@ class Host:
     notify_unknown_reason: str = ""
     initial_pid_namespace: bool | None = None
     lockdown_note: str = ""
+    cpu_unknown_reason: str = ""
 
 
 class Identity(StrEnum):

@@ -111,6 +111,7 @@ class HostReader:
         self._monotonic = monotonic
         self._unix = unix
         self._host_read_at = float("-inf")
+        self._cpu_told = ""
         self._kvm_module, self._kvm_device = kvm_module, kvm_device
         self._kvm_marks: tuple[tuple[int, int] | None, ...] | None = None
         self._kept: dict[VmKey, _KeptVm] = {}
@@ -123,6 +124,10 @@ class HostReader:
         self._follow_kvm()
         if now - self._host_read_at >= RETRY_SECONDS:  # microcode can be updated while the host runs
             self._host, self._host_read_at = self._read_host(), now
+            if self._host.cpu_unknown_reason and self._host.cpu_unknown_reason != self._cpu_told:
+                fields = {"reason": self._host.cpu_unknown_reason}
+                log.warning("CPU and microcode of this host are not known", extra={"fields": fields})
+            self._cpu_told = self._host.cpu_unknown_reason
         answers = self._read_counters(now)
         vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
         self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}

@@ -214,7 +214,8 @@ class HostCollector:
         snapshot = self._snapshot()
         info, total = Family(metrics.HOST_INFO), Family(metrics.HOST_NOTIFY_WINDOW_EXITS)
         supported = Family(metrics.HOST_NOTIFY_SUPPORTED)
-        info.add(order_labels(metrics.HOST_INFO, **_label_host(snapshot.host)), 1)
+        if not snapshot.host.cpu_unknown_reason:  # empty labels would be an answer
+            info.add(order_labels(metrics.HOST_INFO, **_label_host(snapshot.host)), 1)
         if snapshot.host.notify_supported is not None:
             supported.add((), int(snapshot.host.notify_supported))
         if self._increases.readable:

@@ -143,7 +143,8 @@ VM_NOTIFY_WINDOW = Metric(
 HOST_INFO = Metric(
     "kvm_host_info",
     MetricType.GAUGE,
-    "What the host is: kernel, CPU as in /proc/cpuinfo, lockdown, KVM's vendor module; always 1.",
+    "What the host is: kernel, CPU as in /proc/cpuinfo, lockdown, KVM's vendor module; always 1, absent where "
+    "that cannot be read.",
     (
         "cpu_family",
         "cpu_model",

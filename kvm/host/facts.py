@@ -56,10 +56,11 @@ def read_host(
     open_private: Callable[[str], PrivateMount] = PrivateMount,
 ) -> Host:
     """Read what the host is and offers; what cannot be read is "" or None. Raises nothing."""
+    cpuinfo, cpu_unknown_reason = dict[str, str](), ""
     try:
         cpuinfo = parse_cpuinfo((proc / "cpuinfo").read_text(errors="replace"))
-    except OSError:
-        cpuinfo = {}
+    except OSError as err:
+        cpu_unknown_reason = f"/proc/cpuinfo cannot be read ({err.strerror}; in a unit: ProcSubset=pid)"
     try:
         supported, reason = read_notify_supported(device), ""
     except SourceUnavailable as err:
@@ -72,6 +73,7 @@ def read_host(
         kvm_module=find_kvm_module(sysfs),
         notify_supported=supported,
         notify_unknown_reason=reason,
+        cpu_unknown_reason=cpu_unknown_reason,
         initial_pid_namespace=read_initial_pid_namespace(proc),
         **{ours: cpuinfo.get(theirs, "") for ours, theirs in _CPUINFO_FIELDS.items()},
     )

@@ -55,8 +55,8 @@ def test_a_good_host_is_told_so() -> None:
             ["mode unknown; securityfs is not mounted"],
         ),
         (replace(INTEL, initial_pid_namespace=False), None, ["hostPID: true"]),
-        (replace(INTEL, cpu_vendor=""), None, ["CPU unknown"]),
-        (replace(NO_VMX, cpu_vendor=""), None, ["why is not known"]),
+        (replace(INTEL, cpu_unknown_reason="hidden"), None, ["CPU unknown: hidden"]),
+        (replace(NO_VMX, cpu_unknown_reason="hidden"), None, ["why is not known"]),
     ],
 )
 def test_each_obstacle_is_named(host: object, flags: frozenset[str] | None, words: list[str]) -> None:

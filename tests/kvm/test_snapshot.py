@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from kvm.discovery.processes import read_stat
 from kvm.discovery.vm_discovery import Discovery, HeldVm
 from kvm.errors import SourceUnavailable
 from kvm.host.facts import read_host
-from kvm.model import EXITS, Identity, Owner, Protection, Snapshot, VmCounters, VmKey
+from kvm.model import EXITS, Host, Identity, Owner, Protection, Snapshot, VmCounters, VmKey
 from kvm.protection import judge_protection
 from kvm.read_errors import ReadErrors
 from kvm.snapshot import HostReader
@@ -69,7 +70,13 @@ class ToldDiscovery(Discovery):
 
 
 class Scene:
-    def __init__(self, *sources: ToldSource, proc: Path = Path("/proc"), kvm_module: Path = Path("/nowhere")) -> None:
+    def __init__(
+        self,
+        *sources: ToldSource,
+        proc: Path = Path("/proc"),
+        kvm_module: Path = Path("/nowhere"),
+        read_host: Callable[[], Host] = read_host,
+    ) -> None:
         self.now = 1000.0
         self.errors = ReadErrors()
         self.owners: dict[tuple[int, int], Owner] = {
@@ -253,6 +260,14 @@ def test_a_module_that_comes_is_noticed_at_once(tmp_path: Path) -> None:
     assert source.opened == opened, "it is not tried anew at each snapshot"
     module.mkdir()
     assert scene.look().sources[0].up
+
+
+def test_a_cpu_that_is_not_known_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene(read_host=partial(read_host, tmp_path))
+    for _ in range(3):
+        scene.look(after_seconds=RETRY_SECONDS)
+    told = [record for record in caplog.records if "CPU and microcode" in record.message]
+    assert [record.levelname for record in told] == ["WARNING"]
 
 
 def test_what_does_not_change_is_the_same_object(sources: tuple[ToldSource, ToldSource]) -> None:

@@ -221,6 +221,14 @@ def test_host() -> None:
     assert find(series, "kvm_host_notify_window_exits_total") == 0
 
 
+def test_a_cpu_that_is_not_known_has_no_series_and_costs_no_other() -> None:
+    snapshot = make_snapshot(make_reading())
+    unknown = replace(snapshot, host=replace(snapshot.host, cpu_unknown_reason="/proc/cpuinfo cannot be read"))
+    before, now = (names(parse_series(open_collector(each))) for each in (snapshot, unknown))
+    assert before - now == {"kvm_host_info"}
+    assert find(parse_series(open_collector(unknown)), "kvm_exporter_scrape_collector_success", collector="host") == 1
+
+
 def test_host_with_processes_that_could_not_be_looked_at_counts_nothing() -> None:
     series = names(parse_series(open_collector(replace(make_snapshot(make_reading()), blind_spots=HIDDEN))))
     assert not {"kvm_host_vms", "kvm_host_vcpus"} & series

@@ -57,6 +57,8 @@ def test_a_host_without_anything_readable_is_unknown_and_not_unsupported(tmp_pat
     assert "does not exist" in found.notify_unknown_reason
     assert (found.cpu_vendor, found.microcode, found.lockdown, found.kvm_module) == ("", "", "", "")
     assert found.initial_pid_namespace is None
+    assert "/proc/cpuinfo cannot be read" in found.cpu_unknown_reason
+    assert facts.read_host().cpu_unknown_reason == ""
 
 
 def test_a_device_that_is_not_kvm_is_not_asked_in_vain(tmp_path: Path) -> None:
