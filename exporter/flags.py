@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import grp
-import re
 from pathlib import Path
 
 from exporter.logs.formatters import LEVELS
 from exporter.monitor.backends import PollMode
+from exporter.patterns import BadPattern, NamePattern, compile_pattern, find_re2
 from exporter.prometheus.selection import COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import StallRule
@@ -31,12 +31,12 @@ def parse_sources(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_pattern(text: str) -> re.Pattern[str]:
+def parse_pattern(text: str) -> NamePattern:
     """Return a compiled regular expression; raises argparse.ArgumentTypeError."""
     try:
-        return re.compile(text)
-    except re.error as err:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {err}") from err
+        return compile_pattern(text, find_re2())
+    except BadPattern as err:
+        raise argparse.ArgumentTypeError(f"{text!r}: {err}") from err
 
 
 def parse_group(text: str) -> int:

@@ -21,7 +21,7 @@ RANKS = [
     {"kvm.counters"},
     {"kvm.snapshot"},
     {"kvm.simulated"},
-    {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary"},
+    {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary", "exporter.patterns"},
     {"exporter.stalls", "exporter.history"},
     {"exporter.monitor", "exporter.prometheus", "exporter.status_page"},
     {"exporter.web"},

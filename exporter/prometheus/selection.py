@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from exporter.patterns import NamePattern
 from exporter.prometheus.vm_series import VcpuSeries
 from kvm.model import Vm
 
@@ -28,15 +28,15 @@ class CollectorSettings:
 
     enabled: frozenset[str] = frozenset(COLLECTORS)
     vcpu_series: VcpuSeries = VcpuSeries.ALL
-    vm_include: re.Pattern[str] | None = None
-    vm_exclude: re.Pattern[str] | None = None
+    vm_include: NamePattern | None = None
+    vm_exclude: NamePattern | None = None
 
     def shows(self, vm: Vm) -> bool:
         """Tell whether a VM has series of its own."""
         names = (vm.owner.name, vm.id)
-        if self.vm_include and not any(self.vm_include.search(name) for name in names):
+        if self.vm_include and not any(self.vm_include.matches(name) for name in names):
             return False
-        return not (self.vm_exclude and any(self.vm_exclude.search(name) for name in names))
+        return not (self.vm_exclude and any(self.vm_exclude.matches(name) for name in names))
 
 
 def select_collectors(enabled: Collection[str], collect: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:

@@ -37,6 +37,7 @@ def test_the_wheel_is_the_program(distributions: tuple[Path, Path]) -> None:
     assert needs == [
         "aiohttp<4,>=3.8.4",
         "bcrypt<6,>=3.2.2",
+        "google-re2>=1.1.20240702",
         "prometheus-client<1,>=0.16",
         "psutil>=5.9",
         "pyyaml<7,>=6",

@@ -47,7 +47,7 @@ def test_flags_are_what_they_say() -> None:
         ["--vcpu-series=active", "--vm.include=^web", "--collector.source=debugfs,stats_fd", "--web.max-requests=3"]
     )
     assert arguments.vcpu_series is VcpuSeries.ACTIVE
-    assert arguments.vm_include.search("web1")
+    assert arguments.vm_include.matches("web1")
     assert arguments.sources == ("debugfs", "stats_fd")
     assert arguments.max_requests == 3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.build_info import BuildInfo
+from exporter.patterns import compile_pattern, find_re2
 from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.selection import COLLECTORS, BadSelection, CollectorSettings, select_collectors
@@ -306,9 +306,8 @@ def test_vms_are_chosen_by_name_or_id(include: str | None, exclude: str | None, 
         make_reading(f"id-{number}", pid=number, owner=replace(OWNER, name=name))
         for number, name in enumerate(("web", "web-test", "db"), start=1)
     ]
-    settings = CollectorSettings(
-        vm_include=re.compile(include) if include else None, vm_exclude=re.compile(exclude) if exclude else None
-    )
+    wanted, unwanted = (text and compile_pattern(text, find_re2()) for text in (include, exclude))
+    settings = CollectorSettings(vm_include=wanted or None, vm_exclude=unwanted or None)
     series = parse_series(open_collector(make_snapshot(*readings), settings=settings))
     assert {dict(labels)["vm"] for _, labels in series if "vm" in dict(labels)} == shown
     assert find(series, "kvm_host_vms", protection="armed") == 3
