@@ -32,6 +32,9 @@ FILE_RECORD = struct.Struct("=2Q8IiI")
 STATE_RECORD = struct.Struct("=18QIi2I")
 _NOT_KNOWN = 0xFFFFFFFF
 
+# Process and thread ids and fds are ints in the kernel.
+_INT_MAX = 0x7FFFFFFF
+
 NS_PER_TICK = 1_000_000_000 // abi.USER_HZ
 # enum kvm_reg (arch/x86/include/asm/kvm_host.h); bit N of regs_avail says that register N is not stale
 REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)), "rip")
@@ -110,7 +113,10 @@ class VmAssembler:
         return self._kept[kvm].key if kvm in self._kept else None
 
     def assemble(self, blocks: HostBlocks) -> dict[VmKey, VmCounters]:
-        """Make counters of one snapshot's blocks; VMs without an owner are left out."""
+        """Make counters of one snapshot's blocks; VMs without an owner are left out.
+
+        Raises MalformedData where a VM's record makes no sense.
+        """
         # VMs come and go seldom: to compare what describes 10,000 vCPUs takes 5 us, to understand it 0.9 ms.
         described_by = (blocks.vms, blocks.identities)
         if described_by != self._described_by:
@@ -135,6 +141,8 @@ class VmAssembler:
             kvm, _, start, tgid, vm_fd, first, count, window, flags, _, has_notify, missing = record
             if not tgid:
                 continue
+            if tgid > _INT_MAX or (first + count) * IDENTITY.size > len(blocks.identities):
+                raise MalformedData("records of VMs", f"process {tgid} with {count} vCPUs from {first}")
             place = slice(first, first + count)
             identities = blocks.identities[first * IDENTITY.size : (first + count) * IDENTITY.size]
             facts = _Facts(window, flags, missing) if has_notify else _Facts(None, None, missing)
@@ -177,7 +185,8 @@ def decode_files(block: bytes, statistics: int, max_statistics: int, origin: str
     """Decode what read_files wrote into the blocks that read_vms gives.
 
     A VM belongs to the process whose memory it has, else to the one among its holders that started first; each vCPU
-    counts once, however many fds there are of it. Raises MalformedData if a record is cut off.
+    counts once, however many fds there are of it. Raises MalformedData if a record is cut off, or
+    names a process, thread or fd that cannot be.
     """
     values = struct.Struct(f"={max_statistics}Q")
     stride = FILE_RECORD.size + values.size
@@ -186,6 +195,8 @@ def decode_files(block: bytes, statistics: int, max_statistics: int, origin: str
     vms: dict[int, _FoundVm] = {}
     for at in range(0, len(block), stride):
         kvm, start, tgid, fd, is_vcpu, is_owner, *notify, vcpu_id, tid, online = FILE_RECORD.unpack_from(block, at)
+        if tgid > _INT_MAX or fd > _INT_MAX or tid < 0:
+            raise MalformedData(origin, f"a record of process {tgid}, thread {tid}, fd {fd}")
         vm = vms.setdefault(kvm, _FoundVm())
         vm.notify, vm.online_vcpus = tuple(notify), online
         holder = (not is_owner, start, tgid)

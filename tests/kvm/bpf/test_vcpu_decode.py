@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -207,14 +208,34 @@ def test_vcpus_that_nobody_has_open_are_missed() -> None:
     assert vm.problem == "3 of its vCPUs have no open file"
 
 
-@given(st.binary(max_size=2000))
-def test_any_bytes_are_decoded_or_refused(block: bytes) -> None:
-    stride = FILE_RECORD.size + MAX_STATISTICS * 8
-    if len(block) % stride:
-        with pytest.raises(MalformedData, match="here"):
-            decode_files(block, 2, MAX_STATISTICS, "here")
-    else:
-        VmAssembler(NAMES).assemble(decode_files(block, 2, MAX_STATISTICS, "here"))
+STRIDE = FILE_RECORD.size + MAX_STATISTICS * 8
+
+
+@given(st.binary(max_size=2000).filter(lambda block: len(block) % STRIDE))
+def test_records_that_are_cut_off_are_refused(block: bytes) -> None:
+    with pytest.raises(MalformedData, match="here"):
+        decode_files(block, 2, MAX_STATISTICS, "here")
+
+
+@given(st.lists(st.binary(min_size=STRIDE, max_size=STRIDE), max_size=20))
+def test_any_whole_records_are_decoded_or_refused(records: list[bytes]) -> None:
+    with contextlib.suppress(MalformedData):
+        blocks = decode_files(b"".join(records), 2, MAX_STATISTICS, "here")
+        VmAssembler(NAMES).assemble(join_blocks(blocks, keep_vms(blocks, set())))
+
+
+@pytest.mark.parametrize(("tgid", "fd", "tid"), [(2**31, 9, 5), (100, 2**31, 5), (100, 9, -1), (2**32 - 1,) * 2 + (5,)])
+@pytest.mark.parametrize("is_vcpu", [True, False])
+def test_a_process_thread_or_fd_that_cannot_be_is_refused(tgid: int, fd: int, tid: int, is_vcpu: bool) -> None:
+    head = FILE_RECORD.pack(0xA, 5 * TICK_NS, tgid, fd, is_vcpu, True, 0, 0, 0, 0, tid, 1)
+    with pytest.raises(MalformedData, match="here: a record of process"):
+        decode_files(head + bytes(MAX_STATISTICS * 8), 2, MAX_STATISTICS, "here")
+
+
+@pytest.mark.parametrize("record", [pack_vm(0xA, 0, 1, tgid=2**31), pack_vm(0xA, 0, 3), pack_vm(0xA, 2**32 - 1, 1)])
+def test_a_vm_that_cannot_be_is_refused(record: bytes) -> None:
+    with pytest.raises(MalformedData, match="records of VMs"):
+        VmAssembler(NAMES).assemble(HostBlocks(record, pack_identities((0, 1)), ((1,), (2,))))
 
 
 def test_blocks_are_kept_and_joined() -> None:
