@@ -74,6 +74,12 @@ VCPU_NO_PROGRESS = Metric(
     "Whether a vCPU is stuck at one RIP, for vCPUs with at least one notify VM exit; absent where that is not known.",
     ("vcpu", "vm"),
 )
+VCPU_DRILL = Metric(
+    "kvm_vcpu_drill",
+    MetricType.GAUGE,
+    "A drill says that a vCPU is stuck, to test who is called, whatever the vCPU does; always 1, absent without one.",
+    ("vcpu", "vm"),
+)
 VCPU_LAST_NOTIFY_EXIT = Metric(
     "kvm_vcpu_last_notify_exit_timestamp_seconds",
     MetricType.GAUGE,
@@ -323,6 +329,7 @@ METRICS: tuple[Metric, ...] = (
     VCPU_CONTEXT_INVALID,
     VCPU_NO_PROGRESS,
     VCPU_STALL_START,
+    VCPU_DRILL,
     VCPU_LAST_NOTIFY_EXIT,
     VM_NOTIFY_WINDOW_EXITS,
     VM_INFO,

@@ -65,25 +65,21 @@ class StallSeries:
                 yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, self._count_invalid(reading.vm.key, vcpu))
         for vcpu in reading.vcpus:
             report, drill = found.get(vcpu.vcpu_id), drills.get(vcpu.vcpu_id)
-            stuck = self._judge(vcpu, report, drill, vcpu in notified)
+            stuck = self._judge(vcpu, report, vcpu in notified)
             if stuck is not None:
                 yield _render(metrics.VCPU_NO_PROGRESS, reading, vcpu, int(stuck))
-            if stuck:
-                starts = [
-                    shown.verdict.stuck_since_seconds
-                    for shown in (report, drill)
-                    if shown is not None and shown.verdict.state is State.STALLED
-                ]
-                start = min((seconds for seconds in starts if seconds is not None), default=None)
-                if start is not None:
-                    yield _render(metrics.VCPU_STALL_START, reading, vcpu, round(start + self._unix_offset, 3))
+            if stuck and report is not None and report.verdict.stuck_since_seconds is not None:
+                start = round(report.verdict.stuck_since_seconds + self._unix_offset, 3)
+                yield _render(metrics.VCPU_STALL_START, reading, vcpu, start)
+            if drill is not None and drill.verdict.state is State.STALLED:
+                yield _render(metrics.VCPU_DRILL, reading, vcpu, 1)
 
     def build_host_families(self) -> list[Family]:
         """Return what is known of the whole host."""
         stuck, interval = Family(metrics.HOST_NO_PROGRESS), Family(metrics.HOST_INTERVAL_MIN)
-        stalled = {(r.vm.key, r.vcpu.vcpu_id) for r in self._report.vcpus if r.verdict.state is State.STALLED}
-        if stalled or not self._report.problem:
-            stuck.add((), len(stalled))
+        if not self._report.problem:
+            reports = [vcpu for vcpus in self._found.values() for vcpu in vcpus.values()]
+            stuck.add((), sum(report.verdict.state is State.STALLED for report in reports))
         for window, seconds in sorted(self._report.interval_min_seconds.items()):
             interval.add((str(window),), seconds)
         return [stuck, interval]
@@ -99,10 +95,8 @@ class StallSeries:
             families += _build_usage_families(self._report.agent_usage)
         return families
 
-    def _judge(self, vcpu: Vcpu, found: VcpuReport | None, drill: VcpuReport | None, has_notified: bool) -> bool | None:
-        """Tell whether a vCPU is stuck, None where that is not known or not asked."""
-        if drill is not None and drill.verdict.state is State.STALLED:
-            return True
+    def _judge(self, vcpu: Vcpu, found: VcpuReport | None, has_notified: bool) -> bool | None:
+        """Tell whether a vCPU is stuck, None where that is not known or not asked; of drills this knows nothing."""
         if self._report.problem:
             return None
         if found is None:

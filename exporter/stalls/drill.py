@@ -1,8 +1,9 @@
 """A drill: a stall that is not real, through everything that a real one goes through, to test who is called.
 
 The agent's detector is fed simulated records of one vCPU, so that the log line, the metric, the API and the alert come
-about as they would for a real one; all of them are marked. After a minute the simulated vCPU goes on. The guest itself
-is not touched, and a real stall of the same vCPU is found and reported meanwhile.
+about as they would for a real one. All of them are marked, and the metric is another one (``kvm_vcpu_drill``). After a
+minute the simulated vCPU goes on. The guest itself is not touched, and a real stall of the same vCPU is found and
+reported meanwhile.
 
 Only clients that the agent knows can ask for a drill, and no web page can: it takes a header that a browser sends to
 another site only after asking that site.

@@ -64,7 +64,7 @@ class StallHandlers:
             return _refuse(409, str(err))
         self._next_drill_at = self._clock() + drill.DRILL_SECONDS + PAUSE_SECONDS
         vm = f"VM {begun.vm.id} ({begun.vm.owner.name or 'no name'})"
-        where = "in the log, in kvm_vcpu_no_forward_progress and in the API"
+        where = "in the log, in kvm_vcpu_drill and in the API"
         message = f"vCPU {begun.vcpu.index} of {vm} is {begun.verdict.state} for {drill.DRILL_SECONDS:.0f} s, {where}"
         return web.json_response({"message": message})
 

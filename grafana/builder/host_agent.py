@@ -170,6 +170,14 @@ def make_tracing_row() -> Row:
                 ],
                 unit=PER_HOUR,
             ),
+            make_graph(
+                45,
+                "Drills",
+                "vCPUs that a drill says are stuck, to test who is called. No drill counts anywhere else.",
+                [Query(f"sum by ({HOST_KEYS}) ({select(m.VCPU_DRILL)})", "{{instance}}")],
+                unit=COUNT,
+                no_value="no drill is known",
+            ),
         ],
         collapsed=True,
     )

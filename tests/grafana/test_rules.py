@@ -302,10 +302,14 @@ def test_only_one_rule_depends_on_the_name_of_the_job() -> None:
 
 
 def test_rules_do_without_vcpu_series_where_they_can() -> None:
-    """An agent with --vcpu-series=none has these two."""
+    """An agent with --vcpu-series=none has these."""
     used = {selector.metric for rule in RULES for selector in find_selectors(rule.expr)}
     vcpu_series = {metric for metric in used if metric.startswith("kvm_vcpu_")}
-    assert vcpu_series == {"kvm_vcpu_no_forward_progress", "kvm_vcpu_notify_context_invalid_exits_total"}
+    assert vcpu_series == {
+        "kvm_vcpu_drill",
+        "kvm_vcpu_no_forward_progress",
+        "kvm_vcpu_notify_context_invalid_exits_total",
+    }
 
 
 def test_rules_over_a_fleet_need_what_a_fleet_keeps_and_no_more() -> None:
@@ -390,6 +394,8 @@ MUTANTS: Final = [
     Mutant("KvmVcpuNoForwardProgress", REST.format("or on")),
     Mutant("KvmVcpuNoForwardProgress", DROPPED_OWNER.pattern),
     Mutant("KvmVcpuNoForwardProgress", "> 0", "> 1"),
+    Mutant("KvmVcpuNoForwardProgress", '"yes"', '""'),
+    Mutant("KvmVcpuNoForwardProgress", "kvm_vcpu_drill", "kvm_vcpu_no_forward_progress"),
     Mutant("KvmVcpuNoForwardProgress", "> 0", ">= 0"),
     Mutant("KvmVcpuNoForwardProgress", ".+", "0s", "for"),
     Mutant("KvmVcpuNoForwardProgress", ".+", "1m", "for"),
@@ -544,6 +550,7 @@ def test_the_documents_say_how_urgent_an_alert_is() -> None:
 
 KEPT_CENTRALLY: Final = {"kvm_host_info", "kvm_host_vcpus", "kvm_exporter_build_info", "kvm_exporter_source_up"} | {
     "kvm_vcpu_no_forward_progress",
+    "kvm_vcpu_drill",
     "kvm_vcpu_stall_start_timestamp_seconds",
     "vm:kvm_vm_notify_window_exits:rate5m",
     "vm:kvm_vm_info:notified",

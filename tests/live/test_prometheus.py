@@ -82,6 +82,8 @@ def test_a_drill_is_delivered_like_a_stall(episode: Episode) -> None:
     labels, text = read_texts(drill)
     assert labels["vmm"] == "cloud-hypervisor"
     assert DRILL_VM in text
+    assert "DRILL, not real" in text
+    assert labels["drill"] == "yes"
     resolved = find_notification(episode, "resolved", name=DRILL_VM, instance="twin:9750")
     assert resolved.seconds - drill.seconds < DRILL_SECONDS + KEPT_SECONDS
 

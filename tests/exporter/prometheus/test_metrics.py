@@ -107,7 +107,10 @@ def make_watch_report() -> MonitorReport:
     """What the stall monitor might say of the simulated host, with something of everything."""
     reading = next(r for r in SimulatedHost().read().readings if r.vm.owner.name == "batch-1")
     report = replace(make_report(vm=reading.vm), vcpu=reading.vcpus[0])
-    return MonitorReport(vcpus=(report,), interval_min_seconds={128_000: 0.025}, context_invalid={}, agent_usage=USAGE)
+    drill = replace(report, drill=True)
+    return MonitorReport(
+        vcpus=(report, drill), interval_min_seconds={128_000: 0.025}, context_invalid={}, agent_usage=USAGE
+    )
 
 
 def collect_families(*blind_spots: BlindSpot) -> dict[str, prometheus_client.Metric]:

@@ -85,16 +85,6 @@ def test_when_a_stall_began_is_there_while_it_lasts(state: State) -> None:
     assert starts == ({"0": pytest.approx(unix, abs=0.001)} if state is State.STALLED else {})
 
 
-def test_of_a_drill_and_a_real_stall_the_older_one_counts() -> None:
-    reading = make_reading("a", (4,))
-    found, drill = make_found(reading, 0, State.STALLED), make_found(reading, 0, State.STALLED, drill=True)
-    later = replace(drill, verdict=replace(drill.verdict, stuck_since_seconds=500.0))
-    for reports in ((found, later), (later, found)):
-        both = pick(collect(MonitorReport(vcpus=reports), reading), "kvm_vcpu_stall_start_timestamp_seconds")
-        alone = pick(collect(MonitorReport(vcpus=(found,)), reading), "kvm_vcpu_stall_start_timestamp_seconds")
-        assert both == alone
-
-
 def test_a_vcpu_whose_exits_were_before_our_time_is_0_and_one_without_any_is_absent() -> None:
     assert pick(collect(MonitorReport(), make_reading(notify=(3, 0, 7))), NO_PROGRESS) == {"0": 0.0, "2": 0.0}
 
@@ -156,15 +146,27 @@ def test_two_vms_of_one_process_are_told_apart_by_their_threads() -> None:
     assert found == {"uuid-4242": 2.0, "other": 5.0}
 
 
-def test_a_drill_is_1_without_hiding_what_is_real() -> None:
-    reading = make_reading(notify=(0, 3))
+@pytest.mark.parametrize("state", [None, *State])
+@pytest.mark.parametrize("problem", ["", "no CAP_PERFMON"])
+def test_a_drill_has_a_metric_of_its_own_and_changes_no_other(state: State | None, problem: str) -> None:
+    """A drill on the very vCPU that is in this state, or of which nothing was found."""
+    reading = make_reading(notify=(3, 0))
+    real = () if state is None else (make_found(reading, 0, state),)
     drill = make_found(reading, 0, State.STALLED, drill=True)
-    real = make_found(reading, 1, State.STALLED)
-    series = collect(MonitorReport(vcpus=(real, drill)), reading)
-    assert pick(series, NO_PROGRESS) == {"0": 1.0, "1": 1.0}
-    assert pick(series, "kvm_host_vcpus_no_forward_progress") == {"": 2.0}
-    blind = collect(MonitorReport(vcpus=(drill,), problem="no CAP_PERFMON"), reading)
-    assert pick(blind, NO_PROGRESS) == {"0": 1.0}
+    earlier = replace(drill, verdict=replace(drill.verdict, stuck_since_seconds=5.0))
+    without = collect(MonitorReport(vcpus=real, problem=problem), reading)
+    for reports in ((*real, earlier), (earlier, *real)):
+        series = dict(collect(MonitorReport(vcpus=reports, problem=problem), reading))
+        assert series.pop(("kvm_vcpu_drill", frozenset({("vm", reading.vm.id), ("vcpu", "0")}))) == 1.0
+        assert series.keys() == without.keys()
+        names = (NO_PROGRESS, "kvm_host_vcpus_no_forward_progress", "kvm_vcpu_stall_start_timestamp_seconds")
+        assert [pick(series, name) for name in names] == [pick(without, name) for name in names]
+
+
+def test_a_drill_that_is_over_has_none() -> None:
+    reading = make_reading(notify=(0, 3))
+    over = make_found(reading, 0, State.RECOVERED, drill=True)
+    assert pick(collect(MonitorReport(vcpus=(over,)), reading), "kvm_vcpu_drill") == {}
 
 
 def test_figures_of_the_monitor() -> None:

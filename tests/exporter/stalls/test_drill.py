@@ -52,7 +52,8 @@ def test_the_command_raises_it_in_a_running_agent() -> None:
         (line,) = (line for line in agent.log if "DRILL, not real: vCPU makes no forward progress" in line)
         assert " drill=yes " in line
         vm = next(reading.vm.id for reading in SimulatedHost().read().readings if reading.vm.owner.name == "gateway-1")
-        assert agent.samples("kvm_vcpu_no_forward_progress", vm=vm) == {(("vcpu", "0"),): 1.0}
+        assert agent.samples("kvm_vcpu_drill") == {(("vcpu", "0"), ("vm", vm)): 1.0}
+        assert 1.0 not in agent.samples("kvm_vcpu_no_forward_progress", vm=vm).values()
         drills = [vcpu for vcpu in agent.get_json("/api/v1/vcpus")["vcpus"] if vcpu["drill"]]
         assert [(vcpu["vm"], vcpu["state"]) for vcpu in drills] == [(vm, "stalled")]
         with pytest.raises(NoDrill, match="the last drill was just now"):
