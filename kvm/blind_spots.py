@@ -22,7 +22,8 @@ class Evidence:
 
     ``initial_pid_namespace`` is None where it is not known. ``works`` says whether any source does, ``finds_vms``
     whether one does that finds every VM of the host by itself. ``pending`` VMs have no known owner yet, ``hidden`` ones
-    belong to processes that exist and that /proc does not show. ``sees_first_process`` is whether /proc shows process
+    belong to processes that exist and that /proc does not show; ``over_budget`` ones are of a process or user with too
+    many. ``sees_first_process`` is whether /proc shows process
     1; ``refused`` are processes whose fds may not be listed, and ``refused_may_hold_vms`` whether one of them may have
     a VM.
     """
@@ -32,6 +33,7 @@ class Evidence:
     finds_vms: bool
     pending: int = 0
     hidden: int = 0
+    over_budget: int = 0
     sees_first_process: bool = True
     refused: int = 0
     refused_may_hold_vms: bool = False
@@ -50,6 +52,9 @@ def find_blind_spots(seen: Evidence) -> tuple[BlindSpot, ...]:
         spots.append(BlindSpot("hidden_processes", f"VMs of processes that /proc hides: {seen.hidden}; {_HIDDEN}"))
     if seen.pending:
         spots.append(BlindSpot("owners_pending", f"VMs whose owner has not been found out yet: {seen.pending}"))
+    if seen.over_budget:
+        text = f"VMs of a process or user that has too many: {seen.over_budget}; the log names the user"
+        spots.append(BlindSpot("over_budget", text))
     if not seen.finds_vms:
         if not seen.sees_first_process:
             spots.append(BlindSpot("hidden_processes", f"/proc hides process 1, and others; {_HIDDEN}"))

@@ -234,7 +234,8 @@ class Snapshot:
 
     ``monotonic_seconds`` and ``unix_seconds`` are its time; ``readings`` are ordered by VM id; ``errors``
     counts, since start, what was left out, by (source, kind). ``blind_spots`` say why there may be VMs
-    that are not listed (``kvm/blind_spots.py``).
+    that are not listed (``kvm/blind_spots.py``), ``vms_over_budget`` how many were left out because their process or
+    user has too many (``kvm/vm_budget.py``).
     """
 
     monotonic_seconds: float
@@ -244,6 +245,7 @@ class Snapshot:
     sources: tuple[SourceReport, ...]
     errors: Mapping[tuple[str, str], int]
     blind_spots: tuple[BlindSpot, ...] = ()
+    vms_over_budget: int = 0
 
     @property
     def complete(self) -> bool:

@@ -25,6 +25,7 @@ from kvm.identity.vm_ids import OWNER_WAIT_SECONDS, FindOwners, VmIds
 from kvm.model import Host, Snapshot, Vcpu, Vm, VmCounters, VmKey, VmReading
 from kvm.protection import judge_protection
 from kvm.read_errors import ReadErrors
+from kvm.vm_budget import VmBudget
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class HostReader:
         self._sources = [RetriedSource(source) for source in sources]
         self._discovery = discovery
         self._identities = VmIds(find_owners, errors, proc, unix, wait_seconds=owner_wait_seconds)
+        self._budget = VmBudget(proc, monotonic)
         self._errors = errors
         self._proc = proc
         self._kvm_debugfs = kvm_debugfs
@@ -128,7 +130,7 @@ class HostReader:
                 fields = {"reason": self._host.cpu_unknown_reason}
                 log.warning("CPU and microcode of this host are not known", extra={"fields": fields})
             self._cpu_told = self._host.cpu_unknown_reason
-        answers = self._read_counters(now)
+        answers = self._budget.keep(self._read_counters(now))
         vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
         self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}
         self._thread_lookups_left = THREADS_VMS
@@ -145,6 +147,7 @@ class HostReader:
             sources=tuple(kept.report() for kept in self._sources),
             errors=self._errors.counts,
             blind_spots=find_blind_spots(self._find_evidence()),
+            vms_over_budget=self._budget.over,
         )
 
     def close(self) -> None:
@@ -174,6 +177,7 @@ class HostReader:
             finds_vms=finds_vms,
             pending=self._identities.pending,
             hidden=self._identities.hidden,
+            over_budget=self._budget.over,
             sees_first_process=finds_vms or self._discovery.sees_first_process,
             refused=len(refused),
             refused_may_hold_vms=asks and may_hold_vms(self._kvm_debugfs, self._proc, refused),

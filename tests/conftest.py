@@ -39,7 +39,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "tests/live/" in item.nodeid:
+        if "tests/live/" in item.nodeid or "tests/hostile/" in item.nodeid:
             item.add_marker(pytest.mark.live)
     if os.environ.get("DEPLOY_TESTS") != "1":
         left_out = [item for item in items if item.get_closest_marker("deploy")]

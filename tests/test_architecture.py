@@ -18,7 +18,7 @@ RANKS = [
     {"kvm.syscalls", "kvm.binary_stats", "kvm.read_errors", "kvm.blind_spots", "kvm.protection"},
     {"kvm.host", "kvm.discovery"},
     {"kvm.bpf", "kvm.perf", "kvm.identity"},
-    {"kvm.counters"},
+    {"kvm.counters", "kvm.vm_budget"},
     {"kvm.snapshot"},
     {"kvm.simulated"},
     {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary", "exporter.patterns"},

@@ -213,15 +213,16 @@ class HostCollector:
     def _collect_host(self) -> list[Family]:
         snapshot = self._snapshot()
         info, total = Family(metrics.HOST_INFO), Family(metrics.HOST_NOTIFY_WINDOW_EXITS)
-        supported = Family(metrics.HOST_NOTIFY_SUPPORTED)
+        supported, over = Family(metrics.HOST_NOTIFY_SUPPORTED), Family(metrics.HOST_VMS_OVER_BUDGET)
         if not snapshot.host.cpu_unknown_reason:  # empty labels would be an answer
             info.add(order_labels(metrics.HOST_INFO, **_label_host(snapshot.host)), 1)
         if snapshot.host.notify_supported is not None:
             supported.add((), int(snapshot.host.notify_supported))
         if self._increases.readable:
             total.add((), self._increases.increases_total)
+        over.add((), snapshot.vms_over_budget)
         found = self._verdicts.build_host_families() if self._verdicts else []
-        return [info, supported, total, *_count_vms(snapshot), *found]
+        return [info, supported, total, over, *_count_vms(snapshot), *found]
 
     def _collect_sources(self) -> list[Family]:
         snapshot = self._snapshot()

@@ -180,6 +180,11 @@ HOST_VMS = Metric(
     "Number of VMs in each state of kvm_vm_notify_protection.",
     ("protection",),
 )
+HOST_VMS_OVER_BUDGET = Metric(
+    "kvm_host_vms_over_budget",
+    MetricType.GAUGE,
+    "Number of VMs that have no series because their process or their user has too many VMs; the log names the user.",
+)
 HOST_VCPUS = Metric(
     "kvm_host_vcpus",
     MetricType.GAUGE,
@@ -343,6 +348,7 @@ METRICS: tuple[Metric, ...] = (
     HOST_NOTIFY_SUPPORTED,
     HOST_NOTIFY_WINDOW_EXITS,
     HOST_VMS,
+    HOST_VMS_OVER_BUDGET,
     HOST_VCPUS,
     HOST_NO_PROGRESS,
     HOST_INTERVAL_MIN,

@@ -45,6 +45,13 @@ def make_agent_row() -> Row:
                 no_value="no reason is known",
             ),
             make_graph(
+                393,
+                "VMs over budget",
+                "VMs that have no series because their process or their user has too many; the log names the user.",
+                [Query(f"max by ({HOST_KEYS}) ({select(m.HOST_VMS_OVER_BUDGET)})", "{{instance}}")],
+                unit=COUNT,
+            ),
+            make_graph(
                 39,
                 "Age of what is shown",
                 "How long ago the agent read the host. A file of the textfile collector that nobody renews grows old.",

@@ -24,6 +24,7 @@ WITHOUT_BPF = replace(ALL_SEEN, finds_vms=False)
         (replace(ALL_SEEN, works=False), ["no_source"]),
         (replace(ALL_SEEN, hidden=26), ["hidden_processes"]),
         (replace(ALL_SEEN, pending=1), ["owners_pending"]),
+        (replace(ALL_SEEN, over_budget=1), ["over_budget"]),
         # What /proc hides is no loss where a source finds every VM by itself.
         (replace(ALL_SEEN, sees_first_process=False), []),
         (replace(WITHOUT_BPF, sees_first_process=False), ["hidden_processes"]),
@@ -43,6 +44,7 @@ def test_each_blind_spot_has_its_name(seen: Evidence, reasons: list[str]) -> Non
         works=st.booleans(),
         finds_vms=st.booleans(),
         pending=st.integers(0, 3),
+        over_budget=st.integers(0, 2),
         hidden=st.integers(0, 3),
         sees_first_process=st.booleans(),
         refused=st.integers(0, 40),
@@ -51,6 +53,7 @@ def test_each_blind_spot_has_its_name(seen: Evidence, reasons: list[str]) -> Non
 )
 def test_only_what_has_seen_everything_is_complete(seen: Evidence) -> None:
     sees_processes = seen.sees_first_process and seen.refused <= REFUSED_PROCESSES and not seen.refused_may_hold_vms
-    sees_all = seen.initial_pid_namespace is True and seen.works and not seen.pending and not seen.hidden
+    left_out = seen.pending or seen.hidden or seen.over_budget
+    sees_all = seen.initial_pid_namespace is True and seen.works and not left_out
     assert (find_blind_spots(seen) == ()) is (sees_all and (seen.finds_vms or sees_processes))
     assert all(spot.text for spot in find_blind_spots(seen))
