@@ -89,7 +89,6 @@ TESTED_IN = {
     "kvm.perf.refusals": "kvm/perf/test_notify_tracer.py",
     "kvm.perf.tracefs": "kvm/perf/test_notify_tracer.py",
     "kvm.protection": "kvm/test_snapshot.py",
-    "kvm.read_errors": "kvm/test_snapshot.py",
     "kvm.syscalls": "live/test_bpf.py",
 }
 RUNS = {"kvm.identity.lookup_process": {"kvm.identity.lookup_child"}}  # in an interpreter of its own
