@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -272,3 +272,70 @@ def test_a_slow_process_is_left_alone_for_a_hundred_times_as_long(scene: Scene) 
     assert scene.vcpu_ids(10) == [()]
     assert slow._processes[scene.proc.pid].looked_at == looked_at
     assert scene.vcpu_ids(60) == [(0,)]
+
+
+class CrowdedProc:
+    """A /proc with processes that make no sense, so that each scan is told of, and a clock that scans take time of."""
+
+    SCAN_SECONDS = 0.001
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.now = 1000.0
+        self.uevents: list[bytes] = []
+        self.scanned: list[int] = []
+        self.discovery = Discovery(
+            root,
+            lambda pid, _kind, _message: self.scanned.append(pid),
+            clock=self.tick,
+            uevents=lambda: self.uevents.pop() if self.uevents else b"",
+            compare=compare_numbers,
+        )
+        self.discovery.find_vms()
+
+    def tick(self) -> float:
+        self.now += self.SCAN_SECONDS / 3  # the clock is asked three times for each process
+        return self.now
+
+    def add(self, pids: Iterable[int], *, named: bool) -> None:
+        """Let new processes begin, and KVM's uevents name them or not."""
+        for pid in pids:
+            directory = self.root / str(pid)
+            directory.mkdir()
+            (directory / "stat").write_text("nonsense")
+            (directory / "status").write_text(f"Tgid:\t{pid}\n")
+            if named:
+                self.uevents.append(CREATE.replace(b"30373", str(pid).encode()))
+
+    def find(self) -> list[int]:
+        """Find VMs once, and return which processes were scanned for that, in this order."""
+        self.scanned.clear()
+        self.now += 1
+        self.discovery.find_vms()
+        return self.scanned
+
+
+STRANGERS = range(1_900_000_000, 1_900_001_000)
+NAMED = range(2_000_000_000, 2_000_000_300)
+
+
+def test_whom_a_uevent_names_is_scanned_first_however_many_strangers_there_are(tmp_path: Path) -> None:
+    crowd = CrowdedProc(tmp_path)
+    crowd.add(STRANGERS, named=False)
+    crowd.find()
+    crowd.add([NAMED[0]], named=True)
+    first, *others = crowd.find()
+    assert first == NAMED[0]
+    assert 0 < len(others) < 30
+    # It is young: what it has next is found at once, too.
+    assert crowd.find()[0] == NAMED[0]
+
+
+def test_whoever_makes_vms_by_the_hundred_leaves_half_of_the_time_to_others(tmp_path: Path) -> None:
+    crowd = CrowdedProc(tmp_path)
+    crowd.add(STRANGERS, named=False)
+    crowd.add(NAMED, named=True)
+    scanned = crowd.find()
+    named = sum(pid in NAMED for pid in scanned)
+    assert 5 <= named < 30
+    assert len(scanned) - named >= 5
