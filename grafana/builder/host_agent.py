@@ -66,7 +66,7 @@ def make_agent_row() -> Row:
                 mappings=WORKS,
             ),
             make_timeline(
-                45,
+                394,
                 "Web configuration",
                 "Whether the last reload of --web.config.file succeeded. If not, the one before stays in force.",
                 Query(f"min by ({HOST_KEYS}) ({select(m.WEB_CONFIG_RELOAD_SUCCESS)})", "{{instance}}"),

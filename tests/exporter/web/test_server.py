@@ -596,7 +596,7 @@ def test_half_closed_client_waits_for_a_limited_time() -> None:
     host = GatedHost()
 
     async def scenario(address: Address) -> None:
-        await host.pass_first_look(address)
+        await host.pass_first_snapshot(address)
         client = await Client.open(address)
         await client.send(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
         await host.wait_begun()
