@@ -133,6 +133,7 @@ async def open_server(
                 await acceptor.close()
             for sock in sockets:  # from now on clients are refused, not kept waiting
                 sock.close()
+            guard.abort_idle()  # aiohttp would give these the time too that is for requests under way
             if runner.server is not None:  # before aiohttp 3.9, its runner waits for connections of its own sites only
                 await runner.server.shutdown(settings.drain_seconds)
             await runner.cleanup()

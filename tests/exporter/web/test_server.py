@@ -671,6 +671,25 @@ def test_stop_finishes_what_is_under_way(caplog: pytest.LogCaptureFixture) -> No
     assert [record.message for record in caplog.records] == ["listening", "stopping"]
 
 
+def test_stop_does_not_wait_for_a_client_that_keeps_its_connection(caplog: pytest.LogCaptureFixture) -> None:
+    """A browser, or Prometheus between two scrapes; the time to drain is for requests that are under way."""
+    caplog.set_level(logging.INFO)
+    host = GatedHost()
+    host.gate.set()
+
+    async def main() -> None:
+        settings = ServerSettings(addresses=(LOOPBACK,), drain_seconds=PATIENCE_SECONDS)
+        recorder = SnapshotRecorder(host)
+        async with open_server(open_collector(recorder), recorder, settings) as (address,):
+            client = await Client.open(address)
+            await client.send(b"GET /-/healthy HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert (await client.read_answer()).status == 200
+        assert await client.read_rest() == b""
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_SECONDS / 2))
+
+
 def test_stop_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     host = GatedHost()
 
