@@ -56,6 +56,13 @@ def describe_blind_spots(snapshot: Snapshot) -> str:
     return "; ".join(spot.text for spot in snapshot.blind_spots)
 
 
+def describe_blindness(snapshot: Snapshot) -> str:
+    """Say why nothing of this host can be seen, "" where something can be."""
+    if not snapshot.is_blind:
+        return ""
+    return describe_blind_spots(snapshot) or _describe_verdict(snapshot)
+
+
 def describe_cpu(host: Host) -> str:
     """Say which CPU it is, down to its microcode."""
     if host.cpu_unknown_reason:

@@ -6,9 +6,13 @@ alerts) asks here: where there is a blind spot, a count of VMs is not known and 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvm.model import BlindSpot
+
+log = logging.getLogger(__name__)
 
 # So many hidden processes are asked after in debugfs; more of them mean that we lack the rights to see anything.
 REFUSED_PROCESSES = 16
@@ -62,3 +66,24 @@ def find_blind_spots(seen: Evidence) -> tuple[BlindSpot, ...]:
             text = f"processes whose fds may not be seen: {seen.refused}; give CAP_SYS_PTRACE"
             spots.append(BlindSpot("refused_processes", text))
     return tuple(spots)
+
+
+class BlindSpotLog:
+    """Writes a line when there is another reason than before why VMs may be missing, and one when there is none left.
+
+    ``owners_pending`` comes and goes with every new VM, and has lines of its own where it stays.
+    """
+
+    def __init__(self) -> None:
+        self._told: frozenset[str] = frozenset()
+
+    def tell(self, spots: Iterable[BlindSpot]) -> None:
+        """Take in those of a new snapshot."""
+        lasting = [spot for spot in spots if spot.reason != "owners_pending"]
+        reasons = frozenset(spot.reason for spot in lasting)
+        if reasons and not reasons <= self._told:
+            text = "; ".join(spot.text for spot in lasting)
+            log.warning("VMs of this host may not be seen", extra={"fields": {"reason": text}})
+        elif self._told and not reasons:
+            log.info("every VM of this host is seen")
+        self._told = reasons

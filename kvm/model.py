@@ -254,8 +254,8 @@ class Snapshot:
 
     @property
     def is_blind(self) -> bool:
-        """Whether nothing was seen: no counter of any VM, and there may be some."""
-        return not self.complete and not any(reading.source for reading in self.readings)
+        """Whether nothing was seen: no counter of any VM, and there are some, or may be."""
+        return not any(reading.source for reading in self.readings) and bool(self.readings or self.blind_spots)
 
 
 class SnapshotReader(Protocol):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kvm.blind_spots import REFUSED_PROCESSES, Evidence, find_blind_spots
+from kvm.blind_spots import REFUSED_PROCESSES, BlindSpotLog, Evidence, find_blind_spots
 from kvm.counters.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
 from kvm.counters.retried_source import RETRY_SECONDS, RetriedSource
 from kvm.counters.source import CounterSource
@@ -119,6 +119,7 @@ class HostReader:
         self._kept: dict[VmKey, _KeptVm] = {}
         self._thread_lookups_left = 0
         self._all_tried = False
+        self._blind_spot_log = BlindSpotLog()
 
     def read(self) -> Snapshot:
         """Take a snapshot; what cannot be read is left out, reported and counted."""
@@ -139,6 +140,8 @@ class HostReader:
             if not reading.source:
                 self._errors.record("none", reading.vm.key.pid, "unread", reading.counters.problem)
         self._errors.log_new(vms.values())
+        blind_spots = find_blind_spots(self._find_evidence())
+        self._blind_spot_log.tell(blind_spots)
         return Snapshot(
             monotonic_seconds=now,
             unix_seconds=unix,
@@ -146,7 +149,7 @@ class HostReader:
             readings=tuple(sorted(readings, key=lambda reading: reading.vm.id)),
             sources=tuple(kept.report() for kept in self._sources),
             errors=self._errors.counts,
-            blind_spots=find_blind_spots(self._find_evidence()),
+            blind_spots=blind_spots,
             vms_over_budget=self._budget.over,
         )
 

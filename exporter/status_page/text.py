@@ -103,6 +103,8 @@ def make_headline(view: StatusView, with_details: bool) -> Headline:
         return Headline(Level.WARN, "The host has not been read yet.", "The first snapshot is under way.")
     found = _tell_stuck(view, with_details) or _tell_problem(view) or _tell_unjudged(view)
     found = found or _tell_calm(view)
+    if found.level is Level.CALM and _has_unread(view):
+        found = replace(found, level=Level.WARN, meaning=f"{_EXPLAIN_UNREAD} {found.meaning}")
     age = view.now - view.snapshot.monotonic_seconds
     if age <= OLD_SECONDS:
         return found
@@ -238,6 +240,7 @@ _EXPLAIN_LOST: Final = (
 )
 _EXPLAIN_STILL: Final = "Its counter stands still: the VM may be paused or stopped."
 _EXPLAIN_INCOMPLETE: Final = "There may be VMs that are not listed; kvm-notify-exporter check says what to do."
+_EXPLAIN_UNREAD: Final = "Some VMs cannot be read: nothing is known of their vCPUs."
 _EXPLAIN_NOTIFIED: Final = "Their guests go on: a notify exit now and then costs a guest time, and no more."
 
 

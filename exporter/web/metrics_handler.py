@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
-from exporter.host_summary import describe_blind_spots
+from exporter.host_summary import describe_blindness
 from exporter.logs.rate_limit import RateLimitedLog
 from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import compress_document, open_self_metrics, render_document
@@ -115,7 +115,7 @@ class MetricsApp:
         if snapshot is None:
             return _render_text(503, "not ready: the first snapshot of the host is still under way")
         if snapshot.is_blind:
-            return _render_text(503, f"not ready: nothing of this host can be seen: {describe_blind_spots(snapshot)}")
+            return _render_text(503, f"not ready: nothing of this host can be seen: {describe_blindness(snapshot)}")
         return _render_text(200, "ready")
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -52,7 +52,7 @@ def create_app(
     watcher: Watcher | None = None,
 ) -> web.Application:
     """Make the application; it owns neither the collector nor its reader, nor the watcher, nor the gate."""
-    pages, stalls = MetricsApp(collector, settings, guard, rate_limited_log), StallHandlers(watcher)
+    pages, stalls = MetricsApp(collector, settings, guard, rate_limited_log), StallHandlers(watcher, recorder)
     app = web.Application(middlewares=[pages.frame_request, gate.admit])
     app.router.add_get(settings.telemetry_path, pages.answer_metrics)
     app.router.add_get(HEALTHY_PATH, pages.answer_healthy)

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from aiohttp import web
 
+from exporter.history.recorder import SnapshotRecorder
 from exporter.stalls import drill
 from exporter.stalls.verdicts import MonitorReport, VcpuReport
 from exporter.web import vcpus_json
@@ -31,10 +32,12 @@ class Watcher(Protocol):
 
 
 class StallHandlers:
-    """The handlers; ``watcher`` is None where nobody watches."""
+    """The handlers; ``watcher`` is None where nobody watches, ``recorder`` has the newest snapshot."""
 
-    def __init__(self, watcher: Watcher | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._watcher, self._clock = watcher, clock
+    def __init__(
+        self, watcher: Watcher | None, recorder: SnapshotRecorder, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._watcher, self._recorder, self._clock = watcher, recorder, clock
         self._next_drill_at = 0.0
 
     async def answer_vcpus(self, request: web.Request) -> web.Response:
@@ -43,7 +46,9 @@ class StallHandlers:
             await asyncio.to_thread(self._watcher.report) if self._watcher else MonitorReport(problem="not watched")
         )
         with_details = sees_details(request)
-        document = vcpus_json.build_document(report, time.monotonic(), time.time(), with_details)
+        document = vcpus_json.build_document(
+            report, self._recorder.snapshot, time.monotonic(), time.time(), with_details
+        )
         return web.json_response(document, headers=PRIVATE_HEADERS)
 
     async def answer_drill(self, request: web.Request) -> web.Response:

@@ -6,16 +6,25 @@ RIPs and owners are for clients that are known only, as ``access`` has it.
 from __future__ import annotations
 
 from exporter.stalls.verdicts import MonitorReport, State, VcpuReport, name_vector, render_rip
+from kvm.model import Snapshot
 
 
-def build_document(report: MonitorReport, now: float, unix: float, with_details: bool) -> dict[str, object]:
+def build_document(
+    report: MonitorReport, snapshot: Snapshot | None, now: float, unix: float, with_details: bool
+) -> dict[str, object]:
     """Return what is known as plain data; ``with_details`` for RIPs and owners.
 
-    ``now`` is CLOCK_MONOTONIC, ``unix`` the same moment in Unix time.
+    ``snapshot`` is the newest one, None before the first: without it an empty list of vCPUs would say that all is well
+    where VMs cannot be seen. ``now`` is CLOCK_MONOTONIC, ``unix`` the same moment in Unix time.
     """
     offset = unix - now
+    spots = () if snapshot is None else snapshot.blind_spots
+    unread = None if snapshot is None else sum(not reading.source for reading in snapshot.readings)
     return {
         "unix_seconds": round(unix, 3),
+        "complete": None if snapshot is None else snapshot.complete,
+        "incomplete_reasons": sorted({spot.reason for spot in spots}),
+        "unread_vms": unread,
         "trigger": report.trigger or None,
         "trigger_problem": report.trigger_problem or None,
         "poll_period_seconds": report.poll_period_seconds,

@@ -159,7 +159,10 @@ class StatsFdSource:
 
     def _try_own_vm(self) -> str:
         """Borrow a stats fd of a VM of our own and read it; returns why that could not be tried, "" where it worked."""
-        pidfd = os.pidfd_open(os.getpid())
+        try:
+            pidfd = os.pidfd_open(os.getpid())
+        except OSError as err:
+            raise SourceUnavailable(f"pidfd_open(2): {err.strerror}", "let the service call it") from err
         try:
             with ThrowawayVm(self._device) as vm:
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -160,7 +161,9 @@ class VmIds:
     def _look_at(self, key: VmKey) -> _Presence:
         try:
             state, start_ticks = read_stat(self._proc, key.pid)
-        except OSError:
+        except OSError as err:
+            if err.errno in (errno.EMFILE, errno.ENFILE):
+                return _Presence.ALIVE  # it is for us that it cannot be read: the next snapshot tells
             return _Presence.HIDDEN if self._exists(key.pid) else _Presence.ENDED
         except MalformedData:
             return _Presence.ENDED

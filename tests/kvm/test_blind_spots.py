@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm.blind_spots import REFUSED_PROCESSES, Evidence, find_blind_spots
+from kvm.blind_spots import REFUSED_PROCESSES, BlindSpotLog, Evidence, find_blind_spots
 
 ALL_SEEN = Evidence(initial_pid_namespace=True, works=True, finds_vms=True)
 WITHOUT_BPF = replace(ALL_SEEN, finds_vms=False)
@@ -57,3 +57,17 @@ def test_only_what_has_seen_everything_is_complete(seen: Evidence) -> None:
     sees_all = seen.initial_pid_namespace is True and seen.works and not left_out
     assert (find_blind_spots(seen) == ()) is (sees_all and (seen.finds_vms or sees_processes))
     assert all(spot.text for spot in find_blind_spots(seen))
+
+
+def test_the_log_tells_of_each_reason_once_and_of_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    spot_log = BlindSpotLog()
+    hidden, none = replace(ALL_SEEN, hidden=1), replace(ALL_SEEN, hidden=2, works=False)
+    for seen in (replace(ALL_SEEN, pending=3), hidden, hidden, none, none, hidden, ALL_SEEN, ALL_SEEN):
+        spot_log.tell(find_blind_spots(seen))
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert told == [
+        ("WARNING", "VMs of this host may not be seen"),
+        ("WARNING", "VMs of this host may not be seen"),
+        ("INFO", "every VM of this host is seen"),
+    ]

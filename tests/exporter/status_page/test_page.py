@@ -325,7 +325,9 @@ def test_calm_is_said_of_what_is_known_and_of_no_more() -> None:
     assert tell_one(make_snapshot(reading), replace(still, can_judge=False))[0] is Level.CALM
     text = "No vCPU that was read is stuck. 1 vCPU has taken notify exits, of those that were read."
     assert tell_one(make_snapshot(reading, unread), going)[1] == text
-    assert tell_one(make_snapshot(quiet, unread))[1] == "No vCPU that was read has taken a notify exit."
+    level, text, meaning = tell_one(make_snapshot(quiet, unread))
+    assert (level, text) == (Level.WARN, "No vCPU that was read has taken a notify exit.")
+    assert meaning.startswith("Some VMs cannot be read: nothing is known of their vCPUs.")
 
 
 def test_an_old_look_is_spoken_of_and_not_calm() -> None:

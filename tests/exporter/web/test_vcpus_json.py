@@ -216,7 +216,7 @@ def test_the_metrics_cannot_take_these_paths(path: str) -> None:
 def test_what_matters_comes_first() -> None:
     states = [State.QUIET, State.RECOVERED, State.STALLED, State.UNKNOWN, State.SUSPECT, State.PROGRESSING]
     reports = tuple(make_report(state, vm=make_vm(pid=number)) for number, state in enumerate(states))
-    document = vcpus_json.build_document(MonitorReport(vcpus=reports), 0.0, 0.0, with_details=True)
+    document = vcpus_json.build_document(MonitorReport(vcpus=reports), None, 0.0, 0.0, with_details=True)
     vcpus = document["vcpus"]
     assert isinstance(vcpus, list)
     assert [found["state"] for found in vcpus] == [

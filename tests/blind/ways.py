@@ -1,0 +1,141 @@
+"""The ways to be blind, each as what is done to the agent's process before it starts."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from kvm.host.privileges import NEEDED_CAPABILITIES
+from tests.blind import refuse_syscalls
+from tests.own_mounts import UNMOUNT_ALL
+
+ROOT: Final = Path(__file__).parents[2]
+# Debian's, which everybody may run: the one of a virtual environment may lie in somebody's home.
+PYTHON: Final = "/usr/bin/python3"
+NOBODY: Final = 65534
+CAPABILITIES: Final = tuple(NEEDED_CAPABILITIES)
+
+
+class Sees(StrEnum):
+    """What a way leaves of the host's VMs; ``ANY`` for combinations of which nobody knows beforehand."""
+
+    ALL = "all"
+    SOME = "some"
+    NONE = "none"
+    ANY = "any"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """What is taken from an agent.
+
+    ``held`` are its capabilities as a user of no other rights, None for root with all of them; ``mounts`` are a shell's
+    words in a mount namespace of its own; ``namespaces`` are unshare's flags, ``refused`` system calls, ``max_fds`` a
+    limit, and ``sources`` the only ones that it may try.
+    """
+
+    name: str
+    sees: Sees = Sees.ALL
+    held: tuple[str, ...] | None = None
+    mounts: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    max_fds: int | None = None
+    sources: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        """What the agent's command line has for it."""
+        return [f"--collector.source={self.sources}"] if self.sources else []
+
+    def build_prefix(self, stage: Path) -> list[str]:
+        """The command that runs another one in this way.
+
+        ``stage`` is a directory that everybody may enter, with the empty directories ``repository`` and ``packages``:
+        what lies in root's home is mounted there, where a user without rights can read it.
+        """
+        packages = next(path for path in sys.path if path.endswith("site-packages"))
+        lines = [
+            "set -e",
+            f"mount --bind {ROOT} {stage}/repository",
+            f"mount --bind {packages} {stage}/packages",
+            *self.mounts,
+            f"cd {stage}/repository",
+            f"export PYTHONPATH={stage}/packages PYTHONDONTWRITEBYTECODE=1",
+            f'exec {shlex.join(self._wrap(stage))} "$@"',
+        ]
+        return ["unshare", "--mount", "--propagation=private", "sh", "-c", "\n".join(lines), "sh"]
+
+    def _wrap(self, stage: Path) -> list[str]:
+        words = ["unshare", *self.namespaces] if self.namespaces else []
+        if self.max_fds is not None:
+            words += ["prlimit", f"--nofile={self.max_fds}:{self.max_fds}"]
+        if self.refused:
+            script = stage / "repository" / Path(refuse_syscalls.__file__).relative_to(ROOT)
+            words += [PYTHON, "-I", str(script), ",".join(self.refused)]
+        if self.held is not None:
+            names = ",".join(["-all", *(f"+{name.lower().removeprefix('cap_')}" for name in self.held)])
+            words += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+            words += [f"--inh-caps={names}", f"--ambient-caps={names}", f"--bounding-set={names}"]
+        return words or ["env"]
+
+
+def without(*missing: str) -> tuple[str, ...]:
+    return tuple(name for name in CAPABILITIES if name not in missing)
+
+
+def hide_pids(mode: int) -> str:
+    return f"mount -t proc -o hidepid={mode} proc /proc"
+
+
+PROC_SUBSET: Final = "mount -t proc -o subset=pid proc /proc"
+MASK_KALLSYMS: Final = "[ ! -e /proc/kallsyms ] || mount --bind /dev/null /proc/kallsyms"
+NO_KVM_DEVICE: Final = "mount --bind /dev/null /dev/kvm"
+BPF_ONLY: Final = ("CAP_BPF", "CAP_PERFMON")
+NO_PTRACE: Final = without("CAP_SYS_PTRACE")
+
+WAYS: Final = (
+    Way(name="root"),
+    Way(name="user with every capability", held=CAPABILITIES),
+    Way(name="user without CAP_BPF", held=without("CAP_BPF", "CAP_SYS_ADMIN"), sees=Sees.SOME),
+    Way(name="user without CAP_PERFMON", held=without("CAP_PERFMON", "CAP_SYS_ADMIN"), sees=Sees.SOME),
+    Way(name="user without CAP_SYS_PTRACE", held=NO_PTRACE),
+    Way(name="user without CAP_DAC_READ_SEARCH", held=without("CAP_DAC_READ_SEARCH")),
+    Way(name="user without CAP_SYS_ADMIN", held=without("CAP_SYS_ADMIN")),
+    Way(name="user with CAP_SYS_PTRACE only", held=("CAP_SYS_PTRACE",), sees=Sees.NONE),
+    Way(name="user without any capability", held=(), sees=Sees.NONE),
+    *(
+        way
+        for mode in (1, 2)
+        for way in (
+            Way(name=f"hidepid={mode}", mounts=(hide_pids(mode),)),
+            Way(name=f"hidepid={mode}, no CAP_SYS_PTRACE", mounts=(hide_pids(mode),), held=NO_PTRACE, sees=Sees.NONE),
+            Way(name=f"hidepid={mode}, no capability", mounts=(hide_pids(mode),), held=(), sees=Sees.NONE),
+        )
+    ),
+    Way(name="ProcSubset=pid", mounts=(PROC_SUBSET,)),
+    Way(name="ProcSubset=pid, no bpf", mounts=(PROC_SUBSET,), sources="stats_fd,debugfs", sees=Sees.NONE),
+    Way(name="nothing mounted below /sys", mounts=(UNMOUNT_ALL,)),
+    Way(name="nothing mounted, user", mounts=(UNMOUNT_ALL,), held=BPF_ONLY),
+    Way(name="kallsyms masked", mounts=(MASK_KALLSYMS,)),
+    Way(name="kallsyms masked, no bpf", mounts=(MASK_KALLSYMS,), sources="stats_fd", sees=Sees.NONE),
+    Way(name="pid namespace", namespaces=("--pid", "--fork", "--mount-proc"), sees=Sees.NONE),
+    Way(name="pid namespace, host's /proc", namespaces=("--pid", "--fork"), sees=Sees.ANY),
+    Way(name="user namespace", namespaces=("--user", "--map-root-user"), sees=Sees.NONE),
+    Way(name="seccomp: bpf", refused=("bpf",), sees=Sees.SOME),
+    Way(name="seccomp: perf_event_open", refused=("perf_event_open",)),
+    Way(name="seccomp: bpf, pidfd_getfd", refused=("bpf", "pidfd_getfd"), sees=Sees.ANY),
+    Way(name="seccomp: bpf, pidfd_open", refused=("bpf", "pidfd_open"), sees=Sees.ANY),
+    Way(name="seccomp: bpf, kcmp", refused=("bpf", "kcmp"), sees=Sees.ANY),
+    Way(name="no /dev/kvm", mounts=(NO_KVM_DEVICE,)),
+    Way(name="no /dev/kvm, no bpf", mounts=(NO_KVM_DEVICE,), sources="stats_fd,debugfs", sees=Sees.ANY),
+    Way(name="64 fds", max_fds=64),
+    Way(name="20 fds", max_fds=20, sees=Sees.ANY),
+    Way(name="20 fds, no bpf", max_fds=20, sources="stats_fd,debugfs", sees=Sees.ANY),
+    Way(name="debugfs only", sources="debugfs", sees=Sees.ANY),
+    Way(name="stats_fd only", sources="stats_fd", sees=Sees.SOME),
+)
