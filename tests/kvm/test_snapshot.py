@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -247,6 +248,31 @@ def test_a_vm_of_a_hidden_process_is_not_taken_for_one_that_has_ended(tmp_path: 
     ended = VmKey(2**22 + 1, 1, 9)  # no number that a process can have
     source.answers = {ended: count(7)}
     assert scene.look().complete
+
+
+def test_an_agent_out_of_fds_does_not_say_that_processes_are_hidden() -> None:
+    source = ToldSource("bpf", finds_vms=True)
+    scene = Scene(source)
+    assert scene.look().complete
+    source.answers, scene.owners = {KEY: count(7)}, {}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path(os.devnull).open() as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno(), hard))
+        try:
+            snapshot = scene.look()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [spot.reason for spot in snapshot.blind_spots] == ["owners_pending"]
+
+
+def test_vms_of_which_none_can_be_read_leave_the_agent_blind(sources: tuple[ToldSource, ToldSource]) -> None:
+    first, _second = sources
+    scene = Scene(*sources)
+    first.answers = {KEY: VmCounters(problem="its VMM holds no stats fds")}
+    snapshot = scene.look()
+    assert (snapshot.complete, snapshot.is_blind) == (True, True)
+    first.answers = {KEY: count(7)}
+    assert not scene.look().is_blind
 
 
 def test_a_module_that_comes_is_noticed_at_once(tmp_path: Path) -> None:

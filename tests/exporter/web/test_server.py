@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from exporter.web.connection_guard import ConnectionGuard
 from exporter.web.listeners import Address, TcpAddress, UnixAddress
 from exporter.web.server import open_server, serve
 from exporter.web.settings import ServerSettings
-from kvm.model import Snapshot, SnapshotReader
+from kvm.model import Snapshot, SnapshotReader, VmCounters
 from kvm.simulated.host import SimulatedHost
 from tests.waiting import PATIENCE_SECONDS
 
@@ -291,6 +292,26 @@ def test_ready_after_the_first_snapshot() -> None:
         await wait_ready(address)
 
     run(scenario, host)
+
+
+class UnreadHost(SimulatedHost):
+    """A host of which every VM is seen and none is read."""
+
+    def read(self) -> Snapshot:
+        snapshot = super().read()
+        unread = VmCounters(problem="its VMM holds no stats fds")
+        readings = (replace(reading, source="", counters=unread) for reading in snapshot.readings)
+        return replace(snapshot, readings=tuple(readings))
+
+
+def test_not_ready_where_no_vm_can_be_read() -> None:
+    async def scenario(address: Address) -> None:
+        assert (await ask(address)).status == 200
+        answer = await ask(address, "/-/ready")
+        assert answer.status == 503
+        assert b"nothing of this host can be seen: 6 of 6 VMs cannot be read: its VMM holds no" in answer.body
+
+    run(scenario, UnreadHost())
 
 
 def test_failing_reader_is_no_failing_scrape() -> None:

@@ -20,9 +20,11 @@ from exporter.web.access import PRIVATE_HEADERS
 from exporter.web.listeners import Address, TcpAddress, UnixAddress
 from exporter.web.server import open_server
 from exporter.web.settings import DRILL_HEADER, DRILL_PATH, VCPUS_PATH, ServerSettings
+from kvm.model import BlindSpot, Snapshot
 from kvm.simulated.host import SimulatedHost
 from tests.exporter.web.test_server import Client, open_collector
 from tests.reports import make_report, make_vm
+from tests.snapshots import make_reading, make_snapshot
 from tests.waiting import PATIENCE_SECONDS
 
 Scenario = Callable[[Address], Awaitable[None]]
@@ -211,6 +213,17 @@ def test_a_drill_that_was_not_had_costs_no_pause() -> None:
 def test_the_metrics_cannot_take_these_paths(path: str) -> None:
     with pytest.raises(ValueError, match="taken"):
         ServerSettings(telemetry_path=path)
+
+
+def test_an_empty_list_is_no_all_clear_where_vms_are_not_seen() -> None:
+    def ask(snapshot: Snapshot | None) -> tuple[object, object, object]:
+        document = vcpus_json.build_document(MonitorReport(), snapshot, 0.0, 0.0, with_details=True)
+        return document["complete"], document["incomplete_reasons"], document["unread_vms"]
+
+    snapshot = make_snapshot(make_reading(), replace(make_reading("b", pid=101), source=""))
+    assert ask(None) == (None, [], None)
+    assert ask(snapshot) == (True, [], 1)
+    assert ask(replace(snapshot, blind_spots=(BlindSpot("no_source", "none works"),))) == (False, ["no_source"], 1)
 
 
 def test_what_matters_comes_first() -> None:
