@@ -199,7 +199,7 @@ def test_output_that_cannot_be_written_is_an_error_of_one_line(words: str, where
         check=False,
     )
     assert run.returncode == 1
-    errors = [line for line in run.stderr.splitlines() if "level=ERROR" in line]  # the rest is about VMs of this host
+    errors = [line for line in run.stderr.splitlines() if "level=WARN" not in line]  # those are about VMs of this host
     assert len(errors) == 1, run.stderr
     assert "Bad file descriptor" in run.stderr or "No space left" in run.stderr
 
