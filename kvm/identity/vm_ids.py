@@ -20,6 +20,8 @@ from kvm.read_errors import ReadErrors
 OWNER_WAIT_SECONDS = 1.0
 # A clock that is slewed and not stepped stays below this between two snapshots.
 CLOCK_STEP_SECONDS = 1.0
+# So many processes whose VMs share an identity are remembered, though they have ended.
+MAX_CONFLICTS = 10_000
 # The agent's own process name; the kernel keeps 15 bytes.
 AGENT_COMM = "kvm-notify-exporter"[:15]
 
@@ -112,6 +114,7 @@ class VmIds:
         self._settled: frozenset[VmKey] | None = None
         """The VMs of the last answer if nothing about them was left to find out."""
         self._tids: dict[tuple[int, int], int] = {}
+        self._conflicts: dict[tuple[int, int], None] = {}
 
     def identify(self, keys: Mapping[VmKey, int | None]) -> Mapping[VmKey, Vm]:
         """Return who these VMs are; ``keys`` has a living thread of each one's process, None where that is not known.
@@ -139,12 +142,19 @@ class VmIds:
             ids = choose_ids(owners, {key: vm.id for key, vm in self._vms.items()})
             for key in new:
                 if ids[key] != name_vm(owners[key], key):
-                    message = f"another VM has its identity: this one is {ids[key]}"
-                    self._errors.record("owners", key.pid, "duplicate", message)
+                    self._note_conflict(key, ids[key])
                 self._vms[key] = Vm(ids[key], key, owners[key], self._find_start(key))
         self._settled = None if unknown else frozenset(keys)
         self._identified = {key: vm for key, vm in self._vms.items() if not is_agents(vm.owner)}
         return self._identified
+
+    def _note_conflict(self, key: VmKey, vm_id: str) -> None:
+        """Record a conflict once for each process: one that goes on making VMs of one identity is one condition."""
+        if key[:2] not in self._conflicts:
+            self._errors.record("owners", key.pid, "duplicate", f"another VM has its identity: this one is {vm_id}")
+            self._conflicts[key[:2]] = None
+            if len(self._conflicts) > MAX_CONFLICTS:
+                del self._conflicts[next(iter(self._conflicts))]
 
     def _follow_clock(self) -> None:
         """Tell start times anew after a step of the clock, as by NTP some time after boot."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvm.discovery.processes import read_stat
 from kvm.identity.vm_ids import AGENT_COMM, VmIds, choose_ids, name_vm
 from kvm.model import Identity, Owner, VmKey
 from kvm.read_errors import ReadErrors
@@ -108,3 +109,18 @@ def test_an_agents_own_vm_is_none_of_the_hosts_and_nobody_else_hides_by_its_name
 ) -> None:
     ids = make_ids({OLD[:2]: Owner(AGENT_COMM, uid=uid)}, Clock())
     assert (OLD not in ids.identify({OLD: None})) is is_hidden
+
+
+def test_a_process_that_goes_on_making_vms_of_one_identity_is_one_conflict() -> None:
+    errors, process = ReadErrors(), (os.getpid(), read_stat(Path("/proc"), os.getpid()).start_ticks)
+    other = (process[0], process[1] + 1)
+    owner = Owner("qemu", uuid=UUID)
+    ids = VmIds(lambda wanted, _wait: dict.fromkeys(wanted, owner), errors, Path("/proc"), Clock())
+    for number in range(300):
+        keys = [VmKey(*process, 3), VmKey(*process, 10 + number), VmKey(*process, 20 + number)]
+        ids.identify(dict.fromkeys(keys, process[0]))
+        ids.identify({})
+        errors.log_new([])
+    assert errors.counts == {("owners", "duplicate"): 1}
+    ids.identify({VmKey(*other, number): other[0] for number in range(3)})
+    assert errors.counts == {("owners", "duplicate"): 2}
