@@ -1,0 +1,76 @@
+"""A VM of an unprivileged user that claims to be another customer's: by name, UUID, and a libvirt status of its own.
+
+It opens /dev/kvm as root, becomes that user, and then root of a user and mount namespace of its own, where
+``/run/libvirt/qemu`` is what it likes. Prints ``ready`` when its VM is there; ends at the end of its input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.live import tiny_guest
+
+KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE01, 0xAE41  # include/uapi/linux/kvm.h
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # include/uapi/linux/sched.h
+NOBODY = 65534
+STATUS = """<domstatus state='running' pid='{pid}'><domain type='kvm'><name>{name}</name><uuid>{uuid}</uuid><metadata>
+<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'><nova:name>{name}</nova:name><nova:owner>
+<nova:project uuid='1'>VICTIM-PROJECT</nova:project></nova:owner></nova:instance>
+<kubevirt:kubevirt xmlns:kubevirt='http://kubevirt.io'><kubevirt:metadata/></kubevirt:kubevirt></metadata></domain>
+</domstatus>"""
+
+
+def main(name: str, uuid: str) -> None:
+    """Become who it claims to be, and hold a VM."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: its own files in /proc are its own again
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {NOBODY} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {NOBODY} 1")
+    if libc.mount(b"none", b"/run", b"tmpfs", 0, None):
+        raise OSError(ctypes.get_errno(), "mount")
+    directory = Path("/run/libvirt/qemu")
+    directory.mkdir(parents=True)
+    (directory / f"{name}.xml").write_text(STATUS.format(pid=os.getpid(), name=name, uuid=uuid))
+    vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+    fcntl.ioctl(vm, KVM_CREATE_VCPU, 0)
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+@contextmanager
+def open_impostor(name: str, uuid: str) -> Iterator[int]:
+    """Hold such a VM; gives the pid of its process."""
+    words = ["/usr/bin/qemu-system-x86_64", "-m", "tests.hostile.impostor", "-name", f"guest={name}", "-uuid", uuid]
+    with subprocess.Popen(
+        words,
+        executable=tiny_guest.PYTHON,
+        env=tiny_guest.build_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                raise RuntimeError("the impostor could not be made")
+            yield process.pid
+        finally:
+            process.communicate()
+
+
+if __name__ == "__main__":
+    main(sys.argv[2].removeprefix("guest="), sys.argv[4])
