@@ -12,7 +12,8 @@ ROOT: Final = Path(__file__).parents[1]
 DOCS: Final = ROOT / "docs"
 README: Final = ROOT / "README.md"
 CONTRIBUTING: Final = ROOT / "CONTRIBUTING.md"
-ALL_DOCUMENTS: Final = (README, CONTRIBUTING, *sorted(DOCS.glob("*.md")))
+SECURITY: Final = ROOT / "SECURITY.md"
+ALL_DOCUMENTS: Final = (README, CONTRIBUTING, SECURITY, *sorted(DOCS.glob("*.md")))
 
 
 def find_blocks(document: Path, *languages: str) -> list[str]:
