@@ -15,9 +15,6 @@ from kvm.model import Vm
 
 log = logging.getLogger(__name__)
 
-# Conditions that stand for as long as a process lives and leave nothing out: counted once for each process.
-STANDING = frozenset({"duplicate"})
-
 # Troubles of processes that hold no VM are remembered too, but not for ever.
 MAX_LOGGED = 10_000
 
@@ -33,8 +30,7 @@ MESSAGES = {
 class ReadErrors:
     """The tally of what could not be read, by (source, kind), since start.
 
-    A trouble is logged when a process first has it; then only counted, until the process has ended. A condition that
-    stands (STANDING) is not even counted again: a process that goes on making VMs of one identity is one conflict.
+    A trouble is logged when a process first has it; then only counted, until the process has ended.
     """
 
     def __init__(self) -> None:
@@ -53,12 +49,9 @@ class ReadErrors:
 
     def record(self, source: str, pid: int, kind: str, message: str) -> None:
         """Count one trouble of process ``pid``, or of no single one if that is 0."""
-        trouble = (pid, source, kind)
-        is_new = trouble not in self._logged and trouble not in self._new
-        if is_new:
-            self._new[trouble] = message
-        if is_new or kind not in STANDING:
-            self._counts[source, kind] += 1
+        self._counts[source, kind] += 1
+        if (pid, source, kind) not in self._logged:
+            self._new.setdefault((pid, source, kind), message)
 
     def log_new(self, found: Iterable[Vm]) -> None:
         """Log the troubles that are new since the newest snapshot, and forget those of VMs that have ended.
