@@ -14,27 +14,17 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, NamedTuple
 
+from exporter.history.rate_estimate import GAP_SECONDS, RATE_SECONDS, find_fast_rate, find_sparse_rate
+from exporter.history.steps import SPACING_SECONDS, Step, widen_steps
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmKey, VmReading
 
 WINDOW_SECONDS: Final = 300.0
-SPACING_SECONDS: Final = 5.0
-# A minute is a usual time between scrapes.
-GAP_SECONDS: Final = 75.0
-# A rate is of now if the newest snapshot is no older than this, and over about this time.
+# A rate is of now if the newest snapshot is no older than this.
 NOW_SECONDS: Final = 15.0
-RATE_SECONDS: Final = 5.0
 # Where more numbers than this would be kept, they are kept at longer distances.
 MAX_NUMBERS: Final = 120_000
 # The vcpu_id of what is known of a VM as a whole.
 WHOLE_VM: Final = -1
-
-
-class Step(NamedTuple):
-    """A time with its average rate, in exits a second."""
-
-    began: float
-    ended: float
-    rate: float
 
 
 class _Sample(NamedTuple):
@@ -75,11 +65,19 @@ class _Samples:
         is_same = bool(kept) and (kept[-1].column, kept[-1].vcpu_ids) == (sample.column, sample.vcpu_ids)
         if is_same:
             sample = _Sample(sample.seconds, kept[-1].vcpu_ids, kept[-1].column)
-        if len(kept) > 1 and (
-            sample.seconds - kept[-2].seconds < spacing or (is_same and kept[-2].column is sample.column)
+        is_dense = len(kept) > 1 and sample.seconds - kept[-2].seconds < spacing
+        if (is_dense and not self._ended_rest(spacing)) or (
+            is_same and kept[-2:-1] and kept[-2].column is kept[-1].column
         ):
             kept.pop()
         kept.append(sample)
+
+    def _ended_rest(self, spacing: float) -> bool:
+        """Tell whether the last sample is the first after a rest: when that was is kept as exactly as it is known."""
+        if len(self.kept) < 3:
+            return False
+        began, ended, moved = self.kept[-3:]
+        return began.column is ended.column is not moved.column and ended.seconds - began.seconds >= spacing
 
     def forget_before(self, seconds: float) -> None:
         """Forget all that ended before; the last sample of that time is where the next step begins."""
@@ -131,21 +129,27 @@ class RateHistory:
         # Where the rate is to begin is known as nearly as there are samples around.
         position = max((i for i, sample in enumerate(kept[:-1]) if sample.seconds <= wanted), default=0)
         first, second = kept[position], kept[position + 1]
-        befores, afters = _arrange(first, last.vcpu_ids), _arrange(second, last.vcpu_ids)
-        return {
-            vcpu_id: _find_rate(wanted, last.seconds, (first.seconds, before), (second.seconds, after), number)
-            for vcpu_id, before, after, number in zip(last.vcpu_ids, befores, afters, last.column, strict=True)
-        }
+        oldest, befores, afters = (_arrange(sample, last.vcpu_ids) for sample in (kept[0], first, second))
+        rates: dict[int, float | None] = {}
+        for vcpu_id, was, before, after, number in zip(
+            last.vcpu_ids, oldest, befores, afters, last.column, strict=True
+        ):
+            if was == number:  # nearly all there are
+                rates[vcpu_id] = 0.0
+                continue
+            rate = find_fast_rate(wanted, last.seconds, (first.seconds, before), (second.seconds, after), number)
+            rates[vcpu_id] = find_sparse_rate(_iterate_back(kept, vcpu_id)) if rate is None else rate
+        return rates
 
     def find_steps(self, key: VmKey, vcpu_id: int, now: float) -> list[Step]:
         """Return the rates of the last WINDOW_SECONDS in order of time; what is not known is left out."""
         with self._lock:
             numbers = list(self._iterate(key, vcpu_id))
-        start, steps = now - WINDOW_SECONDS, []
+        start, steps = now - WINDOW_SECONDS, list[Step]()
         for (began, before), (ended, after) in pairwise(numbers):
             if ended > start and (after == before or (after > before and ended - began <= GAP_SECONDS)):
                 steps.append(Step(max(began, start), ended, (after - before) / (ended - began)))
-        return steps
+        return widen_steps(steps)
 
     def _iterate(self, key: VmKey, vcpu_id: int) -> Iterator[tuple[float, int]]:
         """Yield a counter's numbers with their times, from the last sample on that has another set of vCPUs."""
@@ -163,28 +167,24 @@ class RateHistory:
                 yield sample.seconds, sample.column[sample.vcpu_ids.index(vcpu_id)]
 
 
+def _iterate_back(kept: Sequence[_Sample], vcpu_id: int) -> Iterator[tuple[float, int]]:
+    """Yield a counter's numbers with their times, the newest first, as far back as the vCPU was there."""
+    vcpu_ids: tuple[int, ...] = ()
+    position = 0
+    for sample in reversed(kept):
+        if sample.vcpu_ids is not vcpu_ids:
+            if vcpu_id not in sample.vcpu_ids:
+                return
+            vcpu_ids, position = sample.vcpu_ids, sample.vcpu_ids.index(vcpu_id)
+        yield sample.seconds, sample.column[position]
+
+
 def _arrange(sample: _Sample, vcpu_ids: tuple[int, ...]) -> Sequence[int | None]:
     """Return the numbers of a sample in another one's order."""
     if sample.vcpu_ids == vcpu_ids:
         return sample.column
     numbers = dict(zip(sample.vcpu_ids, sample.column, strict=True))
     return [numbers.get(vcpu_id) for vcpu_id in vcpu_ids]
-
-
-def _find_rate(
-    wanted: float, ended: float, before: tuple[float, int | None], after: tuple[float, int | None], number: int
-) -> float | None:
-    """Return the rate up to ``number`` at ``ended``, from the time ``wanted`` on or from the nearest that is known."""
-    (began, first), (then, second) = before, after
-    if first is None or first > number:
-        return None
-    if first == number:
-        return 0.0
-    if first == second:  # it has not moved before: so much was it at any time between the two
-        began = max(began, wanted)
-    elif then - began > GAP_SECONDS and second is not None:
-        began, first = then, second
-    return (number - first) / (ended - began) if 0 < ended - began <= GAP_SECONDS else None
 
 
 def _take_sample(reading: VmReading, now: float) -> _Sample | None:

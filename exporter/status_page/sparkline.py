@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from exporter.history.rates import WINDOW_SECONDS, Step
+from exporter.history.rates import WINDOW_SECONDS
+from exporter.history.steps import Step
 
 WIDTH: Final = 120
 HEIGHT: Final = 24

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Final
 
-from exporter.history.rates import WHOLE_VM, RateHistory, Step
+from exporter.history.rates import WHOLE_VM, RateHistory
+from exporter.history.steps import Step
 from exporter.stalls.verdicts import MonitorReport, State, VcpuReport, render_rip
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, Vcpu, Vm, VmKey, VmReading
 

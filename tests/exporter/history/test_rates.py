@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.history.rates import GAP_SECONDS, MAX_NUMBERS, NOW_SECONDS, WHOLE_VM, WINDOW_SECONDS, RateHistory, Step
+from exporter.history.rate_estimate import GAP_SECONDS
+from exporter.history.rates import MAX_NUMBERS, NOW_SECONDS, WHOLE_VM, WINDOW_SECONDS, RateHistory
+from exporter.history.steps import SPACING_SECONDS, Step
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmCounters, VmReading
 from tests.snapshots import make_reading, make_snapshot
 
@@ -37,6 +39,27 @@ def count_numbers(history: RateHistory) -> int:
 def test_a_rate_is_of_the_last_seconds() -> None:
     history = follow((float(second), 40 * second) for second in range(60))
     assert history.find_rates(KEY, 59.5) == {0: pytest.approx(40)}
+
+
+def test_one_exit_in_20_seconds_is_three_a_minute_all_the_time() -> None:
+    history, rates = RateHistory(), []
+    for second in range(400):
+        history.observe(look(float(second), make_reading(notify=(7 + second // 20, 7))))
+        if second >= 45:
+            rates.append(history.find_rates(KEY, float(second)))
+    assert {rate[2] for rate in rates} == {0.0}
+    assert all(rate[0] == pytest.approx(3 / 60, rel=0.04) for rate in rates)
+
+
+def test_one_exit_in_20_seconds_is_a_bar_each_and_no_peak_of_one_a_second() -> None:
+    history = follow((float(second), second // 20) for second in range(400))
+    for now in range(400, 420):
+        history.observe(look(float(now), make_reading(notify=(now // 20,))))
+        steps = history.find_steps(KEY, 0, float(now))
+        bars = [step for step in steps if step.rate]
+        assert len(bars) in (15, 16)
+        assert all(round(bar.exits, 6) == 1 for bar in bars[1:])
+        assert all(bar.seconds >= SPACING_SECONDS for bar in bars[1:])
 
 
 def test_a_stall_shows_up_in_the_rate_at_once() -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from exporter.history.rates import Step
+from exporter.history.steps import Step
 from exporter.status_page.sparkline import (
     HEIGHT,
     WIDTH,
