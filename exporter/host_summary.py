@@ -16,6 +16,8 @@ SOURCE_USES = {
     "stats_fd": "every vCPU of VMMs that hold stats fds (QEMU 8.1 and later)",
     "debugfs": "each VM's sum, no vCPUs",
 }
+# For a source without a remedy.
+NOTHING_TO_DO = "nothing to do"
 
 
 def has_counters(snapshot: Snapshot) -> bool:
@@ -167,8 +169,7 @@ def _describe_source(source: SourceReport) -> str:
         return f"works: {SOURCE_USES.get(source.source, 'a simulated host')}" + (
             f"; but {source.reason}" if source.reason else ""
         )
-    text = f"does not work: {source.reason}"
-    return f"{text} -> {source.remedy}" if source.remedy else text
+    return f"does not work: {source.reason} -> {source.remedy or NOTHING_TO_DO}"
 
 
 def _describe_vms(snapshot: Snapshot) -> str:
@@ -187,7 +188,9 @@ def _describe_verdict(snapshot: Snapshot) -> str:
     unread = Counter(reading.counters.problem for reading in snapshot.readings if not reading.source)
     if unread:
         reasons = "; ".join(f"{reason} ({number})" for reason, number in unread.most_common(3))
-        return f"{unread.total()} of {len(snapshot.readings)} VMs cannot be read: {reasons}"
+        vms = len(snapshot.readings)
+        which = "the VM" if vms == 1 else f"{unread.total()} of {vms} VMs"
+        return f"{which} cannot be read: {reasons}"
     if not snapshot.complete:
         return f"VMs may be missing, and what is not seen is not exported: {describe_blind_spots(snapshot)}"
     return "the counters of this host can be read"

@@ -33,7 +33,7 @@ INTEL = Host(
 )
 UP = SourceReport("stats_fd", up=True)
 HIDDEN = (BlindSpot("hidden_processes", "/proc hides process 1"),)
-CLOSED = SourceReport("debugfs", up=False, reason="the kernel's lockdown forbids it", remedy="nothing to do")
+CLOSED = SourceReport("debugfs", up=False, reason="the kernel's lockdown forbids it")
 
 
 def make_reading(name: str = "web", notify: tuple[int, ...] = (3, 0), pid: int = 4242) -> VmReading:

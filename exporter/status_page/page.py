@@ -17,8 +17,17 @@ from importlib.resources import files
 from typing import Final
 from urllib.parse import urlencode
 
-from exporter.host_summary import SOURCE_USES, describe_blind_spots, describe_cpu, describe_kvm, describe_lockdown
+from exporter.host_summary import (
+    NOTHING_TO_DO,
+    SOURCE_USES,
+    can_read,
+    describe_blind_spots,
+    describe_cpu,
+    describe_kvm,
+    describe_lockdown,
+)
 from exporter.stalls.verdicts import State
+from exporter.status_page.headline import Level, make_headline
 from exporter.status_page.table import join_rows, render_moment, render_rows, render_untrusted
 from exporter.status_page.text import (
     MAX_REASON,
@@ -29,10 +38,9 @@ from exporter.status_page.text import (
     describe_drills,
     describe_usage,
     describe_watch,
-    make_headline,
 )
 from exporter.status_page.view import MAX_QUERY, Found, StatusView
-from kvm.model import Host
+from kvm.model import Host, SourceReport
 
 TITLE: Final = "KVM notify exits"
 REFRESH_SECONDS: Final = 10
@@ -130,6 +138,7 @@ def _render_figures(view: StatusView) -> str:
         "with notify exits": _count_notified(view),
         "stalled now": _number(len(view.find_in(State.STALLED)) if can_tell else None),
         "watched": escape(describe_watch(view)[0]),
+        "sources work": _count_sources(view),
     }
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
     return f'<dl class="figures">{items}</dl>'
@@ -141,6 +150,14 @@ def _count_notified(view: StatusView) -> str:
     rows = view.find_real()
     vms = sum(row.vcpu is None for row in rows)  # of which only the sum is known
     return _number(len(rows) - vms) + f" + {count_things(vms, 'VM')}" * (vms > 0)
+
+
+def _count_sources(view: StatusView) -> str:
+    """Say how many sources work, and lead to which: their table stands below one that may be long."""
+    sources = view.snapshot.sources if view.snapshot else ()
+    if not sources:
+        return _number(None)
+    return f'<a href="#sources">{sum(source.up for source in sources)} of {len(sources)}</a>'
 
 
 def _render_search(query: str, refresh: bool, with_details: bool) -> str:
@@ -183,23 +200,34 @@ def _render_protections(view: StatusView) -> str:
 
 def _render_sources(view: StatusView) -> str:
     sources = view.snapshot.sources if view.snapshot else ()
-    if not sources:
+    if view.snapshot is None or not sources:
         return ""
+    all_read = can_read(view.snapshot)
     rows = join_rows(
         (
             f"<code>{_render_text(source.source)}</code>",
-            f'<span class="{"up" if source.up else "down"}">{"works" if source.up else "does not work"}</span>',
+            f'<span class="is-{_judge_source(source, all_read)}">{"works" if source.up else "does not work"}</span>',
             _render_text(source.reason or SOURCE_USES.get(source.source, "")),
-            _render_text(source.remedy),
+            _render_text(source.remedy) or NOTHING_TO_DO * (not source.up),
         )
         for source in sources
     )
     return (
-        '<section aria-labelledby="sources"><h2 id="sources">Sources of the counters</h2><table class="plain">'
-        '<caption>Ways to read counters, best first</caption><thead><tr><th scope="col">Source</th>'
-        '<th scope="col">State</th><th scope="col">What it gives, or why not</th><th scope="col">What to do</th></tr>'
+        '<section aria-labelledby="sources"><h2 id="sources" tabindex="-1">Sources of the counters</h2>'
+        '<table class="plain"><caption>Ways to read counters, best first</caption><thead><tr>'
+        '<th scope="col">Source</th><th scope="col">State</th>'
+        '<th scope="col">What it gives, or why not</th><th scope="col">What to do</th></tr>'
         f"</thead><tbody>{rows}</tbody></table></section>"
     )
+
+
+def _judge_source(source: SourceReport, all_read: bool) -> Level:
+    """Say how much it matters how a source is: nothing where nothing is to be done, most where counters are missing."""
+    if source.up:
+        return Level.CALM
+    if not source.remedy:
+        return Level.NEUTRAL
+    return Level.WARN if all_read else Level.BAD
 
 
 def _render_host(view: StatusView) -> str:

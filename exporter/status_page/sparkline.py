@@ -13,6 +13,8 @@ WIDTH: Final = 120
 HEIGHT: Final = 24
 # The right edge moves in steps of this, so that a plot of nothing new stays the same document.
 EDGE_SECONDS: Final = 5.0
+# So few exits say little of a rate: they are told with the time that they came in.
+FEW_EXITS: Final = 5
 _UNITS: Final = ((1.0, "s", "second"), (60.0, "min", "minute"), (3600.0, "h", "hour"))
 
 
@@ -39,17 +41,37 @@ def describe_plot(steps: Sequence[Step], rate: float | None) -> str:
     if not steps:
         return "what it did in the last 5 minutes is not known"
     known = sum(step.ended - step.began for step in steps)
-    text = f"{describe_rate(rate)} now, at most {describe_rate(_find_peak(steps))} in the last 5 minutes"
+    text = f"{describe_rate(rate)} now, at most {describe_peak(steps)} in the last 5 minutes"
     return text if known > 0.9 * WINDOW_SECONDS else f"{text}, as far as known"
 
 
+def render_peak(steps: Sequence[Step]) -> str:
+    """Render what the top of a plot stands for: ``40/s``, or ``1 in 5 s`` where it is a few exits; "" of none."""
+    peak = max(steps, key=lambda step: step.rate, default=None)
+    if peak is None or not peak.rate:
+        return ""
+    if round(peak.exits) < FEW_EXITS:
+        return f"{max(1, round(peak.exits))} in {max(1, round(peak.seconds))} s"
+    return render_rate(peak.rate)
+
+
+def describe_peak(steps: Sequence[Step]) -> str:
+    """Say what the top of a plot stands for."""
+    peak = _find_peak(steps)
+    text = render_peak(steps)
+    return text if " in " in text else describe_rate(peak)
+
+
 def render_plot(steps: Sequence[Step], rate: float | None, now: float) -> str:
-    """Render the plot, its text alternative included; what is not known is a gap, 0 is a line at the bottom."""
+    """Render the plot, its scale and its text alternative; what is not known is a gap, 0 is a line at the bottom."""
     line, area = draw_paths(steps, now)
+    peak = render_peak(steps)
+    scale = f"top: {peak}" if peak else "none" if steps else "not known"
     return (
         f'<svg class="plot" role="img" aria-label="{describe_plot(steps, rate)}" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" height="{HEIGHT}" preserveAspectRatio="none" focusable="false">'
         f'<path class="area" d="{area}"/><path class="line" d="{line}" vector-effect="non-scaling-stroke"/></svg>'
+        f'<span class="soft" aria-hidden="true">{scale}</span>'
     )
 
 
@@ -82,5 +104,6 @@ def _choose_unit(rate: float) -> tuple[str, str, str]:
     for seconds, unit, word in _UNITS:
         number = rate * seconds
         if number >= 0.95 or rate == 0 or unit == "h":
-            return f"{number:,.0f}" if number >= 9.95 or number == round(number) else f"{number:.1f}", unit, word
+            text = f"{number:,.0f}" if number >= 9.95 else f"{number:.1f}".removesuffix(".0")
+            return text, unit, word
     raise AssertionError("the last unit takes them all")

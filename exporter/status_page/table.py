@@ -46,7 +46,9 @@ def render_rows(view: StatusView, found: Found, with_details: bool) -> str:
     """Render the table, and a line that says how much of it there is."""
     pieces = [f'<p class="count" id="count" role="status">{escape(_count_rows(found))}</p>']
     if found.rows:
-        head = "".join(f'<th scope="col" role="columnheader"{_classify(name)}>{name}</th>' for name in _COLUMNS)
+        head = "".join(
+            f'<th scope="col" role="columnheader" data-label="{name}"{_classify(name)}>{name}</th>' for name in _COLUMNS
+        )
         body = "".join(_render_row(view, row, with_details) for row in found.rows)
         pieces.append(
             '<table role="table" class="vcpus"><caption>vCPUs with notify exits, worst first</caption>'
@@ -69,7 +71,8 @@ def _count_rows(found: Found) -> str:
         return f"Nothing matches; {count_things(found.all_rows, 'vCPU has', 'vCPUs have')} taken notify exits."
     if not found.matching:
         return "No vCPU with notify exits matches."
-    text = f"{found.matching:,} of {count_things(found.all_rows, 'vCPU')} with notify exits match"
+    match = "matches" if found.matching == 1 else "match"
+    text = f"{found.matching:,} of {count_things(found.all_rows, 'vCPU')} with notify exits {match}"
     return f"{text}; the first {len(found.rows)} are shown." if len(found.rows) < found.matching else f"{text}."
 
 
@@ -102,7 +105,8 @@ def _render_state(view: StatusView, row: Row) -> str:
     since = row.report.verdict.stuck_since_seconds if row.report else None
     if since is not None and row.state in (State.CONTEXT_LOST, State.STALLED, State.SUSPECT, State.UNKNOWN):
         moment = render_moment(view.unix - view.now + since, view.unix)
-        text += f' <span class="soft">since {moment}, {render_duration(view.now - since)}</span>'
+        text += f' <span class="soft">since {moment}</span>'
+        text += f' <span class="soft">for {render_duration(view.now - since)}</span>'
     return text
 
 

@@ -212,16 +212,22 @@ def _iterate_untold(
             yield Row(reading.vm, vcpu, reading, state, notify_exits=count)
 
 
-_SEVERITIES: Final = {State.CONTEXT_LOST: 0, State.STALLED: 1, State.SUSPECT: 2}
+_SEVERITIES: Final[Mapping[State | None, int]] = {State.CONTEXT_LOST: 0, State.STALLED: 1, State.SUSPECT: 2}
 
 
-def _rank(row: Row) -> tuple[int, bool, float, int, str, int]:
+def rank_stuck(row: Row) -> tuple[float, str, int]:
+    """Return where a vCPU that may be stuck stands among those like it: which has been so for longest comes first."""
+    since = row.report.verdict.stuck_since_seconds if row.report else None
+    return (math.inf if since is None else since, row.vm.id, row.history_id)
+
+
+def _rank(row: Row) -> tuple[int, bool, float, float, str, int]:
     """Return where a row stands. Rates count by their magnitude, so that rows do not swap places all the time."""
-    severity = 4
-    if row.state in _SEVERITIES:
-        severity = _SEVERITIES[row.state]
-    elif row.state is State.UNKNOWN and row.report and row.report.verdict.stuck_since_seconds is not None:
+    severity = _SEVERITIES.get(row.state, 4)
+    if row.state is State.UNKNOWN and row.report and row.report.verdict.stuck_since_seconds is not None:
         severity = 3
+    if severity < 4:
+        since, vm_id, history_id = rank_stuck(row)
+        return (severity, row.drill, since, 0, vm_id, history_id)
     magnitude = round(2 * math.log2(row.rate)) if row.rate else -math.inf
-    count = row.notify_exits or 0
-    return (severity, row.drill, -magnitude, -count, row.vm.id, row.history_id)
+    return (severity, row.drill, -magnitude, -(row.notify_exits or 0), row.vm.id, row.history_id)

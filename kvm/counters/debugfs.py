@@ -177,14 +177,14 @@ def explain_refusal(err: OSError, lockdown: Lockdown, privileges: Privileges) ->
     if err.errno != errno.EPERM:
         remedy = "run as root or give CAP_DAC_READ_SEARCH"
         return SourceUnavailable(f"debugfs may not be read ({err.strerror})", remedy)
-    remedy = "nothing to do under Secure Boot: bpf and stats_fd still work"
     if lockdown.mode == "none":
         reason = f"debugfs: {err.strerror}, although there is no lockdown"
         return SourceUnavailable(reason, "ask who set this host up: a security module or a seccomp filter forbids it")
     if lockdown.mode:
-        return SourceUnavailable("the kernel's lockdown forbids reading counters in debugfs", remedy)
+        reason = "the kernel's lockdown forbids reading counters in debugfs"
+        return SourceUnavailable(reason)
     if privileges.is_unrestricted:
         reason = f"debugfs: {err.strerror} with every capability: the kernel is locked down, in a mode not known"
-        return SourceUnavailable(reason, remedy)
+        return SourceUnavailable(reason)
     reason = f"debugfs: {err.strerror}; perhaps by lockdown, whose mode is not known"
     return SourceUnavailable(reason, "mount securityfs, or give CAP_SYS_ADMIN, to learn whether it is lockdown")

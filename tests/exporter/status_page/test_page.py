@@ -14,8 +14,9 @@ import pytest
 
 from exporter.history.rates import RateHistory
 from exporter.stalls.verdicts import MonitorReport, State, VcpuReport, Verdict
+from exporter.status_page.headline import Level, make_headline
 from exporter.status_page.page import Frame, make_title, render_page, render_parts
-from exporter.status_page.text import Level, clean_name, make_headline, render_duration, render_time
+from exporter.status_page.text import clean_name, render_duration, render_time
 from exporter.status_page.view import MAX_QUERY, SHOWN_ROWS, StatusView, clean_query, make_status_view
 from exporter.web.status_handlers import make_headers
 from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport, VmCounters
@@ -94,7 +95,7 @@ def test_it_says_what_is_the_matter_and_with_whom() -> None:
         "A BPF trigger on handle_notify()",
     ):
         assert expected in text
-    assert '<time datetime="2023-11-14T22:13:14Z">22:13:14</time>, 6 s' in page
+    assert '<time datetime="2023-11-14T22:13:14Z">22:13:14</time></span> <span class="soft">for 6 s' in page
     assert "<title>1 stalled · KVM notify exits · hv-17</title>" in page
 
 
@@ -233,24 +234,30 @@ def test_simulated_and_drills_are_marked() -> None:
 
 ARMED, OFF = make_vm_reading("a", 1, (0,)), replace(make_vm_reading("b", 2, (0,)), protection=Protection.OFF)
 UNKNOWN = replace(make_vm_reading("c", 3, (0,)), protection=Protection.UNKNOWN)
+UNABLE = replace(make_vm_reading("d", 4, (0,)), protection=Protection.UNSUPPORTED)
+ARMED_TOO = make_vm_reading("e", 5, (0,))
 
 
 @pytest.mark.parametrize(
-    ("readings", "meaning"),
+    ("readings", "meaning", "level"),
     [
-        ([], "There is no VM."),
-        ([ARMED], "All VMs have notify exits armed"),
-        ([ARMED, OFF], "1 VM has notify exits armed; for the others a 0 means less"),
-        ([OFF], "No VM can take any"),
-        ([UNKNOWN, OFF], "a 0 does not mean that all is well"),
+        ([], "There is no VM.", Level.NEUTRAL),
+        ([ARMED], "The VM has notify exits armed: it has opened no event window for too long.", Level.CALM),
+        ([ARMED, ARMED_TOO], "All VMs have notify exits armed: none has opened no event window", Level.CALM),
+        ([ARMED, OFF], "1 VM has notify exits armed; for the other one a 0 means less", Level.CALM),
+        ([ARMED, OFF, UNKNOWN], "1 VM has notify exits armed; for the others a 0 means less", Level.CALM),
+        ([OFF], "The VM can take none: its counter stays 0; see below.", Level.NEUTRAL),
+        ([OFF, UNABLE], "The VMs can take none: their counters stay 0; see below.", Level.NEUTRAL),
+        ([UNKNOWN, OFF], "a 0 does not mean that all is well", Level.NEUTRAL),
     ],
 )
-def test_where_none_was_taken_it_says_what_that_means(readings: list[object], meaning: str) -> None:
+def test_where_none_was_taken_it_says_what_that_means(readings: list[object], meaning: str, level: Level) -> None:
     snapshot = make_snapshot(*readings)  # type: ignore[arg-type]
     headline = make_headline(draw(snapshot), True)
     assert headline.text == "No vCPU of this host has taken a notify exit."
     assert meaning in headline.meaning
-    assert headline.level is Level.CALM
+    assert headline.level is level
+    assert f'class="headline is-{level}"' in render(draw(snapshot))
 
 
 def test_headlines_by_what_matters() -> None:
@@ -317,7 +324,7 @@ def test_calm_is_said_of_what_is_known_and_of_no_more() -> None:
     (new,) = make_reports([reading], State.NOTIFYING)
     level, text, meaning = tell_one(make_snapshot(reading), going)
     assert (level, text) == (Level.CALM, "No vCPU is stuck. 1 vCPU has taken notify exits.")
-    assert meaning.startswith("Their guests go on")
+    assert meaning.startswith("Its guest goes on")
     _level, text, meaning = tell_one(make_snapshot(reading), new)
     assert (text.split(". ")[0], meaning) == ("No vCPU is known to be stuck", "1 vCPU has yet to be judged.")
     # A vCPU whose counter stands still is not stuck, whatever else is not known of it.
@@ -331,7 +338,7 @@ def test_calm_is_said_of_what_is_known_and_of_no_more() -> None:
 
 
 def test_an_old_look_is_spoken_of_and_not_calm() -> None:
-    picture = draw(make_snapshot())
+    picture = draw(make_snapshot(ARMED))
     assert make_headline(picture, True).level is Level.CALM
     assert "The newest snapshot is" not in render(replace(picture, now=NOW + 9))
     old = replace(picture, now=NOW + 40)
@@ -348,7 +355,7 @@ def test_what_is_not_known_is_a_dash() -> None:
     page = render(draw(make_snapshot(make_unread()), replace(report, notify_exits=None)))
     assert 'data-label="Notify exits" class="number">—</td>' in page
     assert page.count("<dd>—</dd>") == 0
-    assert render(draw(None)).count("<dd>—</dd>") == 3
+    assert render(draw(None)).count("<dd>—</dd>") == 4
     assert "<dt>stalled now</dt><dd>—</dd>" in render(draw(make_snapshot(reading), problem="no tracefs"))
 
 

@@ -28,6 +28,7 @@ from exporter.status_page.sparkline import (
         (0.05, "3/min", "3 a minute"),
         (0.001, "3.6/h", "3.6 an hour"),
         (12_345.6, "12,346/s", "12,346 a second"),
+        (0.0496, "3/min", "3 a minute"),
     ],
 )
 def test_rates(rate: float | None, short: str, words: str) -> None:
@@ -39,6 +40,25 @@ def test_a_plot_says_what_it_shows() -> None:
     steps = [Step(0, 280, 40.0), Step(280, 300, 12.0)]
     assert describe_plot(steps, 12.0) == "12 a second now, at most 40 a second in the last 5 minutes"
     assert describe_plot(steps[1:], 12.0).endswith("in the last 5 minutes, as far as known")
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale"),
+    [
+        ([Step(0, 280, 40.0), Step(280, 300, 12.0)], "top: 40/s"),
+        ([Step(0, 15, 0.0), Step(15, 20, 0.2), Step(20, 35, 0.0)], "top: 1 in 5 s"),
+        ([Step(0, 60, 0.05)], "top: 3 in 60 s"),
+        ([Step(0, 300, 0.0)], "none"),
+        ([], "not known"),
+    ],
+)
+def test_the_scale_of_a_plot_can_be_seen(steps: list[Step], scale: str) -> None:
+    assert f">{scale}</span>" in render_plot(steps, 0.05, 300)
+
+
+def test_a_plot_of_single_exits_does_not_contradict_its_rate() -> None:
+    steps = [Step(0, 15, 0.0), Step(15, 20, 0.2), Step(20, 35, 0.0)]
+    assert describe_plot(steps, 0.05).startswith("3 a minute now, at most 1 in 5 s in the last 5 minutes")
 
 
 def test_gaps_are_gaps_and_zero_is_a_line() -> None:

@@ -51,6 +51,23 @@ def test_the_worst_comes_first() -> None:
     assert found.rows[-1].report is None
 
 
+def test_of_the_stuck_the_one_that_is_so_for_longest_comes_first_whatever_its_rate() -> None:
+    readings = [make_vm_reading(f"vm-{pid}", pid) for pid in range(1, 4)]
+    history = RateHistory()
+    for seconds, exits in ((90.0, 0), (100.0, 4000)):
+        moved = make_vm_reading("vm-1", 1, (exits, 0))
+        history.observe(replace(make_snapshot(moved), monotonic_seconds=seconds))
+    reports = [
+        replace(report, verdict=replace(report.verdict, stuck_since_seconds=since))
+        for report, since in zip(make_reports(readings, State.STALLED), (50.0, 20.0, 50.0), strict=True)
+    ]
+    assert list_ids(draw(make_snapshot(*readings), *reports, history=history).find("", True)) == [
+        "uuid-2",
+        "uuid-1",
+        "uuid-3",
+    ]
+
+
 def test_a_drill_is_marked_and_comes_after_what_is_real() -> None:
     reading = make_vm_reading("web", 1)
     drill = replace(make_report(State.STALLED, vm=reading.vm), drill=True)
@@ -92,7 +109,7 @@ def test_search_takes_every_word_in_any_case() -> None:
     assert list_ids(picture.find("web stalled", True)) == ["uuid-1"]
     assert list_ids(picture.find("uuid-3", True)) == ["uuid-3"]
     assert list_ids(picture.find("owner-of-db", True)) == ["uuid-3"]
-    assert list_ids(picture.find("0xffffffff81012345", True)) == ["uuid-3", "uuid-1", "uuid-2"]
+    assert list_ids(picture.find("0xffffffff81012345", True)) == ["uuid-1", "uuid-3", "uuid-2"]
     assert picture.find("nothing of the kind", True).matching == 0
 
 
