@@ -12,7 +12,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm man-db lintian
 
-.PHONY: run demo test unit lab bench bpf kernel dist packages deploy-test clean test-packages run-packages
+.PHONY: run demo test unit lab bench bpf kernel dist packages deploy-test display-test clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve
@@ -44,6 +44,18 @@ bpf: $(VENV)/.installed-dev test-packages
 # The packages on Debian 12 and 13 (some 10 minutes at first), and the manifests as kubectl renders them.
 deploy-test: $(VENV)/.installed-dev test-packages
 	DEPLOY_TESTS=1 $(BIN)/python -m pytest -m deploy tests/deploy
+
+# What a person reads on the dashboards, by Grafana's own library; needs node and npm (Debian: nodejs, npm).
+GRAFANA_NPM := .cache/grafana-npm
+display-test: $(VENV)/.installed-dev test-packages $(GRAFANA_NPM)/.installed
+	DISPLAY_TESTS=1 $(BIN)/python -m pytest -m display tests/grafana
+
+$(GRAFANA_NPM)/.installed: tests/grafana/npm/package.json tests/grafana/npm/package-lock.json tests/grafana/npm/.npmrc
+	rm -rf $(GRAFANA_NPM)
+	mkdir -p $(GRAFANA_NPM)
+	cp $^ $(GRAFANA_NPM)
+	cd $(GRAFANA_NPM) && npm ci
+	touch $@
 
 # Wheel and sdist, in dist/.
 dist: $(VENV)/.installed-dev

@@ -19,6 +19,8 @@ from tests import own_mounts
 hypothesis.settings.register_profile("kvm-notify-exporter", deadline=None)
 hypothesis.settings.load_profile("kvm-notify-exporter")
 
+# Tests with these markers have a make target of their own, as they need what most machines have not.
+ON_REQUEST = ("deploy", "display")
 MUST_RUN = os.environ.get("KVM_TESTS_MUST_RUN") == "1"
 _FIGURES = pytest.StashKey[list[str]]()
 _OUTER_MOUNTS = pytest.StashKey[list[str]]()
@@ -41,10 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "tests/live/" in item.nodeid or "tests/hostile/" in item.nodeid:
             item.add_marker(pytest.mark.live)
-    if os.environ.get("DEPLOY_TESTS") != "1":
-        left_out = [item for item in items if item.get_closest_marker("deploy")]
-        items[:] = [item for item in items if not item.get_closest_marker("deploy")]
-        config.hook.pytest_deselected(items=left_out)
+    for marker in ON_REQUEST:
+        if os.environ.get(f"{marker.upper()}_TESTS") != "1":
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(wrapper=True)
