@@ -62,6 +62,7 @@ def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, bp
         read_cpu_time=read_cpu_time,
         read_agent_usage=read_agent_usage,
         may_run_tds=partial(may_run_tds, SYSFS),
+        tells_rips=lambda: bpf is not None and bpf.tells_rips,
         make_trigger=make_trigger if arguments.trigger_bpf else None,
     )
     return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)

@@ -18,6 +18,16 @@ from typing import NamedTuple, Protocol
 
 NOTIFY_WINDOW_EXITS = "notify_window_exits"
 EXITS = "exits"
+IRQ_EXITS = "irq_exits"
+# What a KVM with the project's patches (kvm/patches) says of a vCPU's notify exits.
+RIP_STATISTICS = (
+    "notify_window_same_rip_exits",
+    "notify_window_stuck_exits",
+    "notify_window_context_invalid_exits",
+    "notify_window_last_rip",
+    "notify_window_last_guest_mode",
+    "notify_window_streak",
+)
 
 
 class VmKey(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from exporter.monitor.backends import Reading
+from exporter.stalls.kernel_evidence import KernelCounts
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.errors import SourceUnavailable, VmGone
 from kvm.model import (
@@ -47,7 +48,48 @@ ACTS: dict[str, list[tuple[int | None, bool]]] = {
     "others": [(R, True), (R + 2, False)],
     "rep": [(R, True)],
     "enclave": [(None, True)],
+    "stuck, with a timer": [(R, True), (R, False)],
 }
+# Whose other exits are interrupts of the host.
+INTERRUPTED = frozenset({"stuck", "stuck at 0"})
+
+
+@dataclass
+class FakeStatistics:
+    """What a KVM with the project's patches counts: kvm_account_notify_exit() of kvm/patches in Python."""
+
+    exits: int = 0
+    notify_exits: int = 0
+    irq_exits: int = 0
+    same_rip_exits: int = 0
+    stuck_exits: int = 0
+    last_rip: int = 0
+    streak: int = 0
+    last_registers: int = 0
+    last_exits: int = 0
+
+    def account(self, rip: int | None, is_notify: bool, is_interrupt: bool, registers: int) -> None:
+        self.exits += 1
+        self.irq_exits += is_interrupt
+        if not is_notify:
+            return
+        self.notify_exits += 1
+        if rip is None:
+            self.streak = self.last_rip = 0
+            return
+        if self.streak and self.last_rip == rip:
+            self.same_rip_exits += 1
+            self.stuck_exits += self.last_registers == registers and self.last_exits + 1 == self.exits
+        else:
+            self.streak = 0
+        self.last_rip, self.last_registers, self.last_exits = rip, registers, self.exits
+        self.streak += 1
+
+    def read(self) -> KernelCounts:
+        repeats = (self.same_rip_exits, self.stuck_exits)
+        return KernelCounts(
+            *repeats, 0, self.last_rip, False, self.streak, self.notify_exits, self.exits, self.irq_exits
+        )
 
 
 @dataclass
@@ -65,6 +107,7 @@ class FakeVcpu:
     untold: bool = False
     armed: list[FakeArmed] = field(default_factory=list)
     cpu_seconds: float = 0.0
+    statistics: FakeStatistics = field(default_factory=FakeStatistics)
 
     def live(self, now: float, on_notify: Callable[[FakeVcpu, float], None]) -> None:
         """Do what is to be done until now."""
@@ -74,6 +117,8 @@ class FakeVcpu:
             for number, (rip, is_notify) in enumerate(self.act()):
                 self.exits += 1
                 self.notify_exits += is_notify
+                is_interrupt = not is_notify and self.behaviour in INTERRUPTED
+                self.statistics.account(rip, is_notify, is_interrupt, self.rcx)
                 if is_notify:
                     on_notify(self, self.until)
                 for armed in self.armed:
@@ -82,7 +127,7 @@ class FakeVcpu:
             self.until = now
 
     def act(self) -> list[tuple[int | None, bool]]:
-        if self.behaviour == "rep":
+        if self.behaviour in ("rep", "working"):
             self.rcx -= 1
         return ACTS.get(self.behaviour, [(R + 64, False)])
 
@@ -201,6 +246,8 @@ class FakeHost:
         self.trigger: FakeTrigger | None = None
         self.pidfds: dict[VmKey, tuple[int, int]] = {}
         self.closed = False
+        self.is_patched = False
+        """Whether KVM itself tells where notify exits are."""
 
     def vcpus(self) -> list[FakeVcpu]:
         return [vcpu for vm in self.vms for vcpu in vm.vcpus]
@@ -242,7 +289,8 @@ class FakeHost:
             if vm.key == key and vm.is_readable and vcpu_id < 2 * len(vm.vcpus):
                 vcpu = vm.vcpus[vcpu_id // 2]
                 registers = {"rax": 1, "rcx": vcpu.rcx, "rip": 3}
-                return Reading(registers, False, vcpu.notify_exits, vcpu.exits, vcpu.untraceable)
+                kernel = vcpu.statistics.read() if self.is_patched else None
+                return Reading(registers, False, vcpu.notify_exits, vcpu.exits, vcpu.untraceable, kernel)
         return None
 
     def read_cpu_time(self, pid: int, tid: int) -> float | None:

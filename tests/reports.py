@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, State, VcpuReport, Verdict
+from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, Evidence, State, VcpuReport, Verdict
 from kvm.model import Owner, Vcpu, Vm, VmKey
 
 RIP = 0xFFFFFFFF81012345
@@ -28,6 +28,7 @@ def make_verdict(state: State = State.STALLED, since: float = 100.0, **fields: A
         "registers_alike": True,
         "nested": False,
         "episode": 1,
+        "evidence": Evidence.TRACE,
     }
     return Verdict(state, since, **(values | fields))
 

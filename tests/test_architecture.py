@@ -102,6 +102,7 @@ LONGER_FILES = {
     "kvm.counters.bpf": "one source: how it opens, learns the kernel's layout, and proves that it reads right",
 }
 WHOLE_PACKAGE_TESTS = {"exporter/prometheus/test_golden.py", "exporter/monitor/test_trace_limits.py"}
+WHOLE_PACKAGE_TESTS |= {"exporter/monitor/test_kernel_verdicts.py"}
 
 
 def find_modules() -> dict[str, Path]:

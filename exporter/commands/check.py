@@ -6,22 +6,28 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import Final
 
 from exporter.host_summary import can_read, render_check
-from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, open_host
+from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, WANTED, open_host
+from kvm.counters.bpf import BpfSource
 from kvm.errors import SourceUnavailable
 from kvm.host.facts import read_vmx_flags
 from kvm.host.privileges import read_privileges
 from kvm.perf.notify_tracer import NotifyTracer
+
+TOLD_BY_KVM: Final = "can be told: KVM itself tells where notify exits are (kvm/patches), so that nothing is traced"
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Print what works on this host; 0 if counters can be read, else 1. With a web configuration, check that alone."""
     if arguments.web_config_file is not None:
         return check_web_config(arguments.web_config_file)
+    bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
     with contextlib.ExitStack() as stack:
-        snapshot = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS).read()
-    tracing = try_tracing(NotifyTracer())
+        snapshot = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, bpf=bpf).read()
+        tells_rips = bpf is not None and bpf.tells_rips
+    tracing = TOLD_BY_KVM if tells_rips else try_tracing(NotifyTracer())
     sys.stdout.write(render_check(snapshot, read_privileges(PROC, SYSFS), read_vmx_flags(PROC), tracing))
     return 0 if can_read(snapshot) else 1
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+from exporter.stalls.kernel_evidence import KernelCounts
 from exporter.stalls.verdicts import AgentUsage
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.model import NotifyExit, SnapshotReader, VmKey
@@ -45,8 +46,9 @@ class Backends:
     ``reader`` is read from worker threads, one read at a time. ``read_vcpu`` reads one vCPU of the newest snapshot and
     returns None if it is gone; it raises SourceUnavailable. ``open_pidfd`` opens a pidfd of a VM's process and raises
     VmGone. ``is_thread`` tells whether a thread belongs to a process, ``read_cpu_time`` how many seconds it has run,
-    ``may_run_tds`` whether a vCPU of which nothing can be read may be a TD's. ``make_trigger`` makes a trigger that
-    hands its calls to the given function. ``read_agent_usage`` reads what the agent itself uses.
+    ``may_run_tds`` whether a vCPU of which nothing can be read may be a TD's, ``tells_rips`` whether ``read_vcpu`` has
+    KVM's own word for where notify exits are. ``make_trigger`` makes a trigger that hands its calls to the given
+    function. ``read_agent_usage`` reads what the agent itself uses.
     """
 
     reader: SnapshotReader
@@ -56,6 +58,7 @@ class Backends:
     is_thread: Callable[[int, int], bool] = is_any_thread
     read_cpu_time: Callable[[int, int], float | None] | None = None
     may_run_tds: Callable[[], bool] = bool  # no
+    tells_rips: Callable[[], bool] = bool  # no
     make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None
     read_agent_usage: Callable[[], AgentUsage | None] | None = None
 
@@ -111,7 +114,8 @@ class Run(Protocol):
 class Reading:
     """One vCPU as it was read in one go: its current registers, and KVM's counters.
 
-    ``untraceable`` is why its exits must not be traced or tell nothing; "" where they may be.
+    ``untraceable`` is why its exits must not be traced or tell nothing; "" where they may be. ``kernel`` is what a KVM
+    with the project's patches says of its notify exits, None where KVM says nothing.
     """
 
     registers: Mapping[str, int]
@@ -119,3 +123,4 @@ class Reading:
     notify_exits: int
     exits: int
     untraceable: str = ""
+    kernel: KernelCounts | None = None

@@ -8,6 +8,9 @@ Three ways lead here, and none costs a guest anything while nothing happens:
 - vCPUs that were seen to take notify exits are **tracked**: their counters and registers are read each second, until
   they are quiet.
 
+Where KVM itself tells where notify exits are (``kvm/patches``) those readings give the verdicts, and nothing is traced
+but a vCPU of which they cannot tell.
+
 A perf kprobe on handle_notify() in each vCPU's thread would be a trigger without BPF. It is not used: it needs an event
 held open for every vCPU of the host, all the time, for what a poll does.
 
@@ -31,6 +34,7 @@ from exporter.monitor.cpu_time import observe_cpu_times
 from exporter.monitor.drills import Drills
 from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Poller
 from exporter.monitor.process_watcher import ProcessWatcher
+from exporter.monitor.read_plan import choose_due, find_next
 from exporter.monitor.thread_index import Found, ThreadIndex
 from exporter.monitor.trace_budget import Limits
 from exporter.monitor.trace_scheduler import TraceScheduler
@@ -41,7 +45,7 @@ from exporter.monitor.vcpu_reader import VcpuReader
 from exporter.monitor.workers import Workers
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.stall_log import StallLog
-from exporter.stalls.verdicts import AgentUsage, MonitorReport, StallRule, State, VcpuReport, Verdict
+from exporter.stalls.verdicts import AgentUsage, Evidence, MonitorReport, StallRule, State, VcpuReport, Verdict
 from kvm.bpf.notify_trigger import NotifyCall
 from kvm.model import Vcpu, VcpuKey, VmKey, VmReading
 
@@ -78,7 +82,9 @@ class StallMonitor:
         if run is None:
             run = self._workers = Workers()
         self._run = run
-        self._single = VcpuReader(backends.read_vcpu)
+        self._single = VcpuReader(backends.read_vcpu, backends.tells_rips)
+        self._traces = False
+        """Whether anything needs the tracer: all but a KVM that tells where notify exits are."""
         self._poller = Poller(backends.reader, poll, self._run)
         self._scheduler = TraceScheduler(
             backends.tracer,
@@ -121,9 +127,11 @@ class StallMonitor:
     def report(self) -> MonitorReport:
         """Return what is known now; from any thread."""
         scheduler, period = self._scheduler, self._poller.period_seconds
+        tells_rips = self._single.tells_rips
         return MonitorReport(
             vcpus=(*[self._report(vcpu) for vcpu in self._tracked], *self._drills.report()),
-            problem=scheduler.problem,
+            problem="" if tells_rips else scheduler.problem,
+            evidence=Evidence.KERNEL if tells_rips else Evidence.TRACE,
             trigger_problem=self._trigger.problem,
             trigger_missed=self._trigger.missed,
             trigger="bpf" if self._trigger.attached else "poll" if period else "",
@@ -161,12 +169,15 @@ class StallMonitor:
         if self._clock() >= self._retry_at:
             self._retry_at = self._clock() + RETRY_SECONDS
             self._single.try_again()
-            await self._attempts.take(self._scheduler.open)
+            self._traces = False
             await self._attempts.take(self._trigger.open)
         if self._clock() >= self._find_poll_time():
             await self._attempts.take(self._poll)
-        elif self._reads_singly and self._clock() >= self._read_at + TRACK_SECONDS:
+        elif self._clock() >= self._find_read_time():
             await self._attempts.take(self._read_singly)
+        if not self._traces and self._wants_traces:  # a poll has told whether KVM does without
+            self._traces = True
+            await self._attempts.take(self._scheduler.open)
         if self._read_usage is not None and self._clock() >= self._usage_at:
             self._usage_at = self._clock() + USAGE_SECONDS
             self._usage = await self._run(self._read_usage)
@@ -176,12 +187,11 @@ class StallMonitor:
         """Wait until something is due or somebody wakes us."""
         now = self._clock()
         due = [self._find_poll_time(), self._scheduler.cool_at, self._tracked.gone_at, self._drills.ends_at]
-        if self._scheduler.problem or self._single.left_out or not self._trigger.attached:
+        if (self._scheduler.problem and self._traces) or self._single.left_out or not self._trigger.attached:
             due.append(self._retry_at)
         if self._read_usage is not None:
             due.append(self._usage_at)
-        if self._reads_singly:
-            due.append(self._read_at + TRACK_SECONDS)
+        due.append(self._find_read_time())
         if self._stall_log.busy or self._losses.waiting:
             due.append(now + TRACK_SECONDS)
         try:
@@ -193,7 +203,21 @@ class StallMonitor:
     @property
     def _reads_singly(self) -> bool:
         """Whether active vCPUs are read one by one, and not with the whole host."""
-        return 0 < len(self._tracked.active) <= SINGLE_READS and not self._single.left_out
+        is_few = len(self._tracked.active) <= SINGLE_READS or self._single.tells_rips
+        return bool(self._tracked.active) and is_few and not self._single.left_out
+
+    @property
+    def _wants_traces(self) -> bool:
+        """Whether there is something that only a trace can tell."""
+        return not self._single.tells_rips or any(vcpu.needs_trace for vcpu in self._tracked.active.values())
+
+    def _find_read_time(self) -> float:
+        """Return when vCPUs are next to be read one by one."""
+        if not self._reads_singly:
+            return _NEVER
+        if self._single.tells_rips:
+            return find_next(self._tracked.active.values(), self._clock())
+        return self._read_at + TRACK_SECONDS
 
     def _find_poll_time(self) -> float:
         """Return when the next poll is due."""
@@ -228,6 +252,8 @@ class StallMonitor:
         """Read the active vCPUs one by one; those that cannot be read are looked up with the whole host."""
         await self._read_cpu_times()
         active, clock = list(self._tracked.active.values()), self._clock
+        if self._single.tells_rips:
+            active = choose_due(active, clock())
         self._read_at = clock()
 
         def read() -> list[tuple[TrackedVcpu, float, Reading | None, float]]:
@@ -236,9 +262,12 @@ class StallMonitor:
         for vcpu, began, reading, ended in await self._run(read):
             if self._tracked.get(vcpu.key) is None:
                 continue
+            vcpu.read_at = began
             if reading is None:
                 self._some_unread = True
             else:
+                if reading.kernel is not None and not vcpu.in_session:
+                    self._take(vcpu, vcpu.detector.observe_kernel(began, ended, reading.kernel))
                 self._take(vcpu, vcpu.detector.observe_registers(began, ended, reading.registers, reading.nested))
                 self._take_counts(vcpu, began, ended, reading.notify_exits, reading.exits)
         self._read_at = self._clock()
@@ -273,13 +302,18 @@ class StallMonitor:
         vcpu = self._track(found.reading, found.vcpu)
         self._take(vcpu, vcpu.detector.observe_trigger(self._clock()))
         vcpu.moved = True
-        self._scheduler.consider(vcpu)
+        self._consider(vcpu)
 
     def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
         self._take(vcpu, vcpu.detector.observe_counter(began, ended, notify_exits))
         if exits is not None:
             self._take(vcpu, vcpu.detector.observe_exits(ended, exits))
         vcpu.see_counts(began, ended, notify_exits, exits)
+        self._consider(vcpu)
+
+    def _consider(self, vcpu: TrackedVcpu) -> None:
+        """Have a vCPU traced if that is due, and if KVM itself does not tell enough."""
+        vcpu.told_by_kernel = self._single.tells_rips and not vcpu.needs_trace
         self._scheduler.consider(vcpu)
 
     def _take_context_losses(self, now: float) -> None:
@@ -350,7 +384,11 @@ class StallMonitor:
             self._ended.add((*vcpu.key.vm[:2], vcpu.vcpu.tid, vcpu.key.vcpu_id))
 
     def _report(self, vcpu: TrackedVcpu, verdict: Verdict | None = None) -> VcpuReport:
-        return build_report(vcpu, verdict, self._scheduler.problem, self._clock())
+        return build_report(vcpu, verdict, self._find_problem(vcpu), self._clock())
+
+    def _find_problem(self, vcpu: TrackedVcpu) -> str:
+        """Say why nothing tells where a vCPU's notify exits are, "" where something does."""
+        return "" if self._single.tells_rips and not vcpu.needs_trace else self._scheduler.problem
 
     def _tell(self, report: VcpuReport, now: float) -> None:
         self._stall_log.tell(report, now, self._unix())

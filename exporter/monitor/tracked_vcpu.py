@@ -10,6 +10,8 @@ from exporter.stalls.interval import SESSION_SECONDS
 from exporter.stalls.verdicts import State, VcpuReport, Verdict
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, Vcpu, VcpuKey, Vm, VmReading
 
+# After so many readings in a row in which other exits came between repeats, a trace has to tell what they are.
+INTERRUPTIONS: Final = 5
 SUSPECT_SECONDS: Final = 1.0
 STALLED_SECONDS: Final = 10.0
 # A vCPU that cannot be traced or judged is tried again after ever longer pauses.
@@ -34,7 +36,8 @@ class TrackedVcpu:
 
     ``moved`` says that something has happened since the last session began, ``goes_on`` that it was a sign of life of
     a vCPU that was stuck, ``faster`` that notify exits come much faster than in the last session. ``problem`` is why
-    the last session failed.
+    the last session failed. ``told_by_kernel`` says that KVM itself tells where it is, ``read_at`` when it was last
+    read by itself.
     """
 
     key: VcpuKey
@@ -50,6 +53,8 @@ class TrackedVcpu:
     pause: float = FIRST_PAUSE_SECONDS
     in_session: bool = False
     problem: str = ""
+    told_by_kernel: bool = False
+    read_at: float = float("-inf")
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
     _slowest: float = SESSION_SECONDS
@@ -96,11 +101,17 @@ class TrackedVcpu:
         """Tell whether a session is due and may show something."""
         return (
             not self.in_session
+            and not self.told_by_kernel
             and self.moved
             and now >= self.next_session_at
             and self.vcpu.tid is not None
             and not self._idle
         )
+
+    @property
+    def needs_trace(self) -> bool:
+        """Whether only a trace can tell where it is, although KVM tells where its notify exits are."""
+        return self.detector.interruptions >= INTERRUPTIONS
 
     @property
     def least_seconds(self) -> float:
@@ -169,7 +180,7 @@ def build_report(vcpu: TrackedVcpu, verdict: Verdict | None, problem: str, now: 
 
 def _explain_deferral(vcpu: TrackedVcpu, problem: str, now: float) -> str:
     """Say why a vCPU that has moved is not traced now, "" where it is or where tracing would show nothing."""
-    if vcpu.in_session or not vcpu.moved:
+    if vcpu.in_session or vcpu.told_by_kernel or not vcpu.moved:
         return ""
     if problem:
         return f"its exits cannot be traced: {problem}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from exporter.monitor.backends import Reading
+from exporter.stalls.kernel_evidence import KernelCounts
 from kvm import abi
 from kvm.errors import SourceUnavailable
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuKey, VcpuState, VmKey
+from kvm.model import EXITS, IRQ_EXITS, NOTIFY_WINDOW_EXITS, RIP_STATISTICS, VcpuKey, VcpuState, VmKey
 
 log = logging.getLogger(__name__)
 
@@ -16,10 +17,17 @@ log = logging.getLogger(__name__)
 class VcpuReader:
     """What reads a vCPU; ``left_out`` while that does not work. ``read_vcpu`` is None where nothing can."""
 
-    def __init__(self, read_vcpu: Callable[[VmKey, int], Reading | None] | None) -> None:
+    def __init__(
+        self, read_vcpu: Callable[[VmKey, int], Reading | None] | None, tells_rips: Callable[[], bool] = bool
+    ) -> None:
         self.left_out = read_vcpu is None
-        self._read_vcpu = read_vcpu
+        self._read_vcpu, self._tells_rips = read_vcpu, tells_rips
         self._problem = ""
+
+    @property
+    def tells_rips(self) -> bool:
+        """Whether KVM itself tells where notify exits are, so that nothing has to be traced."""
+        return not self.left_out and self._tells_rips()
 
     def try_again(self) -> None:
         """Let the next read be tried, whatever has become of the last ones."""
@@ -64,6 +72,18 @@ def make_vcpu_reader(
         if counts[0] is None or counts[1] is None:
             raise SourceUnavailable("this kernel does not describe its statistics of a vCPU")
         registers = {name: value for name, value in state.registers.items() if name not in state.stale}
-        return Reading(registers, state.guest_mode, counts[0][0], counts[1][0], find_obstacle(state))
+        obstacle, kernel = find_obstacle(state), read_kernel_counts(state.statistics)
+        return Reading(registers, state.guest_mode, counts[0][0], counts[1][0], obstacle, kernel)
 
     return read
+
+
+def read_kernel_counts(statistics: Mapping[str, Sequence[int]]) -> KernelCounts | None:
+    """Return what KVM says of a vCPU's notify exits; None where it lacks any of the statistics."""
+    names = (*RIP_STATISTICS, NOTIFY_WINDOW_EXITS, EXITS, IRQ_EXITS)
+    if not statistics.keys() >= set(names):
+        return None
+    repeats, stuck, invalid, rip, guest_mode, streak, notify_exits, exits, interrupts = (
+        statistics[n][0] for n in names
+    )
+    return KernelCounts(repeats, stuck, invalid, rip, bool(guest_mode), streak, notify_exits, exits, interrupts)

@@ -52,7 +52,8 @@ VCPU_EXITS = Metric(
 VCPU_TRACED_EXITS = Metric(
     "kvm_vcpu_notify_traced_exits_total",
     MetricType.COUNTER,
-    "Notify VM exits of a vCPU whose RIP was seen: only some of them are, while a vCPU is traced.",
+    "Notify VM exits of a vCPU whose RIP was seen: all of them where KVM itself tells it, else only some, "
+    "while the vCPU is traced.",
     ("vcpu", "vm"),
 )
 VCPU_SAME_RIP_EXITS = Metric(
@@ -204,6 +205,13 @@ HOST_INTERVAL_MIN = Metric(
     "own threshold take no longer.",
     ("window_cycles",),
     "seconds",
+)
+EVIDENCE = Metric(
+    "kvm_exporter_evidence_info",
+    MetricType.GAUGE,
+    'What tells where notify VM exits are: "kernel", KVM\'s own statistics (kvm/patches), or "trace"; always 1, absent '
+    "where nothing does.",
+    ("evidence",),
 )
 POLL_PERIOD = Metric(
     "kvm_exporter_poll_period_seconds",
@@ -357,6 +365,7 @@ METRICS: tuple[Metric, ...] = (
     INCOMPLETE_REASON,
     SOURCE_UP,
     READ_ERRORS,
+    EVIDENCE,
     POLL_PERIOD,
     TRIGGER_MISSED,
     TRACED_VCPUS,

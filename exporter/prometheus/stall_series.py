@@ -86,7 +86,10 @@ class StallSeries:
 
     def build_monitor_families(self) -> list[Family]:
         """Return how the monitor is doing."""
-        families = []
+        evidence = Family(metrics.EVIDENCE)
+        if not self._report.problem:
+            evidence.add((self._report.evidence,), 1)
+        families = [evidence]
         for metric, name in _FIGURES:
             family = Family(metric)
             family.add((), getattr(self._report, name))

@@ -22,6 +22,9 @@ takes them at one RIP, exit after exit, and shows no other sign of life. What co
   stall, nor forbids one: a stuck vCPU that its cgroup throttles uses little.
 - **Context invalid** is the CPU's own word that it has lost the guest's state: it takes no second exit, and lasts until
   the vCPU leaves the guest again.
+- **KVM itself** tells all of this where it has the project's patches, of every exit and without a trace: see
+  ``exporter/stalls/kernel_evidence.py``. Observed is then what lies between two of its repeats, as far as no exits of
+  other kinds but interrupts of the host came in between. The rule is the same.
 - **Silence** proves nothing. A stuck vCPU whose counter stands still may be paused, and of one whose counter cannot be
   read nothing is known: both are ``unknown``.
 
@@ -36,7 +39,8 @@ from typing import Final
 from exporter.stalls.counter_track import CounterTrack
 from exporter.stalls.evidence import CpuMeter, ObservationWindow, RecordRun, Suspicion, explain_stillness
 from exporter.stalls.interval import explain_slowness
-from exporter.stalls.verdicts import StallRule, State, Verdict
+from exporter.stalls.kernel_evidence import Finding, KernelCounts, KernelEvidence, Kind
+from exporter.stalls.verdicts import Evidence, StallRule, State, Verdict
 from kvm import abi
 from kvm.model import NotifyExit
 
@@ -46,6 +50,8 @@ QUIET_SECONDS: Final = 60.0
 PAUSED_SECONDS: Final = 1.0
 # So that somebody sees it: a vCPU that goes on after a stall may take a last notify exit or two.
 RECOVERED_SECONDS: Final = 15.0
+# A vCPU that begins to take notify exits is read often for so long.
+NEWS_SECONDS: Final = 3.0
 # RIP is what is judged anyway, and on VMX neither is current in memory (VMX_REGS_LAZY_LOAD_SET).
 NOT_COMPARED: Final = frozenset({"rip", "rsp"})
 
@@ -64,6 +70,8 @@ class StallDetector:
         self.proofs = 0
         """How often progress has been proved, so that a session can tell whether it was in its time."""
         self.rip_hidden = False
+        self.evidence: Evidence | None = None
+        """What told of RIPs last."""
         self._rule = rule
         self._since = now
         self._reason = ""
@@ -76,6 +84,8 @@ class StallDetector:
         self._suspicion: Suspicion | None = None
         self._ended: Suspicion | None = None
         self._window: ObservationWindow | None = None
+        self._kernel = KernelEvidence()
+        self._kernel_read: tuple[float, float] = (now, now)
         self._cpu = CpuMeter()
         self._exits_when_lost: int | None = None
         self._at_rip: float | None = None  # when it was last seen at the suspected RIP, by what is being taken in
@@ -113,6 +123,16 @@ class StallDetector:
         return self._suspicion is not None
 
     @property
+    def interruptions(self) -> int:
+        """For how many readings in a row KVM could not tell what came between repeats: a trace can."""
+        return self._kernel.interruptions
+
+    def is_undecided(self, now: float) -> bool:
+        """Tell whether a verdict may follow soon: it is suspected, or its notify exits are news."""
+        is_news = self.state is State.NOTIFYING and now - self._since < NEWS_SECONDS
+        return is_news or self.state is State.SUSPECT
+
+    @property
     def observing(self) -> bool:
         """Whether an observation window is open: proof of progress ends it."""
         return self._window is not None
@@ -129,7 +149,7 @@ class StallDetector:
     def verdict(self) -> Verdict:
         """What is known now; may be asked from another thread."""
         reason = self._reason
-        if self.state in (State.NOTIFYING, State.SUSPECT):
+        if self.state in (State.NOTIFYING, State.SUSPECT) and self.evidence is not Evidence.KERNEL:
             reason += explain_slowness(self.interval_seconds or 0.0, self._rule.exits, self.state is State.SUSPECT)
         nested_unjudged = self._runs_nested and self.state in (State.PROGRESSING, State.RECOVERED)
         if nested_unjudged:
@@ -142,6 +162,7 @@ class StallDetector:
             cpu_percent=self._cpu.percent,
             episode=self._episode if self._suspicion or self._ended else 0,
             nested_unjudged=nested_unjudged,
+            evidence=self.evidence,
         )
         if self._suspicion:
             return self._suspicion.complete(verdict, self._window)
@@ -188,6 +209,7 @@ class StallDetector:
     ) -> Sequence[Verdict]:
         """Take in what a trace has given: records, how many were lost, whether the progress event has fired."""
         self._at_rip = None
+        self.evidence = Evidence.TRACE
         for record in sorted(records, key=lambda record: record.time_ns):
             self._take_record(record, trusted=not lost)
         if lost:
@@ -198,6 +220,30 @@ class StallDetector:
             self._prove(now, "it left the guest at another RIP")
         if self._at_rip is not None and self._suspicion:
             self._judge_records(self._suspicion, self._at_rip)
+        return self._take_changes()
+
+    def observe_kernel(self, began: float, ended: float, counts: KernelCounts) -> Sequence[Verdict]:
+        """Take in the statistics of a KVM with the project's patches, read between ``began`` and ``ended``."""
+        (before_began, before_ended), self._kernel_read = self._kernel_read, (began, ended)
+        finding = self._kernel.observe(counts)
+        if counts.place is not None:
+            self.rip_hidden = False
+            self.traced_exits += finding.exits
+            self.same_rip_exits += finding.repeats
+            self._runs_nested |= counts.last_guest_mode
+        if finding.kind not in (Kind.NOTHING, Kind.INTERRUPTED):
+            self.evidence = Evidence.KERNEL
+        match finding.kind:
+            case Kind.LOST:
+                return self.observe_context_invalid(ended)
+            case Kind.HIDDEN:
+                self._hide(ended, finding.reason)
+            case Kind.PROGRESS:
+                self._prove(ended, finding.reason)
+            case Kind.INTERRUPTED:
+                self.end_window()
+            case Kind.AT_RIP:
+                self._take_repeats(before_began, before_ended, ended, counts, finding)
         return self._take_changes()
 
     def observe_registers(
@@ -215,7 +261,8 @@ class StallDetector:
         if changed:
             self._prove(ended, f"its registers changed: {' '.join(changed)}")
         elif suspicion:
-            suspicion.nested = nested
+            if self.evidence is not Evidence.KERNEL:  # which knows whose RIP it was, whatever has run since
+                suspicion.nested = nested
             suspicion.take_registers(began, ended, compared)
             self._judge(ended)
         elif run.rip is not None and run.registers is None:
@@ -244,6 +291,7 @@ class StallDetector:
     def begin_session(self) -> None:
         """Say that records will come that are not in a row with those before: what happened meanwhile was not seen."""
         self._counter.interval.begin_session()
+        self._kernel.forget()
         self._run = RecordRun()
 
     def start_window(self, now: float) -> None:
@@ -279,6 +327,23 @@ class StallDetector:
             self._run = RecordRun()
             return
         self._extend_run(record, record.rip, seconds, apart, in_order)
+
+    def _take_repeats(self, seen: float, after: float, until: float, counts: KernelCounts, finding: Finding) -> None:
+        """Take in that a vCPU ``seen`` at a RIP took all its notify exits there, between ``after`` and ``until``."""
+        if self._suspicion and self._suspicion.rip != counts.last_rip:
+            self._prove(until, "it took a notify exit at another RIP")
+        if self._suspicion is None:
+            self._run = RecordRun(counts.last_rip, seen, counts.streak)
+            self._suspect(counts.last_rip, until)
+        suspicion = self._suspicion
+        if suspicion is None:
+            return
+        suspicion.streak, suspicion.nested = counts.streak, counts.last_guest_mode
+        window = self._window = self._window or ObservationWindow(after)
+        window.take_exits(after, until, finding.exits)
+        if suspicion.enough_seconds is None and suspicion.sum(window)[0] >= self._rule.exits:
+            suspicion.enough_seconds = until
+        self._judge_records(suspicion, until)
 
     def _hide(self, seconds: float, reason: str) -> None:
         self.rip_hidden = True

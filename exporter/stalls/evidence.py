@@ -115,6 +115,16 @@ class ObservationWindow:
         elif began >= self.first_seconds:
             self._base = notify_exits
 
+    def take_exits(self, after: float, until: float, exits: int) -> None:
+        """Take in that so many exits, all at the RIP and in a row, came after one moment and before another.
+
+        So the first came at ``until`` at the latest, and the last not before ``after``: in between it was at the RIP.
+        """
+        if self.first_seconds is None:
+            self.first_seconds = self.last_seconds = until
+        self.last_seconds = max(self.last_seconds, after)
+        self._exits += exits
+
     def interrupt(self) -> None:
         """Take in that what comes next does not connect with what was seen: keep that, and begin afresh."""
         self._kept = (self.exits, self.seconds)

@@ -17,7 +17,7 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Final
 
-from exporter.stalls.verdicts import State, VcpuReport, name_vector, render_rip
+from exporter.stalls.verdicts import Evidence, State, VcpuReport, name_vector, render_rip
 from kvm.model import VmKey
 
 log = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ def build_stall_fields(report: VcpuReport, now: float, unix: float) -> dict[str,
         "context": "invalid" if verdict.context_invalid else "valid",
         "nested": {None: "unknown", False: "no", True: "yes"}[verdict.nested],
         "registers": {None: "not-read", False: "read-once", True: "unchanged"}[verdict.registers_alike],
+        "evidence": verdict.evidence or "none",
     }
     if verdict.cpu_percent is not None:
         fields["cpu_percent_of_thread"] = round(verdict.cpu_percent)
@@ -245,7 +246,9 @@ def _explain(report: VcpuReport) -> str:
         text = MEANING_INVALID
     elif name_vector(verdict.idt_vectoring):
         text = MEANING_DELIVERY
-    if verdict.nested:
+    if verdict.nested and verdict.evidence is Evidence.KERNEL:
+        text += " The RIP is that of its nested guest."
+    elif verdict.nested:
         text += " It runs a nested guest, to which the RIP may belong."
     if verdict.registers_alike is None:
         text += " Its registers could not be read: a long REP instruction would show the same."

@@ -26,6 +26,13 @@ class State(StrEnum):
     UNKNOWN = "unknown"
 
 
+class Evidence(StrEnum):
+    """What tells at which RIP notify exits were: KVM itself, where it has the patches (kvm/patches), or a trace."""
+
+    KERNEL = "kernel"
+    TRACE = "trace"
+
+
 @dataclass(frozen=True, slots=True)
 class StallRule:
     """How long and for how many exits a vCPU must have been suspect to be called stalled."""
@@ -44,6 +51,7 @@ class Verdict:
     unknown, then stalled again has not had a second one. ``nested`` is None where it is not known.
     ``cpu_percent`` is how much of a CPU the thread used in the last second or so, None where that was not measured.
     ``nested_unjudged`` says that the vCPU makes progress and its nested guest may be stuck all the same.
+    ``evidence`` is what told the RIPs, None where nothing has yet.
     """
 
     state: State
@@ -60,6 +68,7 @@ class Verdict:
     episode: int = 0
     cpu_percent: float | None = None
     nested_unjudged: bool = False
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +76,9 @@ class VcpuReport:
     """A verdict with whom it is about.
 
     ``source`` is where the VM's counters come from, ``notify_exits`` the counter as it was last read, ``moved_seconds``
-    when a notify exit was last known to happen (CLOCK_MONOTONIC). ``traced_exits`` and ``same_rip_exits`` count records
-    since the agent runs. ``can_judge`` is False where nothing can be said: RIPs are hidden, or the thread is not known.
+    when a notify exit was last known to happen (CLOCK_MONOTONIC). ``traced_exits`` and ``same_rip_exits`` count notify
+    exits whose RIP was seen since the agent runs. ``can_judge`` is False where nothing can be said: RIPs are
+    hidden, or the thread is not known.
     ``deferred_reason`` says why a vCPU that has moved is not traced now, "" where it is or need not be.
     ``drill`` marks a verdict that an operator has asked for to test the alarm.
     """
@@ -108,15 +118,17 @@ class MonitorReport:
     """What the stall monitor has found, and how it works.
 
     ``vcpus`` are those that have taken a notify exit in the agent's time; every other one is quiet. ``problem`` says
-    why RIPs cannot be had ("" where they can). ``trigger`` is what tells of notify exits: "bpf", "poll", or "" where
-    none can happen; ``trigger_problem`` is why no BPF trigger is attached ("" where one is, or where none is wanted),
-    ``trigger_missed`` how often a counter had moved of which the trigger told nothing.
+    why RIPs cannot be had ("" where they can), ``evidence`` what tells them on this host. ``trigger`` is what
+    tells of notify exits: "bpf", "poll", or "" where none can happen; ``trigger_problem`` is why no BPF trigger is
+    attached ("" where one is, or where none is wanted), ``trigger_missed`` how often a counter had moved of which the
+    trigger told nothing.
     ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
     tid and vcpu_id, None where nothing counts it; ``agent_usage`` is None until it has been read.
     """
 
     vcpus: tuple[VcpuReport, ...] = ()
     problem: str = ""
+    evidence: Evidence = Evidence.TRACE
     trigger: str = ""
     trigger_problem: str = ""
     trigger_missed: int = 0

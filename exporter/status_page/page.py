@@ -36,6 +36,7 @@ from exporter.status_page.text import (
     count_things,
     describe_age,
     describe_drills,
+    describe_evidence,
     describe_usage,
     describe_watch,
 )
@@ -241,6 +242,7 @@ def _render_host(view: StatusView) -> str:
         "Notify exits": _render_text(_describe_support(host)),
         "Lockdown": _render_text(describe_lockdown(host)),
         "Stalls": escape(describe_watch(view)[1]),
+        "Evidence": escape(describe_evidence(view)),
     }
     if view.report is not None and view.report.agent_usage is not None:
         facts["Agent"] = escape(describe_usage(view.report.agent_usage))

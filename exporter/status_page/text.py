@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from heapq import nsmallest
 from typing import Final
 
-from exporter.stalls.verdicts import AgentUsage, State, name_vector
+from exporter.stalls.verdicts import AgentUsage, Evidence, State, name_vector
 from exporter.status_page.view import SHOWN_NAMES, Row, StatusView, rank_stuck
 from kvm.model import Protection
 
@@ -117,6 +117,16 @@ def describe_usage(usage: AgentUsage) -> str:
     )
 
 
+def describe_evidence(view: StatusView) -> str:
+    """Say what tells where notify exits are."""
+    report = view.report
+    if report is None or report.problem:
+        return "Nothing tells where notify exits are."
+    if report.evidence is Evidence.KERNEL:
+        return "KVM itself tells where each notify exit is (it has the patches of kvm/patches)."
+    return "A trace of a vCPU's exits, for moments, tells where its notify exits are."
+
+
 def describe_age(view: StatusView) -> str:
     """Say that the newest snapshot is an old one, "" where it is not."""
     if view.snapshot is None:
@@ -145,10 +155,16 @@ def list_evidence(row: Row) -> list[str]:
         if vector := name_vector(verdict.idt_vectoring):
             said.append(f"delivering {vector}")
         if verdict.nested:
-            said.append("the RIP may be that of a nested guest")
+            is_sure = verdict.evidence is Evidence.KERNEL
+            said.append(f"the RIP {'is' if is_sure else 'may be'} that of a nested guest")
+        if verdict.evidence is not None:
+            said.append(f"evidence: {_EVIDENCE[verdict.evidence]}")
     if verdict.context_invalid:
         said.append("context invalid: the CPU has lost its state")
     return [text for text in said if text]
+
+
+_EVIDENCE: Final = {Evidence.KERNEL: "KVM's own statistics", Evidence.TRACE: "a trace of its exits"}
 
 
 def list_rows(rows: Sequence[Row], with_details: bool) -> str:

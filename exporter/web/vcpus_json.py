@@ -29,6 +29,7 @@ def build_document(
         "trigger_problem": report.trigger_problem or None,
         "poll_period_seconds": report.poll_period_seconds,
         "problem": report.problem or None,
+        "evidence": None if report.problem else report.evidence,
         "details": with_details,
         "vcpus": [_build_vcpu(vcpu, offset, with_details) for vcpu in _sort(report.vcpus)],
     }
@@ -52,6 +53,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         "vcpu": report.vcpu.index,
         "state": verdict.state,
         "reason": verdict.reason or None,
+        "evidence": verdict.evidence,
         "deferred_reason": report.deferred_reason or None,
         "since_unix_seconds": date(verdict.since_seconds),
         "stuck_since_unix_seconds": date(verdict.stuck_since_seconds),

@@ -57,7 +57,7 @@ from kvm.discovery.processes import read_stat
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Statistic, VcpuState, VmCounters, VmKey
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, RIP_STATISTICS, Statistic, VcpuState, VmCounters, VmKey
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,8 @@ class BpfSource:
         self._has_read = False
         self.method = ""
         self.method_reason = ""
+        self.tells_rips = False
+        """Whether ``read_vcpu`` has KVM's own word for where notify exits are: KVM has the project's patches."""
 
     @property
     def doubt(self) -> str:
@@ -193,6 +195,7 @@ class BpfSource:
     def close(self) -> None:
         """Take everything out of the kernel; may be called twice."""
         with self._lock:
+            self.tells_rips = False
             if self._programs is not None:
                 self._programs.close()
                 self._programs = None
@@ -247,6 +250,7 @@ class BpfSource:
             if vm is not None:
                 self._check_layout(vm, learnt)
         self._choose_statistics(self._loaded())
+        self.tells_rips = self._reads_state(self._loaded()) and self._described.keys() >= set(RIP_STATISTICS)
         if self.method == "names":
             self._try_names(self._loaded())
 

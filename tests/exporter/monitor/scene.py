@@ -75,6 +75,7 @@ def play(
             is_thread=host.is_thread,
             read_cpu_time=host.read_cpu_time if cpu_time else None,
             may_run_tds=lambda: may_run_tds,
+            tells_rips=lambda: host.is_patched,
             make_trigger=open_trigger if trigger else None,
         )
         monitor = StallMonitor(backends, rule=rule or StallRule(), poll=poll, unix=lambda: 1.8e9 + loop.time(), run=run)

@@ -14,7 +14,7 @@ from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
-from exporter.stalls.verdicts import THREAD_KINDS, MonitorReport, State, VcpuReport
+from exporter.stalls.verdicts import THREAD_KINDS, Evidence, MonitorReport, State, VcpuReport
 from kvm.model import Snapshot, VmReading
 from tests.reports import USAGE, make_report
 from tests.snapshots import make_reading, make_snapshot
@@ -52,6 +52,14 @@ def pick(series: Series, name: str) -> dict[str, float]:
 
 def make_found(reading: VmReading, vcpu: int, state: State, *, drill: bool = False) -> VcpuReport:
     return replace(make_report(state, vm=reading.vm, drill=drill), vcpu=reading.vcpus[vcpu])
+
+
+@pytest.mark.parametrize("evidence", list(Evidence))
+def test_what_tells_rips_is_an_info_and_absent_where_nothing_does(evidence: Evidence) -> None:
+    found = collect(MonitorReport(trigger="poll", evidence=evidence))
+    assert found["kvm_exporter_evidence_info", frozenset({("evidence", evidence)})] == 1.0
+    refused = collect(MonitorReport(trigger="poll", evidence=evidence, problem="lockdown forbids it"))
+    assert not any(name == "kvm_exporter_evidence_info" for name, _ in refused)
 
 
 @pytest.mark.parametrize(

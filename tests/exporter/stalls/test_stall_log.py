@@ -9,7 +9,7 @@ import pytest
 
 from exporter.logs.formatters import build_fields, render_logfmt
 from exporter.stalls.stall_log import HOST_LINES, MEANING, MEANING_DELIVERY, MEANING_INVALID, StallLog
-from exporter.stalls.verdicts import State, VcpuReport, name_vector
+from exporter.stalls.verdicts import Evidence, State, VcpuReport, name_vector
 from tests.reports import RIP, make_report, make_vm
 
 UNIX = 1_800_000_000.0
@@ -107,8 +107,21 @@ def test_a_line_says_who_where_what_since_when_and_what_to_do(told: Told) -> Non
         "context": "valid",
         "nested": "no",
         "registers": "unchanged",
+        "evidence": "trace",
     }
-    assert told.log.warnings == 1
+
+
+@pytest.mark.parametrize(
+    ("evidence", "words"),
+    [
+        (Evidence.TRACE, "It runs a nested guest, to which the RIP may belong."),
+        (Evidence.KERNEL, "The RIP is that of its nested guest."),
+    ],
+)
+def test_a_nested_guests_rip_is_certain_where_kvm_tells_it(told: Told, evidence: Evidence, words: str) -> None:
+    (line,) = told.tell(make_report(nested=True, evidence=evidence))
+    assert (line["evidence"], line["nested"]) == (evidence, "yes")
+    assert str(line["meaning"]).endswith(words)
 
 
 @pytest.mark.parametrize(

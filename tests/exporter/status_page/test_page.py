@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 
 from exporter.history.rates import RateHistory
-from exporter.stalls.verdicts import MonitorReport, State, VcpuReport, Verdict
+from exporter.stalls.verdicts import Evidence, MonitorReport, State, VcpuReport, Verdict
 from exporter.status_page.headline import Level, make_headline
 from exporter.status_page.page import Frame, make_title, render_page, render_parts
 from exporter.status_page.text import clean_name, render_duration, render_time
@@ -107,6 +107,27 @@ def test_it_says_why_counters_are_polled(problem: str, words: str) -> None:
     report = MonitorReport(trigger="poll", poll_period_seconds=1.0, trigger_problem=problem)
     page = render(make_status_view(make_snapshot(make_vm_reading("web", 1)), report, RateHistory(), NOW, UNIX))
     assert f"polled every 1 s, for want of a BPF trigger: {words}" in Outline(page).text
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (MonitorReport(trigger="poll"), "A trace of a vCPU's exits, for moments, tells where its notify exits are."),
+        (MonitorReport(trigger="poll", evidence=Evidence.KERNEL), "KVM itself tells where each notify exit is"),
+        (MonitorReport(trigger="poll", problem="refused"), "Nothing tells where notify exits are."),
+        (None, "Nothing tells where notify exits are."),
+    ],
+)
+def test_it_says_what_tells_where_notify_exits_are(report: MonitorReport | None, words: str) -> None:
+    page = render(make_status_view(make_snapshot(make_vm_reading("web", 1)), report, RateHistory(), NOW, UNIX))
+    assert words in Outline(page).text
+
+
+def test_a_nested_guests_rip_is_certain_where_kvm_tells_it() -> None:
+    for evidence, words in ((Evidence.TRACE, "the RIP may be"), (Evidence.KERNEL, "the RIP is")):
+        report = MonitorReport(vcpus=(make_report(nested=True, evidence=evidence),), trigger="poll")
+        page = render(make_status_view(make_snapshot(), report, RateHistory(), NOW, UNIX))
+        assert f"{words} that of a nested guest" in Outline(page).text
 
 
 def test_it_says_that_the_trigger_does_not_tell_of_all() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from exporter.history.recorder import SnapshotRecorder
 from exporter.stalls import drill
-from exporter.stalls.verdicts import MonitorReport, State, VcpuReport
+from exporter.stalls.verdicts import Evidence, MonitorReport, State, VcpuReport
 from exporter.web import vcpus_json
 from exporter.web.access import PRIVATE_HEADERS
 from exporter.web.listeners import Address, TcpAddress, UnixAddress
@@ -102,6 +102,7 @@ def test_what_is_known_of_each_vcpu() -> None:
             "vcpu": 0,
             "state": "stalled",
             "deferred_reason": None,
+            "evidence": "trace",
             "streak": 64,
             "exits_at_rip": 40,
             "notify_window_exits": 1234,
@@ -224,6 +225,15 @@ def test_an_empty_list_is_no_all_clear_where_vms_are_not_seen() -> None:
     assert ask(None) == (None, [], None)
     assert ask(snapshot) == (True, [], 1)
     assert ask(replace(snapshot, blind_spots=(BlindSpot("no_source", "none works"),))) == (False, ["no_source"], 1)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"), [("", "kernel"), ("exits cannot be traced: lockdown forbids it", None)]
+)
+def test_what_tells_rips_is_said_once_for_the_host(problem: str, expected: str | None) -> None:
+    report = MonitorReport(evidence=Evidence.KERNEL, problem=problem)
+    document = vcpus_json.build_document(report, None, 1.0, 2.0, with_details=True)
+    assert document["evidence"] == expected
 
 
 def test_what_matters_comes_first() -> None:

@@ -1,0 +1,157 @@
+"""The stall monitor where KVM itself tells where notify exits are: the same verdicts, and nothing is traced."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from exporter.monitor.tracked_vcpu import INTERRUPTIONS
+from exporter.stalls.verdicts import Evidence, State
+from kvm.errors import SourceUnavailable
+from tests.exporter.monitor.scene import Scene, play, read_lines
+from tests.fake_host import FakeHost, FakeVm, R
+
+GOES_ON = {State.QUIET, State.NOTIFYING, State.PROGRESSING}
+
+
+def patch(host: FakeHost) -> None:
+    host.is_patched = True
+
+
+@pytest.mark.parametrize("trigger", [True, False])
+def test_a_stall_is_found_and_nothing_is_traced(trigger: bool, caplog: pytest.LogCaptureFixture) -> None:
+    vm = FakeVm("a", 100, 2)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        took = await scene.wait_for(vm, State.STALLED)
+        assert 1.0 < took < (1.5 if trigger else 2.6)
+        found = scene.find(vm)
+        assert found
+        assert (found.verdict.rip, found.verdict.evidence, found.can_judge) == (R, Evidence.KERNEL, True)
+        assert found.verdict.registers_alike
+        assert found.deferred_reason == ""
+        assert found.same_rip_exits > 90
+        report = scene.monitor.report()
+        assert (report.evidence, report.problem, report.armings, report.records) == (Evidence.KERNEL, "", 0, 0)
+        scene.host.set(vm.vcpus[0], "working")
+        await scene.wait_for(vm, State.RECOVERED, 3.0)
+
+    host = play(act, vm, trigger=trigger, prepare=patch)
+    assert host.armed_times == []
+    line = next(line for line in read_lines(caplog) if line["msg"] == "vCPU makes no forward progress")
+    assert (line["evidence"], line["registers"]) == ("kernel", "unchanged")
+
+
+@pytest.mark.parametrize("behaviour", ["alternating", "rep", "running"])
+def test_who_makes_progress_is_never_stalled_and_not_traced(behaviour: str) -> None:
+    vm = FakeVm("a", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], behaviour)
+        states = set()
+        for _ in range(300):
+            await asyncio.sleep(0.1)
+            states.add(scene.state(vm))
+        assert states <= GOES_ON | {State.SUSPECT}
+        assert states & {State.PROGRESSING, State.QUIET}
+
+    host = play(act, vm, trigger=True, prepare=patch)
+    assert host.armed_times == []
+
+
+def test_an_enclave_is_unknown_and_not_traced() -> None:
+    vm = FakeVm("a", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "enclave")
+        await scene.wait_for(vm, State.UNKNOWN)
+        found = scene.find(vm)
+        assert found
+        assert not found.can_judge
+        await asyncio.sleep(20)
+        assert scene.state(vm) is State.UNKNOWN
+
+    assert play(act, vm, trigger=True, prepare=patch).armed_times == []
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "expected"), [("stuck, with a timer", State.STALLED), ("others", State.PROGRESSING)]
+)
+def test_what_kvm_cannot_tell_is_traced(behaviour: str, expected: State) -> None:
+    """Exits that are no interrupts come between repeats: of a timer of the guest's, or of a guest that goes on."""
+    vm = FakeVm("a", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        assert scene.host.armed_times == []
+        scene.host.set(vm.vcpus[0], behaviour)
+        await asyncio.sleep(0.1 * INTERRUPTIONS / 2)
+        assert scene.monitor.report().armings == 0
+        await scene.wait_for(vm, expected, 20.0)
+        found = scene.find(vm)
+        assert found
+        assert found.verdict.evidence is Evidence.TRACE
+
+    assert play(act, vm, trigger=True, prepare=patch).armed_times
+
+
+def test_slow_exits_are_judged_too() -> None:
+    """No trace session lasts as long as these take; KVM sees each of them."""
+    vm = FakeVm("a", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck", interval=8.0)
+        took = await scene.wait_for(vm, State.STALLED, 200.0)
+        assert took < 120.0
+
+    assert play(act, vm, trigger=True, prepare=patch).armed_times == []
+
+
+def test_where_vcpus_cannot_be_read_any_more_exits_are_traced() -> None:
+    vm = FakeVm("a", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        host = scene.host
+        assert scene.monitor.report().evidence is Evidence.KERNEL
+        host.is_patched = False  # KVM was loaded anew
+        await asyncio.sleep(1.5)
+        assert scene.monitor.report().evidence is Evidence.TRACE
+        host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED, 5.0)
+        found = scene.find(vm)
+        assert found
+        assert found.verdict.evidence is Evidence.TRACE
+
+    assert play(act, vm, prepare=patch).armed_times
+
+
+def test_a_tracer_that_is_refused_is_no_problem_where_nothing_is_traced() -> None:
+    vm = FakeVm("a", 100, 1)
+
+    def prepare(host: FakeHost) -> None:
+        patch(host)
+        host.refusal = SourceUnavailable("lockdown forbids it", "use integrity")
+
+    async def act(scene: Scene) -> None:
+        assert scene.monitor.report().problem == ""
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED, 5.0)
+
+    play(act, vm, prepare=prepare)
+
+
+def test_many_vcpus_are_all_judged_at_a_bounded_cost() -> None:
+    vms = [FakeVm(f"vm{number}", 1000 + 100 * number, 8) for number in range(25)]
+
+    async def act(scene: Scene) -> None:
+        for vm in vms:
+            for vcpu in vm.vcpus:
+                scene.host.set(vcpu, "stuck", interval=0.05)
+        began = scene.host.clock()
+        await asyncio.sleep(8.0)
+        assert all(scene.state(vm, number) is State.STALLED for vm in vms for number in range(8))
+        reads = [at for at, _, _ in scene.host.reads if at >= began]
+        assert len(reads) <= 8 * 2 * 320 + 400
+
+    assert play(act, *vms, trigger=True, prepare=patch).armed_times == []
