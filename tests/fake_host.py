@@ -64,6 +64,7 @@ class FakeStatistics:
     same_rip_exits: int = 0
     stuck_exits: int = 0
     last_rip: int = 0
+    last_guest_mode: bool = False
     streak: int = 0
     last_registers: int = 0
     last_exits: int = 0
@@ -88,7 +89,7 @@ class FakeStatistics:
     def read(self) -> KernelCounts:
         repeats = (self.same_rip_exits, self.stuck_exits)
         return KernelCounts(
-            *repeats, 0, self.last_rip, False, self.streak, self.notify_exits, self.exits, self.irq_exits
+            *repeats, 0, self.last_rip, self.last_guest_mode, self.streak, self.notify_exits, self.exits, self.irq_exits
         )
 
 

@@ -96,6 +96,35 @@ def test_what_kvm_cannot_tell_is_traced(behaviour: str, expected: State) -> None
     assert play(act, vm, trigger=True, prepare=patch).armed_times
 
 
+def test_who_is_told_by_kvm_is_not_traced_because_another_vcpu_has_to_be() -> None:
+    other, stuck = FakeVm("a", 100, 1), FakeVm("b", 200, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(other.vcpus[0], "others")
+        await scene.wait_for(other, State.PROGRESSING, 20.0)
+        scene.host.set(stuck.vcpus[0], "stuck")
+        await scene.wait_for(stuck, State.STALLED)
+        await asyncio.sleep(15)
+
+    host = play(act, other, stuck, trigger=True, prepare=patch)
+    assert {tid for tid, _, _ in host.armed_times} == {other.vcpus[0].tid}
+
+
+def test_whose_rip_it_is_is_kvms_word_and_not_who_ran_last() -> None:
+    vm = FakeVm("a", 100, 1)
+    vm.vcpus[0].statistics.last_guest_mode = True  # the reading says that the vCPU's own guest runs
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED)
+        await asyncio.sleep(2)
+        found = scene.find(vm)
+        assert found
+        assert found.verdict.nested
+
+    play(act, vm, trigger=True, prepare=patch)
+
+
 def test_slow_exits_are_judged_too() -> None:
     """No trace session lasts as long as these take; KVM sees each of them."""
     vm = FakeVm("a", 100, 1)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.stalls.detector import StallDetector
+from exporter.stalls.evidence import ObservationWindow
 from exporter.stalls.kernel_evidence import Finding, KernelCounts, KernelEvidence, Kind
 from exporter.stalls.verdicts import Evidence, StallRule, State
 from tests.fake_host import FakeStatistics, R
@@ -73,7 +74,7 @@ def test_no_notify_exit_is_nothing() -> None:
 @pytest.mark.parametrize("now", [replace(STUCK, last_rip=R + 2), replace(STUCK, last_guest_mode=True)])
 def test_another_rip_or_guest_mode_is_progress_at_once(now: KernelCounts) -> None:
     now = add(replace(now, streak=1), notify_exits=1, exits=1)
-    assert observe(STUCK, now).kind is Kind.PROGRESS
+    assert observe(STUCK, now) == Finding(Kind.PROGRESS, "it took a notify exit at another RIP", 1, 0)
 
 
 def test_a_streak_that_began_anew_is_progress_once_two_readings_say_so() -> None:
@@ -213,6 +214,28 @@ def test_ten_exits_and_then_nothing_is_no_stall() -> None:
     watched = Watched(STUCK)
     watched.show(repeat(STUCK, 50))
     assert State.STALLED not in watched.show_all(lambda counts: counts, 30)
+
+
+def test_a_window_lasts_from_the_latest_first_exit_to_the_earliest_last_one() -> None:
+    window = ObservationWindow(0.0)
+    window.take_exits(0.0, 10.0, 20)
+    assert (window.exits, window.seconds) == (20, 0.0)
+    window.take_exits(10.0, 10.5, 1)
+    window.take_exits(10.5, 30.0, 1)
+    assert (window.exits, window.seconds) == (22, 0.5)
+
+
+@pytest.mark.parametrize("pauses", [(10.0, 0.1), (0.1, 10.0)])
+def test_it_is_not_known_when_between_two_readings_exits_came(pauses: tuple[float, float]) -> None:
+    """All may have come just after the first, or just before the second: nothing else happened that is counted."""
+    watched = Watched(STUCK)
+    for pause in pauses:
+        watched.now += pause
+        assert watched.show(repeat(watched.counts, 20)) is State.SUSPECT
+    watched.now += 2.0
+    watched.show(repeat(watched.counts))
+    watched.now += 2.0
+    assert watched.show(repeat(watched.counts)) is State.STALLED
 
 
 def test_other_exits_in_between_start_afresh() -> None:
