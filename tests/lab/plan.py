@@ -63,6 +63,9 @@ PATCHED = Boot(
         "tests/lab/inside/none/test_kvm_interfaces.py",
     ),
 )
+# The agent there; its guests flood.
+PATCHED_VERDICTS = Boot("patched-verdicts", "", ("tests/lab/inside/patched_verdicts",), ThreadIndex.SINGLE)
+PATCHED_BOOTS = (PATCHED, PATCHED_VERDICTS)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ def count_events(pid: int) -> int:
     return links.count("anon_inode:[perf_event]")
 
 
+def is_told_by_kvm(agent: AgentProcess) -> bool:
+    """Whether this KVM has the project's patches, as the agent has found."""
+    return agent.samples("kvm_exporter_evidence_info") == {(("evidence", "kernel"),): 1.0}
+
+
 def read_cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -409,7 +414,8 @@ def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: 
         assert is_within(found_after, 5.0)
         assert share / slowdown < 0.05 or share / find_slowdown() < 0.05  # the machine may be busier by now
         assert 1 <= len(written) <= 5
-        assert samples["budget_exhausted"] > 0
+        # Where KVM itself tells where notify exits are, a flood needs no trace.
+        assert samples["budget_exhausted"] > 0 or is_told_by_kvm(agent)
 
 
 def test_a_trigger_makes_it_faster(slowdown: float, tell: Tell) -> None:
@@ -464,4 +470,5 @@ def test_no_event_outlives_its_vm_and_none_is_left_in_the_end(listener: Listener
         guest.notify(0, exits=0)
         listener.wait_for(make_uuid(50), "suspect")
     # The dummy stays for a minute.
-    wait_until(lambda: count_events(listener.agent.pid) == 1, "all events but one are closed", 5)
+    left = {0, 1} if is_told_by_kvm(listener.agent) else {1}
+    wait_until(lambda: count_events(listener.agent.pid) in left, "all events but one are closed", 5)

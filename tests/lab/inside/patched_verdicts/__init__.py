@@ -1,0 +1,1 @@
+"""Tests of the agent on a KVM with the project's patches, for emulated CPUs that take turns."""
