@@ -329,7 +329,8 @@ def test_on_a_machine_where_nothing_is_mounted_the_agent_reads_traces_and_mounts
                 (("vcpu", "0"),),
                 (("vcpu", "1"),),
             }
-            assert agent.get_json("/api/v1/vcpus")["problem"] is None, "notify exits can be traced"
+            wait_until(lambda: agent.get_json("/api/v1/vcpus")["problem"] is None, "notify exits can be traced")
+            assert agent.get_json("/api/v1/vcpus")["evidence"] == "trace"
             assert not [line for line in agent.log if "level=WARN" in line or "level=ERROR" in line]
             assert own_mounts.read_mounts(str(agent.pid)) == []
         said = run_agent("check", prefix=bare)

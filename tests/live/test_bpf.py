@@ -26,7 +26,7 @@ from kvm.bpf.vcpu_programs import KEPT_VMS, OBJECT, VcpuPrograms
 from kvm.counters.bpf import BpfSource
 from kvm.errors import SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
-from kvm.model import VmCounters, VmKey
+from kvm.model import RIP_STATISTICS, VmCounters, VmKey
 from tests.agents import ROOT
 from tests.live import OTHER_EXITS, GuestProcess, open_guest_process, strange_vmm
 from tests.verifier_bill import MOST, read_bill
@@ -332,6 +332,7 @@ def test_one_vcpu_in_full(list_source: BpfSource) -> None:
         assert {"rax", "rbx", "rcx"} <= fresh.keys()
         assert state.statistics["exits"] == (read_of(list_source, guest.pid)[key].per_vcpu["exits"][1],)
         assert len(state.statistics["halt_poll_success_hist"]) > 1
+        assert list_source.tells_rips is (state.statistics.keys() >= set(RIP_STATISTICS))
         assert list_source.read_vcpu(key, 5) is None
     assert list_source.read_vcpu(key, 8) is None
 
