@@ -185,6 +185,14 @@ def make_tracing_row() -> Row:
                 unit=COUNT,
                 no_value="no drill is known",
             ),
+            make_timeline(
+                46,
+                "Evidence",
+                "What tells where notify exits are: kernel, KVM's own statistics, or trace. Where nothing does, no "
+                "stall is found.",
+                Query(f"max by ({HOST_KEYS}, evidence) ({select(m.EVIDENCE)})", "{{instance}} {{evidence}}"),
+                mappings=WORKS,
+            ),
         ],
         collapsed=True,
     )
