@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.agents import AgentProcess
 from tests.blind.ways import PYTHON, Way
+from tests.waiting import wait_until
 
 ANSWER_SECONDS = 240.0
 
@@ -84,6 +85,8 @@ def ask(way: Way, stage: Path) -> Answers:
     once, once_json = run(way, stage, "once"), run(way, stage, "once", "--format=json")
     check = run(way, stage, "check")
     with open_agent(way, stage) as agent:
+        # The monitor tries what it traces by once it has read the host.
+        wait_until(lambda: b"not tried yet" not in agent.get("/api/v1/vcpus")[2], "what can be traced is known")
         scraped = agent.get()[2].decode()
         status, _headers, body = agent.get("/-/ready")
         page, api = agent.get("/")[2].decode(), json.loads(agent.get("/api/v1/vcpus")[2])
