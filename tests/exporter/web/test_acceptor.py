@@ -151,7 +151,8 @@ def test_fds_that_run_out_do_not_flood_the_log(caplog: pytest.LogCaptureFixture)
     async def main() -> None:
         async with open_acceptor(None) as port:
             waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) - 1, hard))
+            os.close(lowest_free := os.dup(0))  # the next one that the kernel would give
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
             try:
                 began = os.times()
                 await asyncio.sleep(0.5)
