@@ -166,7 +166,10 @@ class FakeArmed:
         exits, self._exits = tuple(self._exits), []
         lost, self.lost = self.lost, 0
         gone = self._vcpu.tid in self._host.dead_threads
-        return FakeRecords(exits, lost, self._other, gone, gone or not self._left)
+        ended = gone or not self._left
+        if self._host.garbles:
+            return FakeRecords((), lost, self._other, gone, ended, odd=len(exits))
+        return FakeRecords(exits, lost, self._other, gone, ended)
 
     def watch_other_rips(self, rip: int) -> None:
         self._host.settle()
@@ -238,6 +241,7 @@ class FakeHost:
         self.armed_times: list[tuple[int, float, float]] = []
         self.most_armed = 0
         self.loses = False
+        self.garbles = False  # what a trace gives makes no sense
         self.dead_threads: set[int] = set()
         self.strangers: set[int] = set()
         self.refusal: SourceUnavailable | None = None

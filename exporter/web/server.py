@@ -65,7 +65,8 @@ def create_app(
         links = {"Metrics": settings.telemetry_path, "vCPUs as JSON": VCPUS_PATH}
         links |= {"Healthy": HEALTHY_PATH, "Ready": READY_PATH}
         build = collector.build
-        status = StatusHandlers(recorder, watcher, page.Frame(build.version, build.revision, settings.host_name, links))
+        frame = page.Frame(build.version, build.revision, settings.host_name, links)
+        status = StatusHandlers(recorder, watcher, frame, limits=settings.status)
         app.router.add_get("/", status.answer_page)
         app.router.add_get(STATUS_PATH, status.answer_parts)
         app.cleanup_ctx.append(status.run)

@@ -10,27 +10,34 @@ from exporter.web.listeners import Address, TcpAddress
 from exporter.web.peer_credentials import TrustedPeers
 
 VCPUS_PATH: Final = "/api/v1/vcpus"
-
-
 DRILL_PATH: Final = "/-/drill"
-
-
 DRILL_HEADER: Final = "X-Kvm-Notify-Drill"
-
-
 STATUS_PATH: Final = "/-/status"
-
-
 HEALTHY_PATH: Final = "/-/healthy"
-
-
 READY_PATH: Final = "/-/ready"
 
 
-WRITE_SECONDS: Final = 30.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusLimits:
+    """What the status page may cost.
 
+    The host is read for it at most every ``snapshot_seconds``, and is waited for ``snapshot_wait_seconds``. What is
+    known is put together every ``view_seconds`` at most, and more seldom, up to ``max_view_seconds``, where that would
+    take more than ``view_share`` of a CPU. While a vCPU takes notify exits the host is read every ``sample_seconds``.
+    Searches have ``search_share`` of a CPU, of which they may save up ``search_burst_seconds``; ``searches`` may be
+    under way at once, and ``answers`` kept.
+    """
 
-DRAIN_SECONDS: Final = 5.0
+    snapshot_seconds: float = 2.0
+    snapshot_wait_seconds: float = 0.5
+    view_seconds: float = 0.5
+    max_view_seconds: float = 2.0
+    view_share: float = 0.05
+    sample_seconds: float = 5.0
+    search_share: float = 0.05
+    search_burst_seconds: float = 0.5
+    searches: int = 8
+    answers: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +47,8 @@ class ServerSettings:
     ``addresses`` are where to listen, ``telemetry_path`` where the metrics are, ``max_requests`` how many scrapes may
     be under way at once (0: any number), ``exporter_metrics`` whether the process_* and python_* metrics of the agent
     itself are among them, ``host_name`` how the status page calls this machine, ``trusted_peers`` who at the Unix
-    socket sees details. ``optional_addresses`` are listened on where that can be; a host that
-    ``is_simulated`` has no secrets. Raises ValueError for a path that
-    cannot be served.
+    socket sees details. ``optional_addresses`` are listened on where that can be; a host that ``is_simulated`` has no
+    secrets. Raises ValueError for a path that cannot be served.
     """
 
     addresses: tuple[Address, ...] = (TcpAddress("", 9750),)
@@ -53,8 +59,9 @@ class ServerSettings:
     trusted_peers: TrustedPeers = field(default_factory=lambda: TrustedPeers(os.geteuid()))
     optional_addresses: tuple[Address, ...] = ()
     is_simulated: bool = False
-    write_seconds: float = WRITE_SECONDS
-    drain_seconds: float = DRAIN_SECONDS
+    write_seconds: float = 30.0
+    drain_seconds: float = 5.0
+    status: StatusLimits = field(default_factory=StatusLimits)
 
     def __post_init__(self) -> None:
         path = self.telemetry_path

@@ -1,13 +1,13 @@
 """Answers for the status page, at a cost that does not grow with the number of its readers.
 
-- The host is read anew at most every ``SNAPSHOT_SECONDS``, for whoever comes first, in a thread of its own. A read that
+- The host is read anew at most every ``snapshot_seconds``, for whoever comes first, in a thread of its own. A read that
   takes long is waited for once, by all who ask meanwhile together: the page then shows the last one, and says how old
   it is.
-- What is known is put together at most every ``VIEW_SECONDS``, and rendered once for all who ask the same.
+- What is known is put together at most every ``view_seconds``, and rendered once for all who ask the same.
 - Searches have a share of a core, one for clients that are known and one for everybody else: whoever asks for ever new
   words gets 503 in the end, and the page without a search is not touched by that.
 
-While a vCPU takes notify exits, the host is read every ``SAMPLE_SECONDS`` also when nobody asks, so that whoever
+While a vCPU takes notify exits, the host is read every ``sample_seconds`` also when nobody asks, so that whoever
 opens the page after a warning sees what has happened. It costs what a scrape does: no guest notices.
 """
 
@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -32,21 +32,11 @@ from exporter.status_page.page import _hash, read_asset
 from exporter.status_page.view import StatusView, clean_query, make_status_view
 from exporter.web.access import PRIVATE_HEADERS, sees_details
 from exporter.web.cpu_budget import Budget
+from exporter.web.settings import StatusLimits
 from exporter.web.stall_handlers import Watcher
 from kvm.model import Snapshot
 
 log = logging.getLogger(__name__)
-
-SNAPSHOT_SECONDS: Final = 2.0
-SNAPSHOT_WAIT_SECONDS: Final = 0.5
-VIEW_SECONDS: Final = 0.5
-SHARE: Final = 20
-MAX_VIEW_SECONDS: Final = 2.0
-SAMPLE_SECONDS: Final = 5.0
-SEARCH_SHARE: Final = 0.05
-SEARCH_BURST_SECONDS: Final = 0.5
-MAX_SEARCHES_UNDER_WAY: Final = 8
-MAX_ANSWERS: Final = 64
 
 
 class _Question(NamedTuple):
@@ -75,9 +65,12 @@ class StatusHandlers:
         recorder: SnapshotRecorder,
         watcher: Watcher | None,
         frame: page.Frame,
+        *,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
+        limits: StatusLimits | None = None,
     ) -> None:
+        limits = self._limits = limits or StatusLimits()
         self._recorder, self._watcher, self._frame = recorder, watcher, frame
         self._clock, self._unix_clock = clock, unix_clock
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-snapshot")
@@ -87,7 +80,9 @@ class StatusHandlers:
         self._view: StatusView | None = None
         self._view_until = 0.0
         self._answers: dict[_Question, asyncio.Task[_Answer]] = {}
-        self._budgets = {here: Budget(SEARCH_SHARE, SEARCH_BURST_SECONDS, clock) for here in (True, False)}
+        self._budgets = {
+            here: Budget(limits.search_share, limits.search_burst_seconds, clock) for here in (True, False)
+        }
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """Keep the history while the application runs, and give the threads back when it ends."""
@@ -126,20 +121,20 @@ class StatusHandlers:
     def _is_too_much(self, question: _Question) -> bool:
         """Tell whether there is no place for one more search."""
         under_way = sum(bool(other.query) and not task.done() for other, task in self._answers.items())
-        is_full = under_way >= MAX_SEARCHES_UNDER_WAY or len(self._answers) >= MAX_ANSWERS
+        is_full = under_way >= self._limits.searches or len(self._answers) >= self._limits.answers
         return is_full or not self._budgets[question.with_details].is_left
 
     async def _render(self, question: _Question) -> _Answer:
-        """Make an answer, which is good for VIEW_SECONDS."""
+        """Make an answer, which is good for ``view_seconds``."""
         loop = asyncio.get_running_loop()
         try:
-            await self._renew(SNAPSHOT_SECONDS, SNAPSHOT_WAIT_SECONDS)
+            await self._renew(self._limits.snapshot_seconds)
             answer = await loop.run_in_executor(self._renderer, self._render_now, question)
             if question.query:
                 self._budgets[question.with_details].spend(answer.cost_seconds)
             return answer
         finally:
-            loop.call_later(VIEW_SECONDS, self._forget, question)
+            loop.call_later(self._limits.view_seconds, self._forget, question)
 
     def _forget(self, question: _Question) -> None:
         task = self._answers.pop(question)
@@ -148,13 +143,13 @@ class StatusHandlers:
 
     def _render_now(self, question: _Question) -> _Answer:
         """Render one answer; in a worker thread, one at a time."""
-        picture = self._draw()
+        view = self._draw()
         began = time.thread_time()
-        found = picture.find(question.query, question.with_details)
+        found = view.find(question.query, question.with_details)
         if question.is_page:
-            text = page.render_page(self._frame, picture, found, question.with_details, question.refresh)
+            text = page.render_page(self._frame, view, found, question.with_details, question.refresh)
         else:
-            text = page.render_parts(self._frame, picture, found, question.with_details)
+            text = page.render_parts(self._frame, view, found, question.with_details)
         body = text.encode(errors="replace")
         etag = f'"{hashlib.blake2s(body, digest_size=12).hexdigest()}"'
         return _Answer(body, etag, time.thread_time() - began)
@@ -168,11 +163,11 @@ class StatusHandlers:
                 self._recorder.snapshot, report, self._recorder.history, now, self._unix_clock()
             )
             # However many vCPUs there are to tell of, most of the CPU's time is for others.
-            cost = SHARE * (time.thread_time() - began)
-            self._view_until = now + min(MAX_VIEW_SECONDS, max(VIEW_SECONDS, cost))
+            rest = (time.thread_time() - began) / self._limits.view_share
+            self._view_until = now + min(self._limits.max_view_seconds, max(self._limits.view_seconds, rest))
         return self._view
 
-    async def _renew(self, max_age_seconds: float, wait_seconds: float) -> None:
+    async def _renew(self, max_age_seconds: float) -> None:
         """Have the host read, unless that was done just now; wait a while for it and no longer."""
         snapshot = self._recorder.snapshot
         if snapshot is not None and self._clock() - snapshot.monotonic_seconds < max_age_seconds:
@@ -180,7 +175,7 @@ class StatusHandlers:
         if self._reading is None or self._reading.done():
             self._reading = asyncio.get_running_loop().run_in_executor(self._reader, self._recorder.read)
             self._reading.add_done_callback(_tell_failure)
-            self._wait_until = self._clock() + wait_seconds
+            self._wait_until = self._clock() + self._limits.snapshot_wait_seconds
         # All who wait for one read wait that long together: one that hangs must not hold each of them up in turn.
         await asyncio.wait({self._reading}, timeout=max(0.0, self._wait_until - self._clock()))
 
@@ -188,21 +183,23 @@ class StatusHandlers:
         """Read the host now and then while something happens on it."""
         loop, watcher = asyncio.get_running_loop(), self._watcher
         while watcher is not None:
-            await asyncio.sleep(SAMPLE_SECONDS)
+            await asyncio.sleep(self._limits.sample_seconds)
             try:
                 report = await loop.run_in_executor(self._renderer, watcher.report)
                 if any(_is_lively(vcpu, self._clock()) for vcpu in report.vcpus):
-                    await self._renew(SAMPLE_SECONDS, SNAPSHOT_WAIT_SECONDS)
+                    await self._renew(self._limits.sample_seconds)
             except Exception as err:  # noqa: BLE001 - a plot with a gap is better than none from now on
                 log.debug("the history was not kept", extra={"fields": {"err": repr(err)}})
 
 
 def _is_lively(found: VcpuReport, now: float) -> bool:
-    """Tell whether a vCPU takes notify exits, or has done so in what a plot shows: a paused one stays unknown."""
+    """Tell whether a vCPU takes notify exits, or has done so in what a plot shows: what is paused or lost stays so."""
     if found.drill or found.verdict.state is State.QUIET:
         return False
     moved = found.moved_seconds
-    return found.verdict.state is not State.UNKNOWN or moved is None or now - moved <= WINDOW_SECONDS
+    return (
+        found.verdict.state not in (State.UNKNOWN, State.CONTEXT_LOST) or moved is None or now - moved <= WINDOW_SECONDS
+    )
 
 
 def _tell_failure(read: asyncio.Future[Snapshot]) -> None:

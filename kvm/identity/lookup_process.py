@@ -1,6 +1,6 @@
 """One child process that looks up owners (``kvm/identity/lookup_child.py``), as the agent sees it.
 
-Nothing here waits for the child: its pipes are non-blocking, and a child that does not answer is killed and left
+Nothing here waits for an answer: the pipes are non-blocking, and a child that does not answer is killed and left
 behind. A process that hangs in the kernel may outlive its SIGKILL; ``has_ended`` tells.
 """
 
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from kvm.errors import KvmReadError
@@ -66,6 +67,11 @@ class LookupProcess:
     def has_ended(self) -> bool:
         """Whether nothing is left of it."""
         return self._process.poll() is not None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended, and reap it; for at most so many seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
     def ask(self, pid: int, tid: int, start_ticks: int) -> None:
         """Ask whose VM a process is; raises LookupFailed."""

@@ -126,8 +126,8 @@ class OwnerCache:
         for child in list(self._children):
             self._leave(child)
         deadline = time.monotonic() + END_SECONDS
-        while any(not process.has_ended for process, _uid in self._left_behind) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        for process, _uid in self._left_behind:
+            process.wait(max(0.0, deadline - time.monotonic()))
         self._queue = []
 
     def _note_wanted(self, wanted: Mapping[Key, int]) -> list[_Lookup]:
@@ -199,7 +199,7 @@ class OwnerCache:
             poll.register(fd, select.POLLIN)
         if not asked:
             if wait_seconds:
-                time.sleep(min(wait_seconds, 0.01))  # all are left behind: one may end
+                time.sleep(min(wait_seconds, 0.01))  # no answer can come, but a child that was killed may make room
             return
         for fd, _event in poll.poll(wait_seconds * 1000):
             child = asked[fd]

@@ -9,12 +9,11 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from tests.hostile.held import hold, open_held
 from tests.live import tiny_guest
 
 KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE01, 0xAE41  # include/uapi/linux/kvm.h
@@ -47,29 +46,13 @@ def main(name: str, uuid: str) -> None:
     (directory / f"{name}.xml").write_text(STATUS.format(pid=os.getpid(), name=name, uuid=uuid))
     vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
     fcntl.ioctl(vm, KVM_CREATE_VCPU, 0)
-    print("ready", flush=True)
-    sys.stdin.read()
+    hold()
 
 
-@contextmanager
-def open_impostor(name: str, uuid: str) -> Iterator[int]:
+def open_impostor(name: str, uuid: str) -> AbstractContextManager[int]:
     """Hold such a VM; gives the pid of its process."""
     words = ["/usr/bin/qemu-system-x86_64", "-m", "tests.hostile.impostor", "-name", f"guest={name}", "-uuid", uuid]
-    with subprocess.Popen(
-        words,
-        executable=tiny_guest.PYTHON,
-        env=tiny_guest.build_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the impostor could not be made")
-            yield process.pid
-        finally:
-            process.communicate()
+    return open_held(words, tiny_guest.PYTHON, tiny_guest.build_environment())
 
 
 if __name__ == "__main__":

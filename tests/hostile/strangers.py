@@ -4,45 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager
+
+from tests.hostile.held import hold, open_children, open_held
 
 
 def main(count: int) -> None:
-    """Make them, say ``ready``, and end them at the end of the input."""
-    children = []
-    try:
+    """Make them and hold them."""
+    with open_children() as children:
         for _ in range(count):
             child = os.fork()
             if child == 0:
                 signal.pause()
                 os._exit(0)
             children.append(child)
-        print("ready", flush=True)
-        sys.stdin.read()
-    finally:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-        for child in children:
-            os.waitpid(child, 0)
+        hold()
 
 
-@contextmanager
-def open_strangers(count: int) -> Iterator[None]:
+def open_strangers(count: int) -> AbstractContextManager[int]:
     """Hold so many processes, new ones."""
-    words = [sys.executable, "-m", "tests.hostile.strangers", str(count)]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        try:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the strangers could not be made")
-            yield
-        finally:
-            process.communicate()
+    return open_held([sys.executable, "-m", "tests.hostile.strangers", str(count)])
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ import fcntl
 import os
 import resource
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager
+
+from tests.hostile.held import hold, open_children, open_held
 
 KVM_CREATE_VM = 0xAE01  # include/uapi/linux/kvm.h
 
@@ -28,13 +27,12 @@ def hold_vms(kvm: int, count: int, uid: int, ready: int) -> None:
 
 
 def main(processes: int, vms_each: int, uid: int) -> None:
-    """Make them, say ``ready``, and end them at the end of the input."""
+    """Make them and hold them."""
     needed = vms_each + 100
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, max(needed, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     told, ready = os.pipe()
-    children = []
-    try:
+    with open_children() as children:
         for _ in range(processes):
             child = os.fork()
             if child == 0:
@@ -47,28 +45,12 @@ def main(processes: int, vms_each: int, uid: int) -> None:
         for _ in children:
             if not os.read(told, 1):
                 raise SystemExit("a process could not make its VMs")
-        print("ready", flush=True)
-        sys.stdin.read()
-    finally:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-        for child in children:
-            os.waitpid(child, 0)
+        hold()
 
 
-@contextmanager
-def open_flood(processes: int, vms_each: int, uid: int) -> Iterator[int]:
+def open_flood(processes: int, vms_each: int, uid: int) -> AbstractContextManager[int]:
     """Hold so many VMs; gives the pid of the parent of their processes."""
-    words = [sys.executable, "-m", "tests.hostile.vm_flood", str(processes), str(vms_each), str(uid)]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        try:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the flood could not be made")
-            yield process.pid
-        finally:
-            process.communicate()
+    return open_held([sys.executable, "-m", "tests.hostile.vm_flood", str(processes), str(vms_each), str(uid)])
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def guest_pid() -> Iterator[int]:
         status = (ROOT / "tests/fixtures/owners/libvirt-openstack/status.xml").read_text()
         status = re.sub(r"(<domstatus [^>]*pid=)'\d+'", rf"\1'{guest.pid}'", status)
         assert f"<name>{NAME}</name>" in status
-        path = Path(f"/proc/{guest.pid}/root/run/libvirt/qemu/{NAME}.xml")
+        path = Path("/proc", str(guest.pid), "root", "run/libvirt/qemu", f"{NAME}.xml")  # in its mount namespace
         path.write_text(status)
         path.chmod(0o600)
         yield guest.pid

@@ -53,6 +53,7 @@ def play(
     make_trigger: Callable[[FakeTrigger], None] = lambda trigger: None,
     rule: StallRule | None = None,
     run: Run = run_inline,
+    unix: Callable[[], float] | None = None,
     may_run_tds: bool = False,
 ) -> FakeHost:
     """Run a stall monitor in virtual time while something happens; nothing may be left behind."""
@@ -78,7 +79,9 @@ def play(
             tells_rips=lambda: host.is_patched,
             make_trigger=open_trigger if trigger else None,
         )
-        monitor = StallMonitor(backends, rule=rule or StallRule(), poll=poll, unix=lambda: 1.8e9 + loop.time(), run=run)
+        monitor = StallMonitor(
+            backends, rule=rule or StallRule(), poll=poll, unix=unix or (lambda: 1.8e9 + loop.time()), run=run
+        )
         stop = asyncio.Event()
         running = asyncio.create_task(monitor.run(stop))
         living = asyncio.create_task(host.live())
