@@ -220,6 +220,14 @@ class VmReading:
     counters: VmCounters
     protection: Protection
 
+    @property
+    def notify_exits(self) -> int | None:
+        """The sum of the VM's notify exits; None unless every vCPU is in it."""
+        column = self.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
+        if column is not None and len(column) == len(self.vcpus) == self.vcpu_count:
+            return sum(column)
+        return self.counters.totals.get(NOTIFY_WINDOW_EXITS)
+
 
 @dataclass(frozen=True, slots=True)
 class SourceReport:

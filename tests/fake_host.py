@@ -241,6 +241,7 @@ class FakeHost:
         self.armed_times: list[tuple[int, float, float]] = []
         self.most_armed = 0
         self.loses = False
+        self.cpu_time_fails = False
         self.garbles = False  # what a trace gives makes no sense
         self.dead_threads: set[int] = set()
         self.strangers: set[int] = set()
@@ -300,6 +301,8 @@ class FakeHost:
 
     def read_cpu_time(self, pid: int, tid: int) -> float | None:
         self.settle()
+        if self.cpu_time_fails:
+            raise RuntimeError("no CPU time")
         return next((vcpu.cpu_seconds for vcpu in self.vcpus() if vcpu.tid == tid), None)
 
     # the tracer
@@ -361,6 +364,7 @@ class FakeTrigger:
         self._calls: list[NotifyCall] = []
         self._told: dict[tuple[int, int], int] = {}
         self.invalid: dict[VcpuThread, int] = {}
+        self.unreadable = False
         self.lost = (0, 0)
 
     def open(self) -> TriggerStatus:
@@ -388,6 +392,8 @@ class FakeTrigger:
         return len(calls)
 
     def read_context_invalid(self) -> dict[VcpuThread, int]:
+        if self.unreadable:
+            raise OSError(12, "no memory")
         return dict(self.invalid)
 
     def forget(self, ended: Collection[tuple[int, ...]]) -> None:

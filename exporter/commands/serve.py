@@ -128,6 +128,8 @@ async def run_until_signalled(
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, start_reload)
     monitor_task = asyncio.create_task(monitor.run(stop_monitor))
+    # It ends only when told to. If it fails all the same, the agent ends with it: it would look healthy without.
+    monitor_task.add_done_callback(lambda _: stop.set())
     try:
         await serve(stop)
     finally:

@@ -1,7 +1,8 @@
-"""Which vCPUs have taken a notify exit with an invalid context, as the trigger counts them: each is news once.
+"""Which vCPUs have taken a notify exit with an invalid context, as the trigger counts them: each exit is news once.
 
 Such an exit is exact and needs no trace: the CPU says that it has lost the guest's state. One is the normal case, since
-the VMM stops the VM at it, so nothing may wait for a second.
+the VMM stops the VM at it, so nothing may wait for a second. A VM that is reset keeps its threads, and its state may be
+lost again.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ PLACE_SECONDS: Final = 5.0
 
 
 class ContextLosses:
-    """The threads whose counts have been reported, and those whose vCPU is not known yet."""
+    """The counts that have been reported, and the threads whose vCPU is not known yet."""
 
     def __init__(self) -> None:
-        self._reported: set[Thread] = set()
+        self._reported: dict[Thread, int] = {}
         self._waiting: dict[Thread, float] = {}
 
     @property
@@ -33,11 +34,12 @@ class ContextLosses:
     def take(
         self, counts: Mapping[Thread, int], find: Callable[[Thread], Found | None], now: float
     ) -> tuple[list[Found], list[Thread]]:
-        """Take in the counts; returns the vCPUs that are new among them, and the threads that belong to none known."""
-        self._reported &= counts.keys()  # what has ended may come back, as another
+        """Take in the counts; returns the vCPUs whose state was lost since, and threads whose vCPU is not known."""
+        # What has ended may come back, as another.
+        self._reported = {thread: count for thread, count in self._reported.items() if thread in counts}
         self._waiting = {thread: since for thread, since in self._waiting.items() if thread in counts}
         placed, unplaced = [], []
-        for thread in counts.keys() - self._reported:
+        for thread in [thread for thread, count in counts.items() if count > self._reported.get(thread, 0)]:
             found = find(thread)
             if found is not None:
                 placed.append(found)
@@ -46,5 +48,5 @@ class ContextLosses:
             else:
                 unplaced.append(thread)
             self._waiting.pop(thread, None)
-            self._reported.add(thread)
+            self._reported[thread] = counts[thread]
         return placed, unplaced

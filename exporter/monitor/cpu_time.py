@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import psutil
 
+from exporter.logs.rate_limit import RateLimitedLog
 from exporter.monitor.backends import Run
 from exporter.monitor.tracked_vcpu import TrackedVcpu
 
@@ -21,6 +23,20 @@ def read_cpu_time(pid: int, tid: int) -> float | None:
     except (psutil.Error, OSError):
         return None
     return next((thread.user_time + thread.system_time for thread in threads if thread.id == tid), None)
+
+
+def bound_failures(read: Callable[[int, int], float | None]) -> Callable[[int, int], float | None]:
+    """Return a reader of CPU time whose failures cost nothing else: evidence is then without it, and a line says so."""
+    rate_limited_log = RateLimitedLog()
+
+    def read_or_log(pid: int, tid: int) -> float | None:
+        try:
+            return read(pid, tid)
+        except Exception as err:  # noqa: BLE001 - a stall is called without it as well
+            rate_limited_log.write(logging.ERROR, "the CPU time of a vCPU's thread cannot be read", err=repr(err))
+            return None
+
+    return read_or_log
 
 
 async def observe_cpu_times(

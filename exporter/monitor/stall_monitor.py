@@ -26,11 +26,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from exporter.logs.rate_limit import RateLimitedLog
 from exporter.monitor.agent_usage import USAGE_SECONDS
 from exporter.monitor.attempts import Attempts
 from exporter.monitor.backends import Backends, PollMode, Reading, Run
 from exporter.monitor.context_losses import ContextLosses, Thread
-from exporter.monitor.cpu_time import observe_cpu_times
+from exporter.monitor.cpu_time import bound_failures, observe_cpu_times
 from exporter.monitor.drills import Drills
 from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Poller
 from exporter.monitor.process_watcher import ProcessWatcher
@@ -74,8 +75,9 @@ class StallMonitor:
     ) -> None:
         """``run`` runs what waits for the kernel; by default in worker threads of the monitor's own."""
         self._reader, self._rule, self._unix = backends.reader, rule, unix
-        self._read_cpu_time = backends.read_cpu_time
-        self._read_usage, self._usage_at = backends.read_agent_usage, -_NEVER
+        self._read_cpu_time = backends.read_cpu_time and bound_failures(backends.read_cpu_time)
+        self._read_usage = backends.read_agent_usage
+        self._usage_at = -_NEVER if self._read_usage else _NEVER
         self._usage: AgentUsage | None = None
         self._clock: Callable[[], float] = time.monotonic
         self._workers: Workers | None = None
@@ -93,13 +95,14 @@ class StallMonitor:
             is_thread=backends.is_thread,
             may_run_tds=backends.may_run_tds,
             read=self._single.read,
-            read_cpu_time=backends.read_cpu_time,
+            read_cpu_time=self._read_cpu_time,
             on_change=self._take,
         )
         self._processes = ProcessWatcher(backends.open_pidfd, self._run, self._end_process)
         self._trigger = ManagedTrigger(backends.make_trigger, self._run, self.take_call)
         self._threads = ThreadIndex()
         self._losses = ContextLosses()
+        self._rate_limited_log = RateLimitedLog()
         self._tracked = TrackedVcpus()
         self._stall_log = StallLog()
         self._attempts = Attempts()
@@ -178,10 +181,9 @@ class StallMonitor:
         if not self._traces and self._wants_traces:  # a poll has told whether KVM does without
             self._traces = True
             await self._attempts.take(self._scheduler.open)
-        if self._read_usage is not None and self._clock() >= self._usage_at:
-            self._usage_at = self._clock() + USAGE_SECONDS
-            self._usage = await self._run(self._read_usage)
         await self._attempts.take(self._settle)
+        if self._clock() >= self._usage_at:
+            await self._attempts.take(self._read_agent_usage)
 
     async def _rest(self) -> None:
         """Wait until something is due or somebody wakes us."""
@@ -189,9 +191,7 @@ class StallMonitor:
         due = [self._find_poll_time(), self._scheduler.cool_at, self._tracked.gone_at, self._drills.ends_at]
         if (self._scheduler.problem and self._traces) or self._single.left_out or not self._trigger.attached:
             due.append(self._retry_at)
-        if self._read_usage is not None:
-            due.append(self._usage_at)
-        due.append(self._find_read_time())
+        due += [self._usage_at, self._find_read_time()]
         if self._stall_log.busy or self._losses.waiting:
             due.append(now + TRACK_SECONDS)
         try:
@@ -255,6 +255,8 @@ class StallMonitor:
         if self._single.tells_rips:
             active = choose_due(active, clock())
         self._read_at = clock()
+        for vcpu in active:  # also where reading fails: what is due at once for ever would be tried without end
+            vcpu.read_at = self._read_at
 
         def read() -> list[tuple[TrackedVcpu, float, Reading | None, float]]:
             return [(vcpu, clock(), self._single.read(vcpu.key), clock()) for vcpu in active]
@@ -277,6 +279,15 @@ class StallMonitor:
         if self._read_cpu_time is not None:
             suspected = [vcpu for vcpu in self._tracked.active.values() if vcpu.detector.suspected][:SINGLE_READS]
             await observe_cpu_times(suspected, self._read_cpu_time, self._run, self._clock)
+
+    async def _read_agent_usage(self) -> None:
+        self._usage_at = self._clock() + USAGE_SECONDS
+        if self._read_usage is not None:
+            try:
+                self._usage = await self._run(self._read_usage)
+            except Exception:
+                self._usage = None  # what cannot be read is not what it was
+                raise
 
     async def _settle(self) -> None:
         """Do what takes no reading: report what has waited, and forget what has ended."""
@@ -323,13 +334,16 @@ class StallMonitor:
             pid, _, tid, vcpu_id = thread
             return self._threads.find(NotifyCall(0, pid, tid, vcpu_id))
 
-        placed, unplaced = self._losses.take(self._trigger.read_context_invalid() or {}, find, now)
+        counts = self._trigger.read_context_invalid()
+        if counts is None:
+            return
+        placed, unplaced = self._losses.take(counts, find, now)
         for found in placed:
             vcpu = self._track(found.reading, found.vcpu)
             self._take(vcpu, vcpu.detector.observe_context_invalid(now))
         for pid, _, tid, vcpu_id in unplaced:
-            fields = {"pid": pid, "tid": tid, "vcpu_id": vcpu_id}
-            log.warning("the CPU has lost the state of a vCPU whose VM is not known", extra={"fields": fields})
+            text = "the CPU has lost the state of a vCPU whose VM is not known"
+            self._rate_limited_log.write(logging.WARNING, text, pid=pid, tid=tid, vcpu_id=vcpu_id)
         self._poller.wanted |= self._losses.waiting
 
     def _take(self, vcpu: TrackedVcpu, changes: Sequence[Verdict]) -> None:

@@ -113,7 +113,7 @@ class ManagedTrigger:
         try:
             found = self._trigger.read_context_invalid()
         except OSError as err:
-            log.error("exits with an invalid context cannot be read", extra={"fields": {"err": str(err)}})
+            self._log.write(logging.ERROR, "exits with an invalid context cannot be read", err=str(err))
             return None
         return {(thread.pid, thread.start_ticks, thread.tid, thread.vcpu_id): found[thread] for thread in found}
 
@@ -125,7 +125,7 @@ class ManagedTrigger:
         try:
             await self._run(lambda: trigger.forget(ended))
         except OSError as err:  # the table is full some day; then NotifyTrigger.lost counts
-            log.error("exits with an invalid context cannot be forgotten", extra={"fields": {"err": str(err)}})
+            self._log.write(logging.ERROR, "exits with an invalid context cannot be forgotten", err=str(err))
 
     async def close(self) -> None:
         """Detach it."""

@@ -123,14 +123,6 @@ class VmSeries:
         ]
 
 
-def sum_notify_exits(reading: VmReading) -> int | None:
-    """Return the VM's sum of notify exits; None unless every vCPU is in it."""
-    column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
-    if column is not None and len(column) == len(reading.vcpus) == reading.vcpu_count:
-        return sum(column)
-    return reading.counters.totals.get(NOTIFY_WINDOW_EXITS)
-
-
 def _render_vm(reading: VmReading) -> Rendered:
     vm, owner = reading.vm, reading.vm.owner
     # Alerts are routed by project and vm_namespace: only what somebody vouches for may say whose VM it is.
@@ -165,7 +157,7 @@ def _render_vm(reading: VmReading) -> Rendered:
     ]
     if reading.protection is Protection.ARMED:
         samples.append((metrics.VM_NOTIFY_WINDOW, (vm.id,), reading.counters.notify_window_cycles))
-    samples.append((metrics.VM_NOTIFY_WINDOW_EXITS, (vm.id,), sum_notify_exits(reading)))
+    samples.append((metrics.VM_NOTIFY_WINDOW_EXITS, (vm.id,), reading.notify_exits))
     lines = [(metric, render_sample(metric, labels, value)) for metric, labels, value in samples if value is not None]
     states = [
         render_sample(metrics.VM_NOTIFY_PROTECTION, (state, vm.id), int(state is reading.protection))

@@ -148,7 +148,8 @@ class StallDetector:
     @property
     def verdict(self) -> Verdict:
         """What is known now; may be asked from another thread."""
-        reason = self._reason
+        # Read once: the event loop may forget them meanwhile.
+        suspicion, ended, window, reason = self._suspicion, self._ended, self._window, self._reason
         if self.state in (State.NOTIFYING, State.SUSPECT) and self.evidence is not Evidence.KERNEL:
             reason += explain_slowness(self.interval_seconds or 0.0, self._rule.exits, self.state is State.SUSPECT)
         nested_unjudged = self._runs_nested and self.state in (State.PROGRESSING, State.RECOVERED)
@@ -160,13 +161,13 @@ class StallDetector:
             reason,
             nested=self._nested,
             cpu_percent=self._cpu.percent,
-            episode=self._episode if self._suspicion or self._ended else 0,
+            episode=self._episode if suspicion or ended else 0,
             nested_unjudged=nested_unjudged,
             evidence=self.evidence,
         )
-        if self._suspicion:
-            return self._suspicion.complete(verdict, self._window)
-        return self._ended.complete(verdict, None) if self._ended else verdict
+        if suspicion:
+            return suspicion.complete(verdict, window)
+        return ended.complete(verdict, None) if ended else verdict
 
     def observe_trigger(self, now: float) -> Sequence[Verdict]:
         """Take in that a notify exit has just happened."""
@@ -350,7 +351,7 @@ class StallDetector:
         self._run = RecordRun()
         if self._window:
             self._window.interrupt()
-        if self._suspicion is None:
+        if self._suspicion is None and self.state is not State.CONTEXT_LOST:
             self._enter(State.UNKNOWN, seconds, reason)
 
     def _extend_run(self, record: NotifyExit, rip: int, seconds: float, apart: float, in_order: bool) -> None:

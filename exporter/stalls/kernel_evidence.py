@@ -24,7 +24,9 @@ from typing import Final
 
 # By how much two readings may disagree because each fell into the middle of an exit.
 TORN: Final = 2
-_NOT_KNOWN: Final = "KVM does not know its RIP: its registers are protected, or it was in an SGX enclave"
+_NOT_KNOWN: Final = (
+    "KVM does not know its RIP: registers are protected, it was in an SGX enclave, or the CPU has lost its state"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,8 +88,7 @@ class StallLog:
             self._tell_drill(report, now, unix)
         elif report.verdict.state is State.CONTEXT_LOST:
             self._waiting.pop(key, None)
-            self._told.pop(key, None)
-            self._tell_context_lost(report, now)
+            self._tell_context_lost(report, now)  # if that is withheld, people know of the stall before it
         elif report.verdict.state is State.STALLED and key not in self._told and key not in self._waiting:
             self._waiting[key] = report
             self._tell_waiting(now, unix, newest=key)

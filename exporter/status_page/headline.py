@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from exporter.host_summary import has_counters
-from exporter.stalls.verdicts import State
+from exporter.stalls.verdicts import Evidence, State
 from exporter.status_page.text import (
     MAX_REASON,
     OLD_SECONDS,
@@ -20,7 +20,7 @@ from exporter.status_page.text import (
     render_duration,
 )
 from exporter.status_page.view import Row, StatusView
-from kvm.model import NOTIFY_WINDOW_EXITS, Protection
+from kvm.model import Protection
 
 
 class Level(StrEnum):
@@ -41,7 +41,7 @@ class Headline:
     meaning: str
 
 
-_EXPLAIN_UNREAD: Final = "Some VMs cannot be read: nothing is known of their vCPUs."
+_EXPLAIN_UNREAD: Final = "Some vCPUs cannot be read: nothing is known of them."
 
 
 def make_headline(view: StatusView, with_details: bool) -> Headline:
@@ -106,7 +106,9 @@ def _tell_calm(view: StatusView) -> Headline:
     meaning = choose(rows, *_EXPLAIN_NOTIFIED)
     if new:
         meaning = f"{count_rows(new)} {choose(new, 'has', 'have')} yet to be judged."
-    elif view.report is not None and view.report.context_invalid is None:
+    elif (
+        view.report is not None and view.report.context_invalid is None and view.report.evidence is not Evidence.KERNEL
+    ):
         meaning += " Whether the CPU has lost a guest's state at one is not known: that takes the BPF trigger."
     return Headline(Level.CALM, f"{text} {_count_notified(view)}", meaning)
 
@@ -176,12 +178,8 @@ def _count_notified(view: StatusView) -> str:
 
 
 def _has_unread(view: StatusView) -> bool:
-    """Tell whether there are VMs of which no notify counter was read."""
-    readings = view.snapshot.readings if view.snapshot else ()
-    return any(
-        NOTIFY_WINDOW_EXITS not in counters.per_vcpu and NOTIFY_WINDOW_EXITS not in counters.totals
-        for counters in (reading.counters for reading in readings)
-    )
+    """Tell whether there are vCPUs whose notify exits are in no number that was read."""
+    return view.snapshot is not None and any(reading.notify_exits is None for reading in view.snapshot.readings)
 
 
 def _find_unjudged(view: StatusView) -> Iterator[Row]:

@@ -104,6 +104,8 @@ def describe_watch(view: StatusView) -> tuple[str, str]:
         period = f"every {report.poll_period_seconds:.3g} s"
         why = clean_name(report.trigger_problem, MAX_REASON) or "none is asked for"
         return period, f"Counters that can move are polled {period}, for want of a BPF trigger: {why}."
+    if view.snapshot is None or not view.snapshot.complete:
+        return "nothing", "No VM that is seen can take notify exits; there may be others."
     return "nothing", "No VM of this host can take notify exits."
 
 

@@ -138,8 +138,8 @@ class StatusView:
         busy = {row.vm.key for row in self.rows}
         for reading in self.snapshot.readings if self.snapshot else ():
             if reading.vm.key not in busy:
-                state = State.QUIET if read_counts(reading) else None
-                yield Row(reading.vm, None, reading, state, notify_exits=_sum_counts(reading))
+                state = None if reading.notify_exits is None else State.QUIET
+                yield Row(reading.vm, None, reading, state, notify_exits=reading.notify_exits)
 
 
 def make_status_view(
@@ -172,11 +172,6 @@ def read_counts(reading: VmReading) -> dict[int, int]:
         return dict(zip(counters.vcpu_ids, column, strict=False))
     total = counters.totals.get(NOTIFY_WINDOW_EXITS)
     return {} if total is None else {WHOLE_VM: total}
-
-
-def _sum_counts(reading: VmReading) -> int | None:
-    counts = read_counts(reading)
-    return sum(counts.values()) if counts else None
 
 
 def _iterate_rows(snapshot: Snapshot | None, report: MonitorReport | None) -> Iterator[Row]:

@@ -123,6 +123,31 @@ def test_what_goes_wrong_is_logged_and_the_monitor_goes_on(caplog: pytest.LogCap
     assert any("goes on" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+def test_cpu_time_that_fails_costs_the_stall_nothing_and_is_not_tried_without_end(
+    registers: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    vm, rounds = FakeVm("web", 100, 1), Counter[str]()
+
+    def read_unix() -> float:
+        rounds["all"] += 1  # the monitor asks for the time of day once a round
+        return 1.8e9
+
+    def prepare(host: FakeHost) -> None:
+        host.cpu_time_fails = True
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck")
+        await scene.wait_for(vm, State.STALLED)
+        before = rounds["all"]
+        await asyncio.sleep(20)
+        assert rounds["all"] - before < 100
+
+    play(act, vm, registers=registers, prepare=prepare, unix=read_unix)
+    assert 1 <= find_errors(caplog).count("RuntimeError('no CPU time')") <= 5
+    assert set(find_errors(caplog)) == {"RuntimeError('no CPU time')"}
+
+
 def find_errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.fields["err"] for record in caplog.records if record.levelno >= logging.ERROR]  # type: ignore[attr-defined]
 

@@ -163,6 +163,31 @@ def test_a_lost_context_of_a_thread_that_nobody_knows_is_reported_all_the_same(
     assert told == [{"pid": 4242, "tid": 4250, "vcpu_id": 3}]
 
 
+def test_counts_that_cannot_be_read_for_a_moment_are_no_news_afterwards(caplog: pytest.LogCaptureFixture) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        trigger = scene.host.trigger
+        assert trigger is not None
+        lost = {VcpuThread(*vm.key[:2], vm.vcpus[0].tid, 0): 1}
+        trigger.invalid = lost
+        trigger.tell(vm.vcpus[0], scene.host.clock())
+        await scene.wait_for(vm, State.CONTEXT_LOST)
+        scene.host.set(vm.vcpus[0], "running", interval=0.1)
+        await scene.wait_for(vm, State.NOTIFYING, 30)
+        for _ in range(10):
+            trigger.unreadable = True
+            await asyncio.sleep(3)
+            trigger.unreadable = False
+            await asyncio.sleep(3)
+        assert scene.monitor.report().context_invalid == {(*vm.key[:2], vm.vcpus[0].tid, 0): 1}
+
+    play(act, vm, trigger=True)
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts.count("the CPU has lost the state of a vCPU") == 1
+    assert 1 <= texts.count("exits with an invalid context cannot be read") <= 5
+
+
 def test_what_was_counted_for_a_vm_that_has_ended_is_forgotten() -> None:
     vm, other = FakeVm("web", 100, 1), FakeVm("db", 200, 1)
 

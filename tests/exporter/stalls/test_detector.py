@@ -472,6 +472,14 @@ def test_a_stall_says_how_much_of_a_cpu_its_thread_uses_and_is_called_where_that
     assert (story.state, round(story.changes[-1].cpu_percent or 0)) == (State.STALLED, 2)
 
 
+def test_a_lost_context_is_not_overwritten_by_a_rip_that_nobody_knows() -> None:
+    """KVM does not know the RIP of such an exit either, and says so at every reading after it."""
+    story = Story().session()
+    story.changes += story.detector.observe_context_invalid(story.now)
+    story.changes += story.detector.observe_hidden(story.now + 1.0, "its registers are protected")
+    assert (story.state, story.changes[-1].state) == (State.CONTEXT_LOST, State.CONTEXT_LOST)
+
+
 @pytest.mark.parametrize("before", ["quiet", "notifying", "suspect", "stalled"])
 def test_a_lost_context_is_known_at_once_and_until_the_vcpu_runs_again(before: str) -> None:
     story = Story()

@@ -66,6 +66,16 @@ def test_the_end_of_a_lost_context_is_told_and_a_stall_after_it_too(told: Told) 
     assert stall["msg"] == "vCPU makes no forward progress"
 
 
+def test_of_a_stall_that_was_told_the_end_is_told_though_a_lost_context_was_withheld(told: Told) -> None:
+    told.tell(make_report(State.CONTEXT_LOST, vcpu=0))
+    told.now += 1.0
+    stalled = make_report(vcpu=1)
+    assert len(told.tell(stalled)) == 1
+    told.tell(make_report(State.CONTEXT_LOST, vcpu=1))  # one line a minute and VM
+    told.log.tell_unplugged(stalled.vm.key, stalled.vcpu.vcpu_id, told.now)
+    assert [line["msg"] for line in told.take()] == ["vCPU is gone"]
+
+
 def test_a_vcpu_whose_context_was_lost_is_missed(told: Told) -> None:
     report = make_report(State.CONTEXT_LOST)
     told.tell(report)

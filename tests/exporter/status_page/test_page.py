@@ -355,7 +355,7 @@ def test_calm_is_said_of_what_is_known_and_of_no_more() -> None:
     assert tell_one(make_snapshot(reading, unread), going)[1] == text
     level, text, meaning = tell_one(make_snapshot(quiet, unread))
     assert (level, text) == (Level.WARN, "No vCPU that was read has taken a notify exit.")
-    assert meaning.startswith("Some VMs cannot be read: nothing is known of their vCPUs.")
+    assert meaning.startswith("Some vCPUs cannot be read: nothing is known of them.")
 
 
 def test_an_old_look_is_spoken_of_and_not_calm() -> None:
