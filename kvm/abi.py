@@ -155,5 +155,3 @@ NS_GET_USERNS = 0xB701
 
 # fs/proc/array.c prints start_time in USER_HZ (include/asm-generic/param.h) for every architecture that has KVM
 USER_HZ = 100
-
-# include/uapi/linux/bpf.h: enum bpf_prog_type, enum bpf_func_id

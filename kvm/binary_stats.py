@@ -6,12 +6,12 @@ their names, number or places is remembered here, because vendors' kernels and l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvm import abi
 from kvm.errors import MalformedData
-from kvm.model import Statistic
 
 # Far above what any kernel has (47 descriptors of 64 bytes, 1,120 bytes of data in Linux 6.18): bounds what a forged
 # or broken header can make us read.
@@ -19,6 +19,22 @@ MAX_DESCRIPTORS = 4096
 MAX_NAME_BYTES = 1024
 MAX_DATA_BYTES = 1 << 20
 VALUE_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """One statistic as the kernel describes it (struct kvm_stats_desc, include/uapi/linux/kvm.h).
+
+    ``offset`` counts bytes from the start of the data block, ``size`` the 64-bit values, ``exponent`` and the bits of
+    ``flags`` give type, unit and base.
+    """
+
+    name: str
+    flags: int
+    exponent: int
+    size: int
+    offset: int
+    bucket_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +87,18 @@ def decode_descriptors(header: StatsHeader, block: bytes, origin: str) -> dict[s
     return statistics
 
 
-def decode_id(block: bytes) -> str:
-    """Decode the id block: ``kvm-TID/vcpu-ID``, TID being the thread that made the vCPU (virt/kvm/kvm_main.c)."""
-    return block.split(b"\0", 1)[0].decode("ascii", "replace")
+def measure_values(statistics: Iterable[Statistic]) -> int:
+    """Return how many bytes the values of these statistics take, from where all values begin."""
+    return max((found.offset + found.size * VALUE_BYTES for found in statistics), default=0)
+
+
+def decode_values(statistics: Mapping[str, Statistic], values: bytes) -> dict[str, tuple[int, ...]]:
+    """Decode the values of statistics by name; those that a shorter block does not reach are left out."""
+    return {
+        name: struct.unpack_from(f"={found.size}Q", values, found.offset)
+        for name, found in statistics.items()
+        if measure_values((found,)) <= len(values)
+    }
 
 
 def is_counter(statistic: Statistic) -> bool:

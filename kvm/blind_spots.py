@@ -7,7 +7,7 @@ alerts) asks here: where there is a blind spot, a count of VMs is not known and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvm.model import BlindSpot
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 # So many hidden processes are asked after in debugfs; more of them mean that we lack the rights to see anything.
 REFUSED_PROCESSES = 16
 
+# A reason that comes back sooner has not been away.
+CLEAR_SECONDS = 60.0
 _HIDDEN = "proc is mounted with hidepid= (in a unit: ProtectProc=); give CAP_SYS_PTRACE, or a proc without it"
 
 
@@ -69,21 +71,28 @@ def find_blind_spots(seen: Evidence) -> tuple[BlindSpot, ...]:
 
 
 class BlindSpotLog:
-    """Writes a line when there is another reason than before why VMs may be missing, and one when there is none left.
+    """Writes why VMs may be missing, each reason once, and that none is left once that has lasted ``CLEAR_SECONDS``.
 
-    ``owners_pending`` comes and goes with every new VM, and has lines of its own where it stays.
+    A reason that comes and goes is written once, not each time. ``owners_pending`` does that with every new VM, and
+    has lines of its own where it stays.
     """
 
     def __init__(self) -> None:
-        self._told: frozenset[str] = frozenset()
+        self._logged: frozenset[str] = frozenset()
+        self._clear_since: float | None = None
 
-    def tell(self, spots: Iterable[BlindSpot]) -> None:
-        """Take in those of a new snapshot."""
+    def log_new(self, spots: Sequence[BlindSpot], now: float) -> None:
+        """Take in those of a new snapshot; ``now`` is CLOCK_MONOTONIC seconds."""
         lasting = [spot for spot in spots if spot.reason != "owners_pending"]
         reasons = frozenset(spot.reason for spot in lasting)
-        if reasons and not reasons <= self._told:
+        if not reasons <= self._logged:
+            self._logged |= reasons
             text = "; ".join(spot.text for spot in lasting)
             log.warning("VMs of this host may not be seen", extra={"fields": {"reason": text}})
-        elif self._told and not reasons:
+        if spots or not self._logged:
+            self._clear_since = None
+        elif self._clear_since is None:
+            self._clear_since = now
+        elif now - self._clear_since >= CLEAR_SECONDS:
             log.info("every VM of this host is seen")
-        self._told = reasons
+            self._logged, self._clear_since = frozenset(), None

@@ -157,22 +157,6 @@ class Vcpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Statistic:
-    """One statistic as the kernel describes it (struct kvm_stats_desc, include/uapi/linux/kvm.h).
-
-    ``offset`` counts bytes from the start of the data block, ``size`` the 64-bit values, ``exponent`` and the bits of
-    ``flags`` give type, unit and base.
-    """
-
-    name: str
-    flags: int
-    exponent: int
-    size: int
-    offset: int
-    bucket_size: int
-
-
-@dataclass(frozen=True, slots=True)
 class NotifyExit:
     """One traced notify exit: a record of the tracepoint kvm:kvm_exit with reason 75.
 
@@ -277,7 +261,7 @@ class Snapshot:
 
 
 class SnapshotReader(Protocol):
-    """takes snapshots of a host, a real one or a simulated one."""
+    """Takes snapshots of a host, a real one or a simulated one."""
 
     def read(self) -> Snapshot:
         """Take a snapshot; what cannot be read is left out and reported, so this raises nothing."""

@@ -54,7 +54,7 @@ class ReadErrors:
             self._new.setdefault((pid, source, kind), message)
 
     def log_new(self, found: Iterable[Vm]) -> None:
-        """Log the troubles that are new since the newest snapshot, and forget those of VMs that have ended.
+        """Log the troubles that are new since the snapshot before, and forget those of VMs that have ended.
 
         ``found`` are the VMs of this snapshot; where there never was any trouble, nobody asks for them.
         """

@@ -120,6 +120,7 @@ class HostReader:
         self._thread_lookups_left = 0
         self._all_tried = False
         self._blind_spot_log = BlindSpotLog()
+        self._over_budget = 0
 
     def read(self) -> Snapshot:
         """Take a snapshot; what cannot be read is left out, reported and counted."""
@@ -131,7 +132,7 @@ class HostReader:
                 fields = {"reason": self._host.cpu_unknown_reason}
                 log.warning("CPU and microcode of this host are not known", extra={"fields": fields})
             self._cpu_told = self._host.cpu_unknown_reason
-        answers = self._budget.keep(self._read_counters(now))
+        answers = self._read_counters(now)
         vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
         self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}
         self._thread_lookups_left = THREADS_VMS
@@ -141,7 +142,7 @@ class HostReader:
                 self._errors.record("none", reading.vm.key.pid, "unread", reading.counters.problem)
         self._errors.log_new(vms.values())
         blind_spots = find_blind_spots(self._find_evidence())
-        self._blind_spot_log.tell(blind_spots)
+        self._blind_spot_log.log_new(blind_spots, now)
         return Snapshot(
             monotonic_seconds=now,
             unix_seconds=unix,
@@ -150,7 +151,7 @@ class HostReader:
             sources=tuple(kept.report() for kept in self._sources),
             errors=self._errors.counts,
             blind_spots=blind_spots,
-            vms_over_budget=self._budget.over,
+            vms_over_budget=self._over_budget,
         )
 
     def close(self) -> None:
@@ -180,7 +181,7 @@ class HostReader:
             finds_vms=finds_vms,
             pending=self._identities.pending,
             hidden=self._identities.hidden,
-            over_budget=self._budget.over,
+            over_budget=self._over_budget,
             sees_first_process=finds_vms or self._discovery.sees_first_process,
             refused=len(refused),
             refused_may_hold_vms=asks and may_hold_vms(self._kvm_debugfs, self._proc, refused),
@@ -198,11 +199,11 @@ class HostReader:
                 continue
             if kept.source.finds_vms and answers is None:
                 try:
-                    found = kept.source.read(())
+                    found = self._budget.keep(kept.source.read(()))
                 except SourceUnavailable as err:
                     kept.fail(err)
                     continue
-                name = kept.source.name
+                self._over_budget, name = self._budget.over, kept.source.name
                 return {key: _Answer(name, counters, counters.vcpu_ids, None, True) for key, counters in found.items()}
             answers = answers if answers is not None else self._find_unread()
             try:
@@ -213,7 +214,9 @@ class HostReader:
 
     def _find_unread(self) -> dict[VmKey, _Answer]:
         unread = VmCounters(problem="no source works")
-        self._held = {vm.key: vm for vm in self._discovery.find_vms()}
+        # Before they are read: what is over budget is to cost nothing more.
+        self._held = self._budget.keep({vm.key: vm for vm in self._discovery.find_vms()})
+        self._over_budget = self._budget.over + self._discovery.vms_left_out
         return {key: _Answer("", unread, vm.vcpu_ids, vm.tid, False) for key, vm in self._held.items()}
 
     def _ask(self, source: CounterSource, answers: dict[VmKey, _Answer]) -> None:
@@ -223,7 +226,7 @@ class HostReader:
         missing = [key for key in asked if key not in read]
         if missing:
             # It has ended, or its fds are others by now: a leader thread that exits takes the fds with it.
-            again = [vm for vm in self._discovery.look_again(key.pid for key in missing) if vm.key in missing]
+            again = [vm for vm in self._discovery.scan_again(key.pid for key in missing) if vm.key in missing]
             self._held |= {vm.key: vm for vm in again}
             read |= source.read(again)
             changed = VmCounters(problem="its fds change faster than they can be read")

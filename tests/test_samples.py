@@ -150,6 +150,7 @@ def test_check() -> None:
         label="unconfined",
         initial_user_namespace=True,
         is_seccomp_filtered=False,
+        kvm_is_module=False,
     )
     assert render_check(snapshot, root, None, lines["stalls"]) == sample
 

@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from kvm import abi
-from kvm.binary_stats import VALUE_BYTES
+from kvm.binary_stats import Statistic, decode_values
 from kvm.errors import MalformedData
-from kvm.model import Statistic, VcpuState, VmCounters, VmKey
+from kvm.model import VcpuState, VmCounters, VmKey
 
 # struct vm of vcpus.bpf.c: kvm, mm, start_boottime, tgid, vm_fd, first, count, notify_window, notify_vmexit_flags,
 # next, has_notify, missing
@@ -259,17 +259,12 @@ def decode_state(block: bytes, length: int, statistics: Mapping[str, Statistic])
     """Decode a struct vcpu_state with ``length`` bytes of statistics; one that lies beyond them is left out."""
     *registers, available, vcpu_id, tid, is_protected, vm_type = STATE_RECORD.unpack_from(block)
     raw = block[STATE_RECORD.size : STATE_RECORD.size + length]
-    values = {
-        name: struct.unpack_from(f"={statistic.size}Q", raw, statistic.offset)
-        for name, statistic in statistics.items()
-        if statistic.offset + statistic.size * VALUE_BYTES <= len(raw)
-    }
     return VcpuState(
         vcpu_id,
         tid or None,
         MappingProxyType(dict(zip(REGISTERS, registers, strict=True))),
         frozenset(name for bit, name in enumerate(REGISTERS) if not available >> bit & 1),
-        MappingProxyType(values),
+        MappingProxyType(decode_values(statistics, raw)),
         None if is_protected == _NOT_KNOWN else bool(is_protected),
         None if vm_type == _NOT_KNOWN else vm_type,
     )

@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from kvm.binary_stats import VALUE_BYTES, find_counters
+from kvm.binary_stats import Statistic, find_counters, measure_values
 from kvm.bpf.btf import read_types
 from kvm.bpf.fingerprint import refuse_layout, refuse_own_vcpu, take_fingerprint
 from kvm.bpf.libbpf import LIBRARY, Library, open_library
@@ -57,7 +57,7 @@ from kvm.discovery.processes import read_stat
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, RIP_STATISTICS, Statistic, VcpuState, VmCounters, VmKey
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, RIP_STATISTICS, VcpuState, VmCounters, VmKey
 
 log = logging.getLogger(__name__)
 
@@ -176,8 +176,7 @@ class BpfSource:
         return self.method == "list" and "read_vcpu" in programs.names
 
     def _read_state(self, programs: VcpuPrograms, kvm: int, vcpu_id: int) -> VcpuState | None:
-        ends = (statistic.offset + statistic.size * VALUE_BYTES for statistic in self._described.values())
-        length = min(max(ends, default=0), STATISTICS_BYTES)
+        length = min(measure_values(self._described.values()), STATISTICS_BYTES)
         try:
             block = self._try_list(lambda: programs.read_vcpu(kvm, vcpu_id, length))
         except (OSError, ListChanged) as err:

@@ -72,14 +72,15 @@ class _Process:
     inode: int
     first_seen: float
     named_at: float = float("-inf")
-    looked_at: float = float("-inf")
-    look_seconds: float = 0.0
+    scanned_at: float = float("-inf")
+    scan_seconds: float = 0.0
     listing: int = 0
     start_ticks: int = 0
     tid: int = 0
     pidfd: int = -1
     not_own: set[int] = field(default_factory=set)
     vms: tuple[HeldVm, ...] = ()
+    vms_left_out: int = 0
 
 
 class Discovery:
@@ -122,7 +123,7 @@ class Discovery:
         named = [item for item in self._processes.items() if now - item[1].named_at < YOUNG_SECONDS]
         begun = self._clock()  # to list the processes has taken time, too: 20 ms for 12,000
         self._scan(named, now, begun + budget / 2)
-        scanned = {pid for pid, process in named if process.looked_at == now}
+        scanned = {pid for pid, process in named if process.scanned_at == now}
         rest = [item for item in self._processes.items() if item[0] not in scanned]
         self._scan(rest, now, begun + budget)
         self._started = True
@@ -130,13 +131,13 @@ class Discovery:
 
     def _scan(self, processes: Iterable[tuple[int, _Process]], now: float, deadline: float) -> None:
         # Those not scanned for longest come first, so that a small budget still reaches everybody in turn.
-        for pid, process in sorted(processes, key=lambda item: item[1].looked_at):
+        for pid, process in sorted(processes, key=lambda item: item[1].scanned_at):
             if self._clock() > deadline:
                 break
             if self._is_due(process, now):
-                self._look_at(pid, process, now)
+                self._scan_one(pid, process, now)
 
-    def look_again(self, pids: Iterable[int]) -> list[HeldVm]:
+    def scan_again(self, pids: Iterable[int]) -> list[HeldVm]:
         """Scan these processes at once, because they were not as described; return the VMs that they hold."""
         now = self._clock()
         self._forget_ended()
@@ -144,8 +145,13 @@ class Discovery:
         for pid in wanted & self._processes.keys():
             process = self._processes[pid]
             process.listing, process.first_seen = 0, now
-            self._look_at(pid, process, now)
+            self._scan_one(pid, process, now)
         return [vm for pid in wanted & self._processes.keys() for vm in self._processes[pid].vms]
+
+    @property
+    def vms_left_out(self) -> int:
+        """How many VM fds of processes that hold more than MAX_VM_FDS were not scanned."""
+        return sum(process.vms_left_out for process in self._processes.values())
 
     @property
     def refused(self) -> frozenset[int]:
@@ -207,15 +213,15 @@ class Discovery:
                     process.first_seen = process.named_at = now
 
     def _is_due(self, process: _Process, now: float) -> bool:
-        waited = now - process.looked_at
-        if waited < process.look_seconds * REST_FACTOR:
+        waited = now - process.scanned_at
+        if waited < process.scan_seconds * REST_FACTOR:
             return False
         if process.listing == 0 or now - process.first_seen < YOUNG_SECONDS:
             return True
         return waited >= (VMM_SECONDS if process.vms else OTHER_SECONDS)
 
-    def _look_at(self, pid: int, process: _Process, now: float) -> None:
-        process.looked_at = now
+    def _scan_one(self, pid: int, process: _Process, now: float) -> None:
+        process.scanned_at = now
         started = self._clock()
         try:
             self._renew(pid, process)
@@ -228,7 +234,7 @@ class Discovery:
         except (OSError, MalformedData) as err:
             process.listing = 0  # so that it is due again
             self._tell(pid, err)
-        process.look_seconds = self._clock() - started
+        process.scan_seconds = self._clock() - started
 
     def _tell(self, pid: int, err: OSError | MalformedData) -> None:
         if isinstance(err, OSError) and err.errno == errno.EBADF:
@@ -281,7 +287,8 @@ class Discovery:
             raise ProcessLookupError(pid)  # the number passed to another process in between
 
     def _find_own_vms(self, pid: int, process: _Process, files: KvmFiles) -> tuple[HeldVm, ...]:
-        if len(files.vms) > MAX_VM_FDS:
+        process.vms_left_out = max(0, len(files.vms) - MAX_VM_FDS)
+        if process.vms_left_out:
             self._on_error(pid, "too_many_vms", f"it has {len(files.vms)} VM fds: only {MAX_VM_FDS} are scanned")
         known = [vm.key.vm_fd for vm in process.vms]
         vm_fds = find_distinct(process.tid, files.vms[:MAX_VM_FDS], known, self._compare)

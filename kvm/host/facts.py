@@ -6,6 +6,7 @@ answer is "unknown", never "no".
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -59,8 +60,11 @@ def read_host(
     cpuinfo, cpu_unknown_reason = dict[str, str](), ""
     try:
         cpuinfo = parse_cpuinfo((proc / "cpuinfo").read_text(errors="replace"))
+        if not any(cpuinfo.get(name) for name in _CPUINFO_FIELDS.values()):
+            cpu_unknown_reason = "/proc/cpuinfo does not name the CPU"
     except OSError as err:
-        cpu_unknown_reason = f"/proc/cpuinfo cannot be read ({err.strerror}; in a unit: ProcSubset=pid)"
+        hint = "; in a unit: ProcSubset=pid" if err.errno == errno.ENOENT else ""
+        cpu_unknown_reason = f"/proc/cpuinfo cannot be read ({err.strerror}{hint})"
     try:
         supported, reason = read_notify_supported(device), ""
     except SourceUnavailable as err:

@@ -49,7 +49,8 @@ class Privileges:
     ``capabilities`` is the set of effective ones, a bit each; ``security_modules`` are those that are active in the
     kernel; ``label`` is the process's AppArmor profile or SELinux context; ``ptrace_scope`` is yama's (3 forbids
     borrowing fds altogether), ``perf_event_paranoid`` the sysctl of that name. ``is_seccomp_filtered`` says that a
-    filter may refuse system calls; ``kvm_is_module`` that KVM's types are a module's, which take CAP_SYS_ADMIN.
+    filter may refuse system calls; ``kvm_is_module`` says whether KVM's types are a module's, which take CAP_SYS_ADMIN.
+    None stands for what cannot be read.
     """
 
     uid: int
@@ -61,7 +62,7 @@ class Privileges:
     perf_event_paranoid: int | None = None
     initial_user_namespace: bool | None = None
     is_seccomp_filtered: bool | None = None
-    kvm_is_module: bool = False
+    kvm_is_module: bool | None = None
 
     def lacks(self, capability: str) -> bool:
         """Tell whether the process is known to lack a capability, and one that implies it."""
@@ -86,10 +87,13 @@ class Privileges:
         return tuple(name for name in NEEDED_CAPABILITIES if self.lacks(name))
 
     def find_features(self) -> tuple[Feature, ...]:
-        """Return what each feature takes on this host; each row is measured by ``tests/live/test_capabilities.py``."""
+        """Return what each feature takes on this host.
+
+        ``tests/live/test_capabilities.py`` measures, for a user who is not root, the rows that apply where it runs.
+        """
         # tracefs and debugfs are root's own, mode 0700: root needs no capability to look into them.
         look_in = () if self.uid == 0 else ("CAP_DAC_READ_SEARCH",)
-        types = ("CAP_SYS_ADMIN",) if self.kvm_is_module else ()
+        types = () if self.kvm_is_module is False else ("CAP_SYS_ADMIN",)
         paranoid = self.perf_event_paranoid is not None and self.perf_event_paranoid >= PARANOID_OF_DEBIAN
         arming = ("CAP_SYS_ADMIN",) if paranoid else ()
         return (
@@ -149,8 +153,19 @@ def read_privileges(
         perf_event_paranoid=_parse_number(_read_text(proc / "sys/kernel/perf_event_paranoid")),
         initial_user_namespace=parse_initial_user_namespace(uid_map) if uid_map else None,
         is_seccomp_filtered=parse_seccomp(status),
-        kvm_is_module=_read_text(sysfs / "module/kvm/initstate") is not None,
+        kvm_is_module=read_is_module(sysfs / "module/kvm"),
     )
+
+
+def read_is_module(directory: Path) -> bool | None:
+    """Tell whether what has this directory of /sys/module was loaded; None where it is not there, or cannot be read."""
+    try:
+        (directory / "initstate").read_text()
+    except FileNotFoundError:
+        return False if directory.is_dir() else None
+    except OSError:
+        return None
+    return True
 
 
 def read_initial_pid_namespace(proc: Path) -> bool | None:

@@ -15,16 +15,14 @@ import contextlib
 import fcntl
 import mmap
 import os
-import struct
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from kvm import abi
-from kvm.binary_stats import VALUE_BYTES, decode_descriptors, decode_header
+from kvm.binary_stats import Statistic, decode_descriptors, decode_header, decode_values, measure_values
 from kvm.errors import MalformedData
-from kvm.model import Statistic
 
 # Numbers that are unlikely to be found by chance where they are looked for.
 VCPU_ID = 173
@@ -87,13 +85,11 @@ class ThrowawayVm:
     def read_statistics(self) -> dict[str, tuple[int, ...]]:
         """Read all statistics of the vCPU by its stats fd; raises OSError or MalformedData."""
         header = decode_header(os.pread(self.stats_fd, abi.KVM_STATS_HEADER.size, 0), _ORIGIN)
-        length = max(found.offset + found.size * VALUE_BYTES for found in self.statistics.values())
+        length = measure_values(self.statistics.values())
         block = os.pread(self.stats_fd, length, header.data_offset)
         if len(block) < length:
             raise MalformedData(_ORIGIN, f"{len(block)} bytes of values, {length} expected")
-        return {
-            name: struct.unpack_from(f"={found.size}Q", block, found.offset) for name, found in self.statistics.items()
-        }
+        return decode_values(self.statistics, block)
 
     def _arm(self) -> tuple[int, int]:
         flags = abi.NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED

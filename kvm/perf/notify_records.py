@@ -28,8 +28,6 @@ def build_mask_filter(field: str, value: int, mask: int) -> str:
     return " && ".join([f"!({field} & {mask & ~value:#x})", *set_bits])
 
 
-# While the CPU is in enclave mode the record has not the guest's RIP but the enclave's asynchronous exit pointer: the
-# same wherever in the enclave the exit was (SDM volume 3, "Interactions with VMX").
 # The exit reason is the low half of the field; the CPU sets bits above it, such as 26 for a bus lock and 27 for
 # enclave mode (SDM volume 3, "Basic VM-Exit Information"). On SVM the same number is another exit.
 NOTIFY_FILTER = f"{build_mask_filter('exit_reason', abi.EXIT_REASON_NOTIFY, _REASON_MASK)} && isa == {abi.KVM_ISA_VMX}"
@@ -64,5 +62,7 @@ def decode_notify_exit(tracepoint: Tracepoint, sample: Sample, tid: int) -> Noti
         return None
     if reason & _REASON_MASK != abi.EXIT_REASON_NOTIFY or isa != abi.KVM_ISA_VMX:
         return None
+    # Then the record has not the guest's RIP but the enclave's asynchronous exit pointer: the same wherever in the
+    # enclave the exit was (SDM volume 3, "Interactions with VMX").
     in_enclave = reason & abi.VMX_EXIT_REASONS_SGX_ENCLAVE_MODE
     return NotifyExit(sample.time_ns, tid, None if in_enclave else rip, qualification, vectoring)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from kvm.abi import NotifyVmexitFlags
 from kvm.identity.vm_ids import name_vm
 from kvm.model import (
     EXITS,
@@ -25,7 +26,6 @@ from kvm.model import (
     Host,
     Identity,
     Owner,
-    Protection,
     Snapshot,
     SourceReport,
     Vcpu,
@@ -35,6 +35,7 @@ from kvm.model import (
     VmKey,
     VmReading,
 )
+from kvm.protection import judge_protection
 
 SOURCE: Final = "simulated"
 RARE_SECONDS: Final = 20.0
@@ -44,8 +45,8 @@ STUCK_SECONDS: Final = 60.0
 STUCK_EXITS_PER_SECOND: Final = 40.0
 EXITS_PER_SECOND: Final = 1500.0
 
-# KVM_X86_NOTIFY_VMEXIT_ENABLED and _USER, include/uapi/linux/kvm.h
-_ENABLED, _USER = 1, 2
+_ENABLED = NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED
+_USER = NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_USER
 _SECONDS_UP: Final = 86_400.0
 _FIRST_PID: Final = 4_000
 # The range of pids that one VM takes: itself and a thread for each vCPU.
@@ -258,7 +259,7 @@ def _read_member(role: _Role, vm: Vm, vcpus: tuple[Vcpu, ...], seconds: float) -
         vcpus=() if role.sum_only else vcpus,
         vcpu_count=len(vcpus),
         counters=counters,
-        protection=_judge_protection(role.flags),
+        protection=judge_protection(_HOST.notify_supported, role.flags),
     )
 
 
@@ -285,9 +286,3 @@ def _count_exits(role: _Role, seed: int, vcpu_count: int, seconds: float) -> tup
         notify[position] = role.notify_exits(seconds)
         exits[position] = math.floor(running_seconds * EXITS_PER_SECOND) + notify[position]
     return tuple(notify), tuple(exits)
-
-
-def _judge_protection(flags: int | None) -> Protection:
-    if flags is None:
-        return Protection.UNKNOWN
-    return Protection.ARMED if flags & _ENABLED else Protection.OFF

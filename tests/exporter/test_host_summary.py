@@ -19,6 +19,7 @@ ROOT = Privileges(
     security_modules=("lockdown", "capability", "yama"),
     label="unconfined",
     ptrace_scope=1,
+    kvm_is_module=False,
     initial_user_namespace=True,
 )
 TRACING = "can be told: exits can be traced, by tracefs"

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from kvm import abi
 from kvm.binary_stats import (
     MAX_DATA_BYTES,
+    Statistic,
     StatsHeader,
     decode_descriptors,
     decode_header,
-    decode_id,
+    decode_values,
     find_counters,
     is_counter,
+    measure_values,
 )
 from kvm.counters.stats_fd import check_safe_to_borrow, plan_layout
 from kvm.errors import MalformedData, SourceUnavailable
-from kvm.model import Statistic
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "stats"
 CAPTURES = sorted(FIXTURES.glob("*.bin"))
@@ -64,7 +65,11 @@ def test_captured_file_decodes_to_what_the_kernel_said(capture: Path) -> None:
     header = decode_header(block, "capture")
     descriptors = decode_descriptors(header, block[header.desc_offset :], "capture")
     assert len(descriptors) == header.num_desc == said["descriptors"]
-    assert decode_id(block[header.id_offset : header.id_offset + header.name_size]) == said["id"]
+    values = decode_values(descriptors, block[header.data_offset :])
+    assert values.keys() == descriptors.keys()
+    assert (values["exits"], values["notify_window_exits"]) == ((said["exits"],), (said["notify_window_exits"],))
+    shorter = decode_values(descriptors, block[header.data_offset :][: measure_values(descriptors.values()) - 1])
+    assert shorter.items() < values.items()
     layout = plan_layout(header, find_counters(descriptors, ["exits", "notify_window_exits", "no_such_statistic"]))
     values = dict(zip(layout.names, layout.values.unpack_from(block), strict=True))
     assert values == {"exits": said["exits"], "notify_window_exits": said["notify_window_exits"]}

@@ -63,11 +63,30 @@ def test_the_log_tells_of_each_reason_once_and_of_its_end(caplog: pytest.LogCapt
     caplog.set_level("INFO")
     spot_log = BlindSpotLog()
     hidden, none = replace(ALL_SEEN, hidden=1), replace(ALL_SEEN, hidden=2, works=False)
-    for seen in (replace(ALL_SEEN, pending=3), hidden, hidden, none, none, hidden, ALL_SEEN, ALL_SEEN):
-        spot_log.tell(find_blind_spots(seen))
+    story = (replace(ALL_SEEN, pending=3), hidden, hidden, none, none, hidden, *[ALL_SEEN] * 6)
+    for number, seen in enumerate(story):
+        spot_log.log_new(find_blind_spots(seen), 15.0 * number)
     told = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert told == [
         ("WARNING", "VMs of this host may not be seen"),
         ("WARNING", "VMs of this host may not be seen"),
         ("INFO", "every VM of this host is seen"),
     ]
+
+
+def test_a_reason_that_comes_and_goes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever makes and ends a VM too many, again and again, does not fill the log."""
+    caplog.set_level("INFO")
+    spot_log = BlindSpotLog()
+    for number in range(1000):
+        spot_log.log_new(find_blind_spots(replace(ALL_SEEN, over_budget=number % 2)), 15.0 * number)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_every_vm_is_not_said_to_be_seen_while_an_owner_is_not_known(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    spot_log = BlindSpotLog()
+    spot_log.log_new(find_blind_spots(replace(ALL_SEEN, over_budget=1)), 0.0)
+    for number in range(100):
+        spot_log.log_new(find_blind_spots(replace(ALL_SEEN, pending=1)), 15.0 * number)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -20,6 +20,7 @@ from kvm.model import EXITS, Host, Identity, Owner, Protection, Snapshot, VmCoun
 from kvm.protection import judge_protection
 from kvm.read_errors import ReadErrors
 from kvm.snapshot import HostReader
+from kvm.vm_budget import PROCESS_VMS
 
 PID = os.getpid()
 START = read_stat(Path("/proc"), PID).start_ticks
@@ -58,14 +59,18 @@ class ToldDiscovery(Discovery):
     def __init__(self, *vms: HeldVm) -> None:
         super().__init__(Path("/proc"), lambda _pid, _kind, _message: None)
         self.vms = vms
-
+        self.left_out = 0
         self.sees_first_process = True
         self.again: list[set[int]] = []
 
     def find_vms(self) -> list[HeldVm]:
         return list(self.vms)
 
-    def look_again(self, pids: Iterable[int]) -> list[HeldVm]:
+    @property
+    def vms_left_out(self) -> int:
+        return self.left_out
+
+    def scan_again(self, pids: Iterable[int]) -> list[HeldVm]:
         self.again.append(set(pids))
         return [vm for vm in self.vms if vm.key.pid in self.again[-1] and vm.tid]
 
@@ -358,3 +363,24 @@ def test_a_clone_keeps_both_apart_and_says_so(sources: tuple[ToldSource, ToldSou
 )
 def test_protection(supported: bool | None, flags: int | None, protection: Protection) -> None:
     assert judge_protection(supported, flags) is protection
+
+
+def test_vms_over_budget_are_not_read_and_those_beyond_the_scan_count_too() -> None:
+    """Without a source that finds VMs itself: what is over budget costs nothing more."""
+    source = ToldSource("stats_fd")
+    scene = Scene(source)
+    scene.discovery.vms = tuple(hold(VmKey(PID, START, fd)) for fd in range(PROCESS_VMS + 10))
+    scene.discovery.left_out = 7
+    snapshot = scene.look()
+    assert len(source.asked[0]) == PROCESS_VMS
+    assert snapshot.vms_over_budget == 17
+    assert "over_budget" in {spot.reason for spot in snapshot.blind_spots}
+    assert not snapshot.complete
+
+
+def test_a_source_that_finds_vms_itself_is_held_to_the_budget_alone() -> None:
+    source = ToldSource("bpf", finds_vms=True)
+    source.answers = {VmKey(PID, START, fd): count(1) for fd in range(PROCESS_VMS + 10)}
+    scene = Scene(source)
+    scene.discovery.left_out = 7
+    assert scene.look().vms_over_budget == 10

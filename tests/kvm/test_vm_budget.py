@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm.model import VmKey
-from kvm.vm_budget import MAX_TOLD, QUIET_SECONDS, VmBudget
+from kvm.vm_budget import MAX_LOGGED, QUIET_SECONDS, VmBudget
 
 
 class Clock:
@@ -119,6 +119,33 @@ def test_a_condition_that_stands_is_not_logged_again(caplog: pytest.LogCaptureFi
 
 def test_what_was_logged_is_not_remembered_for_ever() -> None:
     budget = make_budget()
-    for uid in range(2 * MAX_TOLD):
+    for uid in range(2 * MAX_LOGGED):
         budget.keep(make_keys(1000 * uid + 1, range(4)))
-    assert len(budget._over_at) <= MAX_TOLD
+    assert len(budget._over_at) <= MAX_LOGGED
+
+
+def test_a_user_who_is_over_again_after_hours_is_logged_again(caplog: pytest.LogCaptureFixture) -> None:
+    """What another user does meanwhile keeps nobody's silence."""
+    clock = Clock()
+    budget = make_budget(clock)
+    crowds = [make_keys(1001, range(5)), make_keys(2001, range(5))]
+    for crowd, snapshots in ((crowds[0], 3), (crowds[1], 200), (crowds[0], 3)):
+        for _ in range(snapshots):
+            clock.now += 60.0
+            budget.keep(crowd)
+    assert [vars(record)["fields"]["uid"] for record in caplog.records] == [1, 2, 1]
+
+
+def test_each_process_is_asked_for_its_user_once() -> None:
+    asked: list[int] = []
+
+    def read_uid(_proc: Path, pid: int) -> int:
+        asked.append(pid)
+        return 1
+
+    budget = VmBudget(Path("/proc"), Clock(), process_vms=3, uid_vms=10, read_uid=read_uid)
+    crowd = {key: vm for pid in range(1000, 1010) for key, vm in make_keys(pid, range(5)).items()}
+    for _ in range(3):
+        budget.keep(crowd)
+    assert sorted(asked) == list(range(1000, 1010))
+    assert budget.over == 40

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvm.binary_stats import Statistic
 from kvm.bpf.vcpu_decode import (
     FILE_RECORD,
     IDENTITY,
@@ -26,7 +27,7 @@ from kvm.bpf.vcpu_decode import (
     keep_vms,
 )
 from kvm.errors import MalformedData
-from kvm.model import Statistic, VmKey
+from kvm.model import VmKey
 
 NAMES = ("exits", "notify_window_exits")
 TICK_NS = 10_000_000

@@ -266,11 +266,11 @@ def test_a_slow_process_is_left_alone_for_a_hundred_times_as_long(scene: Scene) 
     clock = Slowly()
     slow._clock = clock
     slow.find_vms()
-    looked_at = slow._processes[scene.proc.pid].looked_at
+    scanned_at = slow._processes[scene.proc.pid].scanned_at
     slow._clock = lambda: scene.now
     scene.proc.put(5, "anon_inode:kvm-vcpu:0")
     assert scene.vcpu_ids(10) == [()]
-    assert slow._processes[scene.proc.pid].looked_at == looked_at
+    assert slow._processes[scene.proc.pid].scanned_at == scanned_at
     assert scene.vcpu_ids(60) == [(0,)]
 
 

@@ -34,7 +34,7 @@ def test_a_flag_counts_only_if_every_processor_has_it() -> None:
 
 
 @given(st.text())
-def test_foreign_text_parses(text: str) -> None:
+def test_untrusted_text_parses(text: str) -> None:
     facts.parse_cpuinfo(text)
     facts.parse_vmx_flags(text)
     assert " " not in lockdown.parse_lockdown(text)
@@ -59,6 +59,12 @@ def test_a_host_without_anything_readable_is_unknown_and_not_unsupported(tmp_pat
     assert found.initial_pid_namespace is None
     assert "/proc/cpuinfo cannot be read" in found.cpu_unknown_reason
     assert facts.read_host().cpu_unknown_reason == ""
+
+
+@pytest.mark.parametrize("text", ["", "processor : 0\n", "vendor_id :\nmodel name :\n"])
+def test_a_cpuinfo_that_names_no_cpu_is_no_answer(text: str, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert facts.read_host(proc=tmp_path).cpu_unknown_reason == "/proc/cpuinfo does not name the CPU"
 
 
 def test_a_device_that_is_not_kvm_is_not_asked_in_vain(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from kvm.host.privileges import (
     parse_initial_user_namespace,
     parse_seccomp,
     read_initial_pid_namespace,
+    read_is_module,
     read_privileges,
     read_security_modules,
 )
@@ -77,6 +78,21 @@ def test_security_modules_that_cannot_be_read_are_not_absent(tmp_path: Path) -> 
     assert read_security_modules(tmp_path, refuse) == ("capability", "yama")
     (securityfs / "lsm").write_text("")
     assert read_security_modules(tmp_path, refuse) == ()
+
+
+def test_where_kvms_types_are_is_read_or_not_known(tmp_path: Path) -> None:
+    module = tmp_path / "module/kvm"
+    assert read_is_module(module) is None
+    module.mkdir(parents=True)
+    assert read_is_module(module) is False
+    (module / "initstate").write_text("live\n")
+    assert read_is_module(module) is True
+
+
+@pytest.mark.parametrize(("is_module", "needed"), [(True, True), (False, False), (None, True)])
+def test_what_is_not_known_may_be_needed(is_module: bool | None, needed: bool) -> None:
+    features = {feature.name: feature for feature in Privileges(uid=1, kvm_is_module=is_module).find_features()}
+    assert ("CAP_SYS_ADMIN" in features["trigger"].needs) is needed
 
 
 def test_where_nothing_can_be_read_nothing_is_claimed(tmp_path: Path) -> None:
