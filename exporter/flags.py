@@ -158,7 +158,7 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         "--web.max-requests",
         dest="max_requests",
         metavar="NUMBER",
-        type=int,
+        type=parse_count,
         default=40,
         help="scrapes at once, beyond which the answer is 503; 0 for no limit (default: 40)",
     )
@@ -180,6 +180,13 @@ def choose_collectors(arguments: argparse.Namespace) -> frozenset[str]:
     chosen = {name: getattr(arguments, f"collector_{name}") for name in COLLECTORS}
     default = not arguments.disable_defaults
     return frozenset(name for name, wanted in chosen.items() if (default if wanted is None else wanted))
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number, not negative; raises argparse.ArgumentTypeError."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 on is wanted")
+    return int(text)
 
 
 def parse_exits(text: str) -> int:

@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -45,9 +46,13 @@ def run_server(arguments: argparse.Namespace) -> int:
     from exporter.web.web_config_file import WebConfigFile  # noqa: PLC0415
 
     web_config = WebConfigFile(arguments.web_config_file) if arguments.web_config_file else None
+    addresses = choose_addresses(arguments.listen_addresses, is_protected=bool(web_config and web_config.protects))
     settings = ServerSettings(
-        addresses=choose_addresses(arguments.listen_addresses, is_protected=bool(web_config and web_config.protects)),
-        optional_addresses=() if arguments.listen_addresses else (make_socket_directory(SOCKET_ADDRESS),),
+        addresses=tuple(admit_group(address, arguments.details_gid) for address in addresses),
+        # Not for a demo: its socket would stand where the host's own agent is asked.
+        optional_addresses=()
+        if arguments.listen_addresses or arguments.command == "demo"
+        else (admit_group(make_socket_directory(SOCKET_ADDRESS), arguments.details_gid),),
         is_simulated=arguments.command == "demo",
         trusted_peers=TrustedPeers(os.geteuid(), arguments.details_gid),
         telemetry_path=arguments.telemetry_path,
@@ -88,6 +93,11 @@ def choose_addresses(wanted: Sequence[Address] | None, *, is_protected: bool) ->
         extra={"fields": {"address": str(LOOPBACK_ADDRESS), "remedy": how}},
     )
     return (LOOPBACK_ADDRESS,)
+
+
+def admit_group(address: Address, gid: int | None) -> Address:
+    """Let a group connect to an address that is a Unix socket: it may see details there, so it must get there."""
+    return replace(address, gid=gid) if isinstance(address, UnixAddress) else address
 
 
 def make_socket_directory(address: UnixAddress) -> UnixAddress:

@@ -269,7 +269,8 @@ def _number(number: int | None) -> str:
     return "—" if number is None else f"{number:,}"
 
 
-def _hash(text: str) -> str:
+def hash_asset(text: str) -> str:
+    """Hash a style sheet or script as a Content-Security-Policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 

@@ -10,7 +10,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -40,9 +40,10 @@ class TcpAddress:
 
 @dataclass(frozen=True, slots=True)
 class UnixAddress:
-    """The path of a Unix socket."""
+    """The path of a Unix socket, and the group whose members may connect to it; None for that of the agent."""
 
     path: str
+    gid: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"unix:{self.path}"
@@ -84,7 +85,7 @@ def open_sockets(addresses: Sequence[Address], unix_mode: int = UNIX_MODE) -> It
         for address in addresses:
             try:
                 if isinstance(address, UnixAddress):
-                    opened = [_open_unix(Path(address.path), unix_mode, stack.callback)]
+                    opened = [_open_unix(address, unix_mode, stack.callback)]
                 else:
                     opened = _open_tcp(address)
             except OSError as err:
@@ -145,8 +146,9 @@ def _listen(family: int, name: tuple[object, ...], *, dual: bool = False) -> soc
     return sock
 
 
-def _open_unix(path: Path, mode: int, on_close: Callable[..., object]) -> socket.socket:
+def _open_unix(address: UnixAddress, mode: int, on_close: Callable[..., object]) -> socket.socket:
     """Open a Unix socket; the file of a dead one is replaced, anything else at its path is left alone."""
+    path = Path(address.path)
     with ExitStack() as undo:
         sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
@@ -157,12 +159,24 @@ def _open_unix(path: Path, mode: int, on_close: Callable[..., object]) -> socket
             path.unlink()
             sock.bind(str(path))
         made = path.lstat()
-        # Nobody can connect before listen(), so there is no moment with the wrong mode.
+        # Nobody can connect before listen(), so there is no moment with the wrong group or mode.
+        if address.gid is not None:
+            _give_to_group(path, address.gid)
         path.chmod(mode)
         sock.listen(BACKLOG)
         undo.pop_all()
     on_close(_remove_unix, path, (made.st_dev, made.st_ino))
     return sock
+
+
+def _give_to_group(path: Path, gid: int) -> None:
+    """Let a group connect; without CAP_CHOWN an agent may do so for groups that it is a member of."""
+    try:
+        os.chown(path, -1, gid)
+    except OSError as err:
+        fields = {"path": str(path), "gid": gid, "err": err.strerror}
+        remedy = "run the agent with that group besides its own (SupplementaryGroups= of the unit)"
+        log.warning("a group cannot be let connect", extra={"fields": fields | {"remedy": remedy}})
 
 
 def _is_dead_socket(path: Path) -> bool:

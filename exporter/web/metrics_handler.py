@@ -48,6 +48,7 @@ class MetricsApp:
         """Take a first snapshot while the application starts, and let the worker finish when it ends."""
         loop = asyncio.get_running_loop()
         first_snapshot: asyncio.Future[object] = loop.run_in_executor(self._worker, self._collector.collect)
+        first_snapshot.add_done_callback(self._tell_failure)
         yield
         last_job: asyncio.Future[object] = loop.run_in_executor(self._worker, _do_nothing)
         drain_seconds = self._settings.drain_seconds
@@ -131,6 +132,10 @@ class MetricsApp:
             self._rate_limited_log.write(logging.ERROR, "request failed", path=request.path, err=repr(err))
             log.debug("request failed", extra={"fields": {"path": request.path}}, exc_info=True)
             return _render_text(500, "internal error; the agent's log says more")
+
+    def _tell_failure(self, snapshot: asyncio.Future[object]) -> None:
+        if not snapshot.cancelled() and (err := snapshot.exception()):
+            self._rate_limited_log.write(logging.ERROR, "a snapshot failed", err=repr(err))
 
     def _scrape(self, selected: frozenset[str], form: Format, zipped: bool) -> bytes:
         document = render_document(self._collector.collect(selected), self._self_metrics, form)

@@ -25,15 +25,13 @@ from exporter.status_page import page
 from exporter.web.acceptor import Acceptor
 from exporter.web.connection_guard import NEXT_REQUEST_SECONDS, ConnectionGuard, find_limits
 from exporter.web.gate import Gate
-from exporter.web.listeners import Address, ListenError, find_address, open_sockets, parse_address
+from exporter.web.listeners import Address, ListenError, find_address, open_sockets
 from exporter.web.metrics_handler import MetricsApp
 from exporter.web.protocol import SERVER, HttpProtocol
 from exporter.web.settings import DRILL_PATH, HEALTHY_PATH, READY_PATH, STATUS_PATH, VCPUS_PATH, ServerSettings
 from exporter.web.stall_handlers import StallHandlers, Watcher
 from exporter.web.status_handlers import StatusHandlers
 from exporter.web.web_config_file import LoadedConfig, WebConfigFile
-
-__all__ = ["ServerSettings", "create_app", "open_server", "parse_address", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ def create_app(
         links |= {"Healthy": HEALTHY_PATH, "Ready": READY_PATH}
         build = collector.build
         frame = page.Frame(build.version, build.revision, settings.host_name, links)
-        status = StatusHandlers(recorder, watcher, frame, limits=settings.status)
+        status = StatusHandlers(recorder, watcher, frame, rate_limited_log, limits=settings.status)
         app.router.add_get("/", status.answer_page)
         app.router.add_get(STATUS_PATH, status.answer_parts)
         app.cleanup_ctx.append(status.run)

@@ -26,17 +26,16 @@ from aiohttp import web
 
 from exporter.history.rates import WINDOW_SECONDS
 from exporter.history.recorder import SnapshotRecorder
+from exporter.logs.rate_limit import RateLimitedLog
 from exporter.stalls.verdicts import State, VcpuReport
 from exporter.status_page import page
-from exporter.status_page.page import _hash, read_asset
+from exporter.status_page.page import hash_asset, read_asset
 from exporter.status_page.view import StatusView, clean_query, make_status_view
 from exporter.web.access import PRIVATE_HEADERS, sees_details
 from exporter.web.cpu_budget import Budget
 from exporter.web.settings import StatusLimits
 from exporter.web.stall_handlers import Watcher
 from kvm.model import Snapshot
-
-log = logging.getLogger(__name__)
 
 
 class _Question(NamedTuple):
@@ -65,6 +64,7 @@ class StatusHandlers:
         recorder: SnapshotRecorder,
         watcher: Watcher | None,
         frame: page.Frame,
+        rate_limited_log: RateLimitedLog,
         *,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
@@ -72,6 +72,7 @@ class StatusHandlers:
     ) -> None:
         limits = self._limits = limits or StatusLimits()
         self._recorder, self._watcher, self._frame = recorder, watcher, frame
+        self._rate_limited_log = rate_limited_log
         self._clock, self._unix_clock = clock, unix_clock
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-snapshot")
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status")
@@ -139,7 +140,7 @@ class StatusHandlers:
     def _forget(self, question: _Question) -> None:
         task = self._answers.pop(question)
         if not task.cancelled() and (err := task.exception()):
-            log.debug("the status page was not rendered", extra={"fields": {"err": repr(err)}})
+            self._rate_limited_log.write(logging.ERROR, "the status page was not rendered", err=repr(err))
 
     def _render_now(self, question: _Question) -> _Answer:
         """Render one answer; in a worker thread, one at a time."""
@@ -174,7 +175,7 @@ class StatusHandlers:
             return
         if self._reading is None or self._reading.done():
             self._reading = asyncio.get_running_loop().run_in_executor(self._reader, self._recorder.read)
-            self._reading.add_done_callback(_tell_failure)
+            self._reading.add_done_callback(self._tell_failure)
             self._wait_until = self._clock() + self._limits.snapshot_wait_seconds
         # All who wait for one read wait that long together: one that hangs must not hold each of them up in turn.
         await asyncio.wait({self._reading}, timeout=max(0.0, self._wait_until - self._clock()))
@@ -189,7 +190,11 @@ class StatusHandlers:
                 if any(_is_lively(vcpu, self._clock()) for vcpu in report.vcpus):
                     await self._renew(self._limits.sample_seconds)
             except Exception as err:  # noqa: BLE001 - a plot with a gap is better than none from now on
-                log.debug("the history was not kept", extra={"fields": {"err": repr(err)}})
+                self._rate_limited_log.write(logging.ERROR, "the history was not kept", err=repr(err))
+
+    def _tell_failure(self, read: asyncio.Future[Snapshot]) -> None:
+        if not read.cancelled() and (err := read.exception()):
+            self._rate_limited_log.write(logging.ERROR, "a snapshot failed", err=repr(err))
 
 
 def _is_lively(found: VcpuReport, now: float) -> bool:
@@ -202,15 +207,10 @@ def _is_lively(found: VcpuReport, now: float) -> bool:
     )
 
 
-def _tell_failure(read: asyncio.Future[Snapshot]) -> None:
-    if not read.cancelled() and (err := read.exception()):
-        log.error("a snapshot failed", extra={"fields": {"err": repr(err)}})
-
-
 @cache
 def make_headers() -> Mapping[str, str]:
     """Return what the page is to be sent with: nothing may load or run but its own style sheet and script."""
-    style, script = _hash(read_asset("status.css")), _hash(read_asset("status.js"))
+    style, script = hash_asset(read_asset("status.css")), hash_asset(read_asset("status.js"))
     policy = (
         f"default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; form-action 'self'; "
         "base-uri 'none'; frame-ancestors 'none'"

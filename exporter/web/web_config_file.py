@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from exporter.logs.rate_limit import RateLimitedLog
 from exporter.web.request_limit import RequestLimit
 from exporter.web.tls import ServerContext, load_context, read_small_file
 from exporter.web.web_config import WebConfig, describe_web_config, parse_web_config
@@ -28,22 +29,29 @@ CHECK_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A configuration in force: what the file says, and what was made of it."""
+    """A configuration in force: what the file says, what was made of it, and the state of its files before that."""
 
     config: WebConfig
     context: ServerContext | None
     limit: RequestLimit | None
+    state: object
 
 
 def load_web_config(path: Path, clock: Callable[[], float] = time.monotonic) -> LoadedConfig:
-    """Read the file and all that it names; raises ConfigError."""
+    """Read the file and all that it names; raises ConfigError.
+
+    The state of each file is read before the file: what changes in between is seen at the next check.
+    """
     try:
+        main_state = _read_state((path,))
         text = read_small_file(path)
     except OSError as err:
         raise ConfigError(f"{path}: it cannot be read: {err.strerror or err}") from err
     config = parse_web_config(text, path)
+    state = main_state + _read_state(config.tls.files if config.tls else ())
     context = load_context(config.tls) if config.tls else None
-    return LoadedConfig(config, context, RequestLimit(config.rate_limit, clock) if config.rate_limit else None)
+    limit = RequestLimit(config.rate_limit, clock) if config.rate_limit else None
+    return LoadedConfig(config, context, limit, state)
 
 
 class WebConfigFile:
@@ -51,18 +59,15 @@ class WebConfigFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state: object = None
-        self._told = ""
         self._reloading = asyncio.Lock()
+        self._rate_limited_log = RateLimitedLog()
         # Told of the configuration before and the one now.
         self.on_reload: Callable[[LoadedConfig, LoadedConfig], None] | None = None
         self.reload_succeeded = True
-        self._state = _read_state(path, None)
         self.current = load_web_config(path)
-        # The files that it names are known only now; should they have changed meanwhile, they are read once more.
-        self._state = _read_state(path, self.current.config)
-        self._told = describe_web_config(self.current.config)
-        log.info("web configuration", extra={"fields": {"file": str(path), "has": self._told}})
+        self._state = self.current.state
+        fields = {"file": str(path), "has": describe_web_config(self.current.config)}
+        log.info("web configuration", extra={"fields": fields})
 
     @property
     def protects(self) -> bool:
@@ -73,31 +78,37 @@ class WebConfigFile:
         """Reload whenever a file has changed, for as long as nobody cancels it."""
         while True:
             await asyncio.sleep(check_seconds)
-            state = await asyncio.to_thread(_read_state, self._path, self.current.config)
-            if state != self._state:
-                await self.reload("changed")
+            try:
+                if await asyncio.to_thread(self._read_state_now) != self._state:
+                    await self.reload("changed")
+            except Exception as err:  # noqa: BLE001 - else no change would ever be noticed again
+                self._state, self.reload_succeeded = None, False  # the next check reads everything anew
+                self._rate_limited_log.write(logging.ERROR, "web configuration not checked", err=repr(err))
+
+    def _read_state_now(self) -> object:
+        tls = self.current.config.tls
+        return _read_state((self._path, *(tls.files if tls else ())))
 
     async def reload(self, reason: str) -> None:
         """Read everything anew, and let it come into force if it is right."""
         async with self._reloading:
-            state = await asyncio.to_thread(_read_state, self._path, self.current.config)
+            state = await asyncio.to_thread(self._read_state_now)
             fields = {"file": str(self._path), "reason": reason}
             try:
                 loaded = await asyncio.to_thread(load_web_config, self._path)
                 _refuse_switch(self._path, self.current.config, loaded.config)
-            except (ConfigError, OSError) as err:
+            except Exception as err:  # noqa: BLE001 - whatever is wrong, the old one stays, and that is told
                 # Where it was not the file's fault, as without fds, it is tried again at the next check.
-                self._state = state if isinstance(err, ConfigError) else None
-                self.reload_succeeded = False
-                log.error("web configuration not reloaded, the old one stays", extra={"fields": fields | {"err": err}})
+                is_refused = isinstance(err, ConfigError)
+                self._state, self.reload_succeeded = state if is_refused else None, False
+                told = err if is_refused else repr(err)
+                text = "web configuration not reloaded, the old one stays"
+                self._rate_limited_log.write(logging.ERROR, text, **fields, err=told)
                 return
-            # Of files that were named only now, a change since then is seen at the next check.
-            if loaded.config.tls != self.current.config.tls:
-                state = await asyncio.to_thread(_read_state, self._path, loaded.config)
             if loaded.config.rate_limit == self.current.config.rate_limit:  # a reload is no fresh burst
-                loaded = LoadedConfig(loaded.config, loaded.context, self.current.limit)
+                loaded = replace(loaded, limit=self.current.limit)
             before, self.current = self.current, loaded
-            self._state, self.reload_succeeded = state, True
+            self._state, self.reload_succeeded = loaded.state, True
             if self.on_reload:
                 self.on_reload(before, loaded)
             log.info(
@@ -112,9 +123,8 @@ def _refuse_switch(path: Path, old: WebConfig, new: WebConfig) -> None:
         raise ConfigError(f"{path}: taking the last authentication away takes a restart of the agent")
 
 
-def _read_state(path: Path, config: WebConfig | None) -> object:
+def _read_state(files: Iterable[Path]) -> tuple[object, ...]:
     """Return what changes when one of the files does."""
-    files = (path, *(config.tls.files if config and config.tls else ()))
     return tuple(_read_stat(file) for file in files)
 
 

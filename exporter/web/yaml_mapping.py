@@ -116,4 +116,8 @@ def _name_line(name: Value, node: yaml.Node, file: str) -> str:
 def _read_scalar(node: yaml.Node, where: str) -> Value:
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
         raise ConfigError(f"{where}: a text is wanted")
+    try:
+        node.value.encode()
+    except UnicodeEncodeError as err:  # an escape such as \ud800
+        raise ConfigError(f"{where}: a text is wanted, and this is none in UTF-8") from err
     return Value(str(node.value), where)

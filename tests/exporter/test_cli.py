@@ -56,6 +56,8 @@ def test_flags_are_what_they_say() -> None:
     ("words", "message"),
     [
         (["--collector.source=qmp"], "is wanted"),
+        (["--web.max-requests=-1"], "from 0 on"),
+        (["--web.max-requests=1e3"], "from 0 on"),
         (["--collector.source=bpf,bpf"], "without repetition"),
         (["--vm.include=("], "no regular expression"),
         (["--web.listen-address=here"], "want host:port"),

@@ -296,7 +296,7 @@ def test_no_such_signal_ends_the_agent(number: signal.Signals) -> None:
 @pytest.mark.parametrize(("is_protected", "address"), [(False, "127.0.0.1:9750"), (True, ":9750")])
 def test_only_a_protected_agent_is_open_by_default(site: Site, is_protected: bool, address: str) -> None:
     flags = [f"--web.config.file={site.file}"] if is_protected else []
-    # A network of its own: the default port may be taken in ours.
+    # A network of its own, as the default port may be taken in ours; the socket that serve would open is not a demo's.
     words = ["unshare", "--net", sys.executable, "-m", "exporter", "demo", *flags]
     lines = []
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
@@ -306,8 +306,9 @@ def test_only_a_protected_agent_is_open_by_default(site: Site, is_protected: boo
             if "msg=listening" in line:
                 break
         process.terminate()
-        process.stderr.read()
+        rest = process.stderr.read()
     assert f"msg=listening address={address}\n" in lines[-1]
+    assert "agent.sock" not in "".join(lines) + rest
     hint = [line for line in lines if "only this machine is served" in line]
     assert len(hint) == (0 if is_protected else 1)
     assert all("--web.listen-address=:9750" in line for line in hint)

@@ -129,6 +129,17 @@ def test_unix_socket_has_its_mode_and_goes_away(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_unix_socket_is_of_the_group_that_may_connect(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("giving a file to another group takes root")
+    path, group = tmp_path / "agent.sock", 4242
+    address = UnixAddress(str(path), gid=group)
+    with open_sockets([address]) as (sock,):
+        assert (path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)) == (group, 0o660)
+        assert find_address(sock) == address
+        assert str(address) == f"unix:{path}"
+
+
 def test_dead_unix_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "agent.sock"
     with socket.socket(socket.AF_UNIX) as dead:
@@ -198,10 +209,24 @@ with open_sockets([parse_address(sys.argv[1])]) as sockets:
 """
 
 
+LISTEN_FOR_GROUP = """
+import logging, sys
+from exporter.web.listeners import UnixAddress, open_sockets
+logging.basicConfig(format="%(message)s %(fields)s")
+with open_sockets([UnixAddress(sys.argv[1], gid=4242)]):
+    print("listens")
+"""
+
+
 def listen_without_ipv6(hosts: Path, address: str) -> subprocess.CompletedProcess[str]:
-    namespaces = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", WITHOUT_IPV6, "sh"]
+    without = ["--net", "--mount", "sh", "-c", WITHOUT_IPV6, "sh", str(hosts)]
+    return run_in_user_namespace(*without, sys.executable, "-c", LISTEN, address)
+
+
+def run_in_user_namespace(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command where we are root and know no other user or group; ``words`` begin with options of unshare."""
     run = subprocess.run(
-        [*namespaces, str(hosts), sys.executable, "-c", LISTEN, address],
+        ["unshare", "--user", "--map-root-user", *words],
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
@@ -228,3 +253,10 @@ def test_a_name_without_an_address_here_is_an_error(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert "ListenError: cannot listen on ip6-localhost:9750: " in run.stderr
     assert listen_without_ipv6(hosts, "localhost:9750").stderr == ""
+
+
+def test_a_group_that_cannot_be_given_the_socket_is_told(tmp_path: Path) -> None:
+    run = run_in_user_namespace(sys.executable, "-c", LISTEN_FOR_GROUP, str(tmp_path / "agent.sock"))
+    assert (run.returncode, run.stdout) == (0, "listens\n"), run.stderr
+    assert "a group cannot be let connect" in run.stderr
+    assert "SupplementaryGroups=" in run.stderr

@@ -314,6 +314,19 @@ def test_not_ready_where_no_vm_can_be_read() -> None:
     run(scenario, UnreadHost())
 
 
+def test_a_first_snapshot_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class FaultyCollector(HostCollector):
+        def collect(self, selected: object = None) -> list[Family]:
+            raise RuntimeError("a fault of ours")
+
+    async def scenario(address: Address) -> None:
+        assert (await ask(address, "/-/healthy")).status == 200
+        assert (await ask(address, "/-/ready")).status == 503
+
+    run(scenario, collector=FaultyCollector(SimulatedHost(), CollectorSettings(), BuildInfo("", "", ""), lambda: 0.0))
+    assert [(record.levelname, record.message) for record in caplog.records] == [("ERROR", "a snapshot failed")]
+
+
 def test_failing_reader_is_no_failing_scrape() -> None:
     async def scenario(address: Address) -> None:
         answer = await ask(address)

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from exporter.history.rates import WINDOW_SECONDS
 from exporter.history.recorder import SnapshotRecorder
+from exporter.logs.rate_limit import RateLimitedLog
 from exporter.stalls.verdicts import MonitorReport, State
 from exporter.status_page import page
 from exporter.status_page.page import Frame
@@ -106,7 +107,9 @@ def run_pages(
     async def main() -> None:
         recorder = SnapshotRecorder(host or FixedHost(make_snapshot(*READINGS)))
         frame = Frame("", "", "hv-17", {})
-        pages = StatusHandlers(recorder, watcher, frame, clock=clock, unix_clock=lambda: 1.7e9, limits=limits)
+        pages = StatusHandlers(
+            recorder, watcher, frame, RateLimitedLog(), clock=clock, unix_clock=lambda: 1.7e9, limits=limits
+        )
         async with open_pages(pages) as address:
             await asyncio.wait_for(scenario(address), PATIENCE_SECONDS)
 

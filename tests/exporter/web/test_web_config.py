@@ -156,7 +156,16 @@ def test_a_password_in_the_place_of_a_hash_is_not_repeated() -> None:
     assert "tr0ub4dor" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [b"\xff", b"[" * 5000, b"\x00", b"a: &a [*b]\n"])
+# YAML can spell what no text is: half of a surrogate pair.
+NO_TEXTS = (
+    b'tls_server_config: {cert_file: "\\ud800", key_file: server.key}\n',
+    b'http_server_config: {headers: {X-A: "\\ud800"}}\n',
+    b'basic_auth_users: {"\\ud800": x}\n',
+    b'"\\ud800": x\n',
+)
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"[" * 5000, b"\x00", b"a: &a [*b]\n", *NO_TEXTS])
 def test_what_is_no_yaml_is_refused(text: bytes) -> None:
     with pytest.raises(ConfigError, match=r"/etc/kvm/web\.yml"):
         parse_web_config(text, PATH)

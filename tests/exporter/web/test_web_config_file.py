@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.web.web_config_file import LoadedConfig, WebConfigFile
+from exporter.web.web_config_file import LoadedConfig, WebConfigFile, load_web_config
 from exporter.web.yaml_mapping import ConfigError
 from tests.certificates import Authority, Pair
 
@@ -149,3 +149,40 @@ def test_files_that_change_are_read_without_being_told(tmp_path: Path, pair: Pai
         watching.cancel()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_failing_check_is_told_and_the_next_one_looks_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[bool] = []
+
+    async def main() -> None:
+        file = open_file(tmp_path, USERS)
+
+        def fail_once(_before: LoadedConfig, _now: LoadedConfig) -> None:
+            seen.append(file.reload_succeeded)
+            if len(seen) == 1:
+                raise RuntimeError("an old connection resists")
+
+        file.on_reload = fail_once
+        watching = asyncio.create_task(file.watch(check_seconds=0.01))
+        (tmp_path / "web.yml").write_text(USERS + LIMIT)
+        while len(seen) < 2 or not file.reload_succeeded:
+            await asyncio.sleep(0.01)
+        assert not watching.done()
+        watching.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert [record.message for record in errors] == ["web configuration not checked"]
+    assert "resists" in str(vars(errors[0])["fields"]["err"])
+
+
+def test_the_state_holds_every_file_that_was_read(tmp_path: Path, pair: Pair) -> None:
+    path = tmp_path / "web.yml"
+    path.write_text(TLS)
+    loaded = load_web_config(path)
+    assert loaded.state == load_web_config(path).state
+    for file in (path, *pair):
+        file.write_bytes(file.read_bytes() + b"\n")
+        now = load_web_config(path).state
+        assert now != loaded.state, file
+        loaded = load_web_config(path)
