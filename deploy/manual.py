@@ -18,7 +18,8 @@ SECTIONS = {
 .B check
 and
 .B once
-exit with 0 where the counters of this host can be read, else with 1. A wrong flag is 2. Any other failure is 1.
+exit with 0 if the counters of this host can be read and no VM can have been missed, else with 1.
+A wrong flag is 2. Any other failure is 1.
 """,
     "files": rf"""
 .TP

@@ -145,7 +145,8 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         dest="details_gid",
         metavar="GROUP",
         type=parse_group,
-        help="group whose members see RIPs and owners over the Unix socket, as root does, and may start drills",
+        help="group that the Unix socket is given to: its members see RIPs and owners there, as root does, "
+        "and may start drills",
     )
     parser.add_argument(
         "--web.telemetry-path",

@@ -5,7 +5,7 @@ set -e
 service=kvm-notify-exporter.service
 
 systemd-sysusers /usr/lib/sysusers.d/kvm-notify-exporter.conf
-# The agent may write nothing below /usr: without this, each start and each look-up process compiles it anew.
+# The agent may write nothing below /usr: without this, each start and each lookup process compiles it anew.
 python3 -m compileall -q /usr/lib/kvm-notify-exporter
 
 case "$1" in

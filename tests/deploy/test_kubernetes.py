@@ -15,6 +15,7 @@ import yaml
 
 from deploy.rules import ALERTS, TARGET, render_rules
 from exporter.cli import parse_command_line
+from exporter.flags import SOCKET_ADDRESS
 from kvm.host.privileges import NEEDED_CAPABILITIES, Privileges
 from tests.deploy.distributions import ROOT, make_environment
 from tests.deploy.unit_file import FULL, NO_ADMIN, read_values
@@ -150,14 +151,18 @@ def test_the_pod_sees_the_host_and_changes_nothing(manifests: list[Manifest]) ->
     context = container["securityContext"]
     assert (context["privileged"], context["allowPrivilegeEscalation"]) == (False, False)
     assert context["readOnlyRootFilesystem"] is True
-    assert {mount["readOnly"] for mount in container["volumeMounts"]} == {True}
+    writable = {mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume} == {"socket"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
 @pytest.mark.deploy
 def test_flags_ports_and_paths_are_the_programs(manifests: list[Manifest]) -> None:
     (container,) = find_pod(manifests)["containers"]
-    (address,) = parse_command_line(container["args"]).listen_addresses
+    address, at_socket = parse_command_line(container["args"]).listen_addresses
+    assert at_socket == SOCKET_ADDRESS, "where drill asks"
+    (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "socket")
+    assert Path(SOCKET_ADDRESS.path).parent == Path(mount["mountPath"])
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"metrics": address.port}
     probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("readiness", "liveness")]
