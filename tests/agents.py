@@ -83,14 +83,18 @@ class AgentProcess:
         with self._news:
             return self._news.wait_for(find, seconds)
 
-    def get_json(self, path: str) -> dict[str, Any]:
-        """Ask once for JSON, at the Unix socket: there the agent sees that it is root who asks."""
+    def get_text(self, path: str) -> str:
+        """Ask once at the Unix socket: there the agent sees that it is root who asks."""
         with contextlib.closing(UnixConnection(self.socket.path)) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
             body = answer.read()
         assert answer.status == 200
-        document: dict[str, Any] = json.loads(body)
+        return body.decode()
+
+    def get_json(self, path: str) -> dict[str, Any]:
+        """Ask once for JSON, at the Unix socket."""
+        document: dict[str, Any] = json.loads(self.get_text(path))
         return document
 
     def get(self, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], bytes]:

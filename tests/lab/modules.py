@@ -101,7 +101,7 @@ def read_module(kernel: Kernel, name: str) -> bytes:
     return lzma.decompress(data) if found[0].suffix == ".xz" else data
 
 
-def read_modules(kernel: Kernel) -> dict[str, bytes]:
+def read_modules(kernel: Kernel, wanted: Sequence[str] = WANTED) -> dict[str, bytes]:
     """Returns the wanted modules and all they need, by name, in the order in which they have to be loaded."""
     loaded: dict[str, bytes] = {}
     builtin = {Path(line).stem for line in (kernel.modules / "modules.builtin").read_text(encoding="ascii").split()}
@@ -113,6 +113,6 @@ def read_modules(kernel: Kernel) -> dict[str, bytes]:
                 load(needed)
             loaded[name] = data
 
-    for name in WANTED:
+    for name in wanted:
         load(name)
     return loaded
