@@ -10,7 +10,7 @@ from exporter.logs.formatters import LEVELS
 from exporter.monitor.backends import PollMode
 from exporter.patterns import BadPattern, NamePattern, compile_pattern, find_re2
 from exporter.prometheus.selection import COLLECTORS
-from exporter.prometheus.vm_series import VcpuSeries
+from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from exporter.stalls.verdicts import StallRule
 from exporter.web.listeners import Address, TcpAddress, UnixAddress, parse_address
 from kvm.bpf.notify_trigger import FUNCTION
@@ -117,6 +117,15 @@ def add_collector_flags(parser: argparse.ArgumentParser) -> None:
         choices=list(VcpuSeries),
         default=VcpuSeries.ALL,
         help="which vCPUs have counters of their own: all, those with notify exits, or none (default: all)",
+    )
+    parser.add_argument(
+        "--web.labels",
+        dest="vm_labels",
+        type=VmLabels,
+        choices=list(VmLabels),
+        default=VmLabels.FULL,
+        help="what metrics say of a VM: full, or ids without names and owners, for networks that are not trusted "
+        "(default: full)",
     )
     for name, what in (("include", "only VMs"), ("exclude", "no VM")):
         parser.add_argument(

@@ -118,6 +118,7 @@ def build_collector(
     settings = CollectorSettings(
         enabled=choose_collectors(arguments),
         vcpu_series=arguments.vcpu_series,
+        vm_labels=arguments.vm_labels,
         vm_include=arguments.vm_include,
         vm_exclude=arguments.vm_exclude,
     )

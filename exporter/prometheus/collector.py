@@ -139,7 +139,8 @@ class HostCollector:
             vm = reading.vm
             lines, shown = kept.get(vm.key, (None, False))
             if lines is None or not lines.fits(reading):
-                lines, shown = VmSeries(reading, self.settings.vcpu_series), self.settings.shows(vm)
+                lines = VmSeries(reading, self.settings.vcpu_series, self.settings.vm_labels)
+                shown = self.settings.shows(vm)
             if lines.vm_label in labels:
                 message = f"another VM has the id {vm.id!r} too"
                 self._errors.record(reading.source, vm.key.pid, "duplicate_vm", message)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from exporter.patterns import NamePattern
-from exporter.prometheus.vm_series import VcpuSeries
+from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from kvm.model import Vm
 
 COLLECTORS: Final = ("host", "vm", "vcpu", "exporter")
@@ -28,6 +28,7 @@ class CollectorSettings:
 
     enabled: frozenset[str] = frozenset(COLLECTORS)
     vcpu_series: VcpuSeries = VcpuSeries.ALL
+    vm_labels: VmLabels = VmLabels.FULL
     vm_include: NamePattern | None = None
     vm_exclude: NamePattern | None = None
 

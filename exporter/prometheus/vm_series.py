@@ -8,6 +8,7 @@ whole host need not be put together anew.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 
 from exporter.prometheus import metrics
@@ -35,17 +36,30 @@ class VcpuSeries(StrEnum):
     NONE = "none"
 
 
+class VmLabels(StrEnum):
+    """What metrics say of a VM (``--web.labels``): with ``IDS`` neither its names nor its owner, nor what is claimed.
+
+    The series are the same ones, and a label without a value is none to Prometheus: so rules and joins go on working.
+    """
+
+    FULL = "full"
+    IDS = "ids"
+
+
 class VmSeries:
     """Renders the lines of one VM; made from its first reading and asked with each.
 
     ``vm_label`` is the label ``vm`` as it is printed: what tells series apart.
     """
 
-    def __init__(self, reading: VmReading, vcpu_series: VcpuSeries) -> None:
+    def __init__(
+        self, reading: VmReading, vcpu_series: VcpuSeries = VcpuSeries.ALL, vm_labels: VmLabels = VmLabels.FULL
+    ) -> None:
         self.vm_label = escape_label_value(reading.vm.id)
         self._vm = reading.vm
         self._vcpus = reading.vcpus
         self._vcpu_series = vcpu_series
+        self._vm_labels = vm_labels
         self._state: tuple[object, ...] = ()
         self._vm_lines: Rendered = []
         self._positions: Sequence[int] = range(len(reading.vcpus))
@@ -72,7 +86,7 @@ class VmSeries:
             counters.totals.get(NOTIFY_WINDOW_EXITS),
         )
         if state != self._state:
-            self._vm_lines = _render_vm(reading)
+            self._vm_lines = _render_vm(reading, self._vm_labels)
             self._state = state
         return self._vm_lines
 
@@ -123,10 +137,13 @@ class VmSeries:
         ]
 
 
-def _render_vm(reading: VmReading) -> Rendered:
+def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:
     vm, owner = reading.vm, reading.vm.owner
     # Alerts are routed by project and vm_namespace: only what somebody vouches for may say whose VM it is.
     is_vouched = owner.identity.is_vouched
+    has_claims = not is_vouched and bool(owner.display_name or owner.project or owner.namespace)
+    if vm_labels is VmLabels.IDS:
+        owner = replace(owner, name="", display_name="", project="", namespace="")
     info = order_labels(
         metrics.VM_INFO,
         vm=vm.id,
@@ -147,7 +164,6 @@ def _render_vm(reading: VmReading) -> Rendered:
         project=owner.project,
         vm_namespace=owner.namespace,
     )
-    has_claims = not is_vouched and bool(owner.display_name or owner.project or owner.namespace)
     samples: list[tuple[Metric, Sequence[str], float | None]] = [
         (metrics.VM_INFO, info, 1),
         (metrics.VM_CLAIMED_INFO, claims, 1 if has_claims else None),

@@ -16,7 +16,7 @@ from exporter.cli import build_parser, parse_command_line
 from exporter.commands.once import write_whole
 from exporter.flags import choose_collectors
 from exporter.prometheus.selection import COLLECTORS
-from exporter.prometheus.vm_series import VcpuSeries
+from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from tests.agents import ROOT, open_agent, run_agent
 from tests.waiting import wait_until
 
@@ -46,6 +46,8 @@ def test_flags_are_what_they_say() -> None:
     arguments = parse_command_line(
         ["--vcpu-series=active", "--vm.include=^web", "--collector.source=debugfs,stats_fd", "--web.max-requests=3"]
     )
+    assert arguments.vm_labels is VmLabels.FULL
+    assert parse_command_line(["once", "--web.labels=ids", "--output=a.prom"]).vm_labels is VmLabels.IDS
     assert arguments.vcpu_series is VcpuSeries.ACTIVE
     assert arguments.vm_include.matches("web1")
     assert arguments.sources == ("debugfs", "stats_fd")
@@ -62,6 +64,7 @@ def test_flags_are_what_they_say() -> None:
         (["--vm.include=("], "no regular expression"),
         (["--web.listen-address=here"], "want host:port"),
         (["--vcpu-series=some"], "invalid"),
+        (["--web.labels=none"], "invalid"),
         (["once", "--output=metrics.txt"], "reads *.prom only"),
         (["once", "--output=a.prom", "--format=json"], "not allowed with"),
         (["--web.listen-addres=:1"], "unrecognized"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporter.commands.drill import ask_for_drill
+from exporter.prometheus.vm_series import VmLabels
 from exporter.web.settings import DRILL_HEADER, DRILL_PATH
 from tests.agents import AgentProcess, open_agent
 from tests.hostile.networked_guest import send_from_guest
@@ -40,20 +41,27 @@ def knows_details(agent: AgentProcess, name: str) -> bool:
     return name in agent.get_text("/-/status?q=customer-7")
 
 
-def test_a_guest_at_10_0_2_2_gets_no_detail_and_no_drill(tmp_path: Path, tell: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("labels", VmLabels)
+def test_a_guest_at_10_0_2_2_gets_no_detail_and_no_drill(
+    labels: VmLabels, tmp_path: Path, tell: Callable[[str], None]
+) -> None:
     requests = {"metrics": build_request("GET", "/metrics")}
     for name, headers in DISGUISES.items():
         requests[f"api.{name}"] = build_request("GET", "/api/v1/vcpus", *headers)
         requests[f"page.{name}"] = build_request("GET", "/-/status?q=customer-7", *headers)
         drill = f"{DRILL_PATH}?vm={NEIGHBOUR}"
         requests[f"drill.{name}"] = build_request("POST", drill, *headers, f"{DRILL_HEADER}: yes")
-    with open_agent() as agent, open_guest_process(name=NEIGHBOUR, uuid=UUID, stats_fds=True, port_writes=1):
+    with (
+        open_agent(f"--web.labels={labels}") as agent,
+        open_guest_process(name=NEIGHBOUR, uuid=UUID, stats_fds=True, port_writes=1),
+    ):
         wait_until(lambda: knows_details(agent, NEIGHBOUR), "the neighbour is known")
         found = send_from_guest(tmp_path, agent.port, requests)
         drills = agent.samples("kvm_vcpu_drill")
         told = ask_for_drill(agent.socket, NEIGHBOUR)  # the drill that root gets shows that there was one to be had
     assert found["metrics"].status == 200  # it has been there
     assert UUID.encode() in found["metrics"].body
+    assert (NEIGHBOUR.encode() in found["metrics"].body) is (labels is VmLabels.FULL)
     for name in DISGUISES:
         api, page, drill_answer = (found[f"{kind}.{name}"] for kind in ("api", "page", "drill"))
         assert (api.status, json.loads(api.body)["details"]) == (200, False), name
@@ -62,4 +70,5 @@ def test_a_guest_at_10_0_2_2_gets_no_detail_and_no_drill(tmp_path: Path, tell: C
         assert drill_answer.status == 403, name
     assert drills == {}
     assert NEIGHBOUR in told
-    tell(f"a guest at 10.0.2.2 ({len(DISGUISES)} disguises): scraped {len(found['metrics'].body)} bytes, saw no detail")
+    size = len(found["metrics"].body)
+    tell(f"a guest at 10.0.2.2, {len(DISGUISES)} disguises, --web.labels={labels}: scraped {size} bytes, saw no detail")

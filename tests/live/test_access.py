@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exporter.web.settings import DRILL_HEADER
-from tests.agents import AgentProcess, open_agent
+from tests.agents import AgentProcess, open_agent, run_agent
 from tests.live import open_guest_process
 from tests.live.prometheus_server import find_program
 from tests.waiting import wait_until
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.live
 
 GROUP, NOBODY = 4242, 65534
 SECRET_NAME = "customer-7-database"
+UUID = "9f7b7f0e-7a52-4a8e-b7ce-0a4f1d8e5c11"
 
 
 def run_curl(*words: str, uid: int = NOBODY, groups: Sequence[int] = ()) -> tuple[int, str]:
@@ -58,3 +59,20 @@ def test_the_kernel_says_who_is_at_the_socket() -> None:
             _code, body = run_curl(f"{over_tcp}/api/v1/vcpus", uid=uid, groups=groups)
             assert json.loads(body)["details"] is False
             assert run_curl(*drill, f"{over_tcp}/-/drill?vm=none", uid=uid, groups=groups)[1] == "403"
+
+
+def test_metrics_of_ids_have_no_name_wherever_they_go(tmp_path: Path) -> None:
+    path = tmp_path / "kvm.prom"
+    with open_guest_process(name=SECRET_NAME, uuid=UUID, stats_fds=True, port_writes=1):
+        for labels, shows in (("full", True), ("ids", False)):
+            flag = f"--web.labels={labels}"
+            run_agent("once", flag, f"--output={path}", expect=(0, 1))
+            printed = run_agent("once", flag, "--format=prometheus", expect=(0, 1))
+            with open_agent(flag) as agent:
+                scraped = agent.get_text("/metrics")  # also not for root, as series would change with who scrapes
+                assert SECRET_NAME in agent.get_text(f"/-/status?q={SECRET_NAME}")
+            for text in (path.read_text(), printed, scraped):
+                assert f'uuid="{UUID}"' in text
+                assert (SECRET_NAME in text) is shows
+        # What is printed for whoever runs it is no metric.
+        assert SECRET_NAME in run_agent("once", "--web.labels=ids", expect=(0, 1))

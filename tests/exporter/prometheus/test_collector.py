@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from exporter.patterns import compile_pattern, find_re2
 from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.selection import COLLECTORS, BadSelection, CollectorSettings, select_collectors
-from exporter.prometheus.vm_series import VcpuSeries
+from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
@@ -158,6 +159,21 @@ def test_what_nobody_vouches_for_says_not_whose_a_vm_is(identity: Identity) -> N
     nothing = {"display_name": "", "vm_namespace": "", "project": "", "uid": ""}
     assert find(series, "kvm_vm_info", identity=str(identity), **nothing, **facts) == 1
     assert find(series, "kvm_vm_claimed_info", vm="a", display_name="", vm_namespace="kube-system", project="shop") == 1
+
+
+def test_ids_are_the_same_series_without_names_and_owners() -> None:
+    names_of = ("name", "display_name", "project", "vm_namespace")
+
+    def collect(vm_labels: VmLabels) -> str:
+        host = SimulatedHost(lambda: 1000.0, lambda: NOW)
+        settings = CollectorSettings(vm_labels=vm_labels)
+        return render_text(HostCollector(host, settings, BuildInfo("", "", ""), lambda: 0.0).collect())
+
+    full, ids = collect(VmLabels.FULL), collect(VmLabels.IDS)
+    assert ids != full
+    assert ids == re.sub(rf'\b({"|".join(names_of)})="[^"]*"', r'\1=""', full)
+    claimed = re.compile(r"^kvm_vm_claimed_info\{.*\} 1$", re.MULTILINE)
+    assert len(claimed.findall(ids)) == len(claimed.findall(full)) > 0  # that something is claimed is no name
 
 
 @pytest.mark.parametrize("protection", [Protection.OFF, Protection.UNKNOWN, Protection.UNSUPPORTED])
