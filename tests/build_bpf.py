@@ -13,7 +13,12 @@ from pathlib import Path
 CLANG = "clang-14"
 STRIP = "llvm-strip-14"
 SOURCES = Path(__file__).parents[1] / "kvm" / "bpf" / "programs"
-OBJECTS = ("vcpus.bpf.o", "notify.bpf.o")
+# What each object is made of, and the macros for that.
+OBJECTS = {
+    "vcpus.bpf.o": ("vcpus.bpf.c",),
+    "vcpus_direct.bpf.o": ("vcpus.bpf.c", "-DDIRECT_LOADS"),
+    "notify.bpf.o": ("notify.bpf.c",),
+}
 
 
 def build(name: str, target: Path, sources: Path = SOURCES) -> None:
@@ -21,7 +26,7 @@ def build(name: str, target: Path, sources: Path = SOURCES) -> None:
     # BTF v3 instructions (32-bit jumps and arithmetic) are known since Linux 5.1; asm/types.h stands in the directory
     # of the host's architecture, which clang does not search for this target.
     command = [CLANG, "-g", "-O2", "-Wall", "-Werror", "-target", "bpf", "-mcpu=v3", "-I/usr/include/x86_64-linux-gnu"]
-    command += [f"-ffile-prefix-map={sources}=.", "-c", name.replace(".o", ".c"), "-o", str(target)]
+    command += [f"-ffile-prefix-map={sources}=.", "-c", *OBJECTS[name], "-o", str(target)]
     subprocess.run(command, check=True, cwd=sources)
     subprocess.run([STRIP, "--strip-debug", str(target)], check=True)
 

@@ -18,6 +18,8 @@ from kvm.bpf.vcpu_decode import IDENTITY, STATE_RECORD, VM_RECORD, HostBlocks, d
 from kvm.errors import MalformedData
 
 OBJECT = Path(__file__).parent / "programs" / "vcpus.bpf.o"
+# The same programs, which read the kernel's memory by instructions of their own and not by calls of a helper.
+DIRECT_OBJECT = OBJECT.with_name("vcpus_direct.bpf.o")
 
 # As in records.bpf.h
 MAX_STATISTICS = 16
@@ -96,7 +98,7 @@ class RoomNeeded(Exception):
 
 
 class VcpuPrograms:
-    """The loaded programs ``names``, with room for ``capacity`` vCPUs and ``statistics`` values of each.
+    """The loaded programs ``names`` of the object ``path``, with room for ``capacity`` vCPUs of ``statistics`` values.
 
     ``types`` is the BTF that says where KVM's structs have their fields, None for vmlinux's. Construction raises
     OSError (libbpf's messages say more).
@@ -109,10 +111,13 @@ class VcpuPrograms:
         statistics: int,
         names: Sequence[str] = ALL,
         types: bytes | None = None,
+        *,
+        path: Path = OBJECT,
     ) -> None:
         self.library = library
         self.names = tuple(names)
-        self._object = BpfObject(library, OBJECT, types)
+        self.path = path
+        self._object = BpfObject(library, path, types)
         self._maps: list[mmap.mmap] = []
         self._links: dict[str, int] = {}
         self._buffer = bytearray(FILE_BUFFER_BYTES)

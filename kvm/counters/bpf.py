@@ -45,6 +45,7 @@ from kvm.bpf.vcpu_decode import (
 )
 from kvm.bpf.vcpu_programs import (
     ALL,
+    DIRECT_OBJECT,
     FILES_ONLY,
     MAX_STATISTICS,
     STATISTICS_BYTES,
@@ -75,7 +76,8 @@ class BpfSource:
 
     ``method`` says how VMs are found once it is open: "list" (KVM's list of VMs), "files" (open files, recognised by
     KVM's f_op) or "names" (by their names, where there is no /dev/kvm); ``method_reason`` why it is not the first.
-    ``with_list=False`` forbids the first. One read at a time: calls from several threads wait for each other.
+    ``with_list=False`` forbids the first. ``fast_objects`` are tried before the programs that every kernel takes. One
+    read at a time: calls from several threads wait for each other.
     """
 
     name = "bpf"
@@ -91,6 +93,7 @@ class BpfSource:
         sys: Path = Path("/sys"),
         capacity: int = FIRST_CAPACITY,
         with_list: bool = True,
+        fast_objects: Sequence[Path] = (DIRECT_OBJECT,),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if len(statistics) > MAX_STATISTICS:
@@ -100,6 +103,7 @@ class BpfSource:
         self._device, self._proc, self._sys = device, proc, sys
         self._capacity = capacity
         self._with_list = with_list
+        self._fast_objects = tuple(fast_objects)
         self._lock = threading.RLock()
         self._programs: VcpuPrograms | None = None
         self._assembler = VmAssembler(())
@@ -125,6 +129,11 @@ class BpfSource:
         )
 
     @property
+    def programs(self) -> str:
+        """The file name of the programs that are loaded; "" while it is not open."""
+        return "" if self._programs is None else self._programs.path.name
+
+    @property
     def limits(self) -> str:
         """What it lacks although it works, and why; "" where nothing."""
         return f"the slow way, by open files, and without registers: {self.method_reason}" if self.method_reason else ""
@@ -143,7 +152,8 @@ class BpfSource:
             except BaseException:
                 self.close()
                 raise
-            log.info("eBPF source ready", extra={"fields": {"method": self.method, "reason": self.method_reason}})
+            fields = {"method": self.method, "reason": self.method_reason, "programs": self.programs}
+            log.info("eBPF source ready", extra={"fields": fields})
 
     def read(self, vms: Sequence[HeldVm] = ()) -> dict[VmKey, VmCounters]:
         """Read every VM of the host, whoever is asked for; raises SourceUnavailable."""
@@ -298,6 +308,10 @@ class BpfSource:
 
     def _load(self, library: Library, statistics: int) -> VcpuPrograms:
         """Load as many of the programs as this kernel takes; raises OSError if it does not take the last of them."""
+        if self._with_list:
+            for path in self._fast_objects:
+                with contextlib.suppress(OSError):  # what is lost is speed
+                    return VcpuPrograms(library, self._capacity, statistics, ALL, self._types, path=path)
         choices = [ALL, WITHOUT_STATE, FILES_ONLY] if self._with_list else [FILES_ONLY]
         for names in choices[:-1]:
             try:
@@ -362,7 +376,9 @@ class BpfSource:
     def _grow(self, programs: VcpuPrograms, vcpus: int) -> VcpuPrograms:
         """Load the programs again with more room, and let them take over what these have learnt."""
         self._capacity = 1 << (vcpus + vcpus // 4).bit_length()
-        larger = VcpuPrograms(programs.library, self._capacity, len(self._wanted), programs.names, self._types)
+        larger = VcpuPrograms(
+            programs.library, self._capacity, len(self._wanted), programs.names, self._types, path=programs.path
+        )
         larger.control.take_over(programs.control)
         programs.close()
         self._programs = larger

@@ -22,14 +22,14 @@ from kvm import syscalls
 from kvm.binary_stats import decode_header
 from kvm.bpf.bpf_object import BpfObject
 from kvm.bpf.libbpf import open_library
-from kvm.bpf.vcpu_programs import KEPT_VMS, OBJECT, VcpuPrograms
+from kvm.bpf.vcpu_programs import DIRECT_OBJECT, KEPT_VMS, OBJECT, VcpuPrograms
 from kvm.counters.bpf import BpfSource
 from kvm.errors import SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
 from kvm.model import RIP_STATISTICS, VmCounters, VmKey
 from tests.agents import ROOT
 from tests.live import OTHER_EXITS, GuestProcess, open_guest_process, strange_vmm
-from tests.verifier_bill import MOST, read_bill
+from tests.verifier_bill import MOST, read_bill, takes_direct_loads
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.live
@@ -38,6 +38,7 @@ NAMES = ("exits", "notify_window_exits", "halt_exits")
 NO_DEVICE = Path("/nonexistent/kvm")
 MAKERS: dict[str, Callable[[], BpfSource]] = {
     "list": lambda: BpfSource(NAMES),
+    "list, by helper": lambda: BpfSource(NAMES, fast_objects=()),
     "files": lambda: BpfSource(NAMES, with_list=False),
     "names": lambda: BpfSource(("exits", "notify_window_exits"), device=NO_DEVICE),
 }
@@ -60,7 +61,7 @@ def open_source(method: str = "list") -> Iterator[BpfSource]:
     source = MAKERS[method]()
     source.open()
     try:
-        assert source.method == method
+        assert source.method == method.partition(",")[0]
         yield source
     finally:
         source.close()
@@ -493,6 +494,17 @@ def test_maps_keep_as_much_as_they_are_meant_to_however_many_cpus_set_entries_as
         assert fill_map(programs.map_fd(name), KEPT_VMS) == KEPT_VMS
     finally:
         programs.close()
+
+
+def test_direct_loads_are_used_where_the_kernel_takes_them() -> None:
+    library = open_library()
+    programs = BpfObject(library, DIRECT_OBJECT)
+    try:
+        expected = DIRECT_OBJECT if takes_direct_loads(programs) else OBJECT
+    finally:
+        programs.close()
+    with open_source() as source:
+        assert source.programs == expected.name
 
 
 def test_the_verifier_has_little_to_do(tell: Callable[[str], None]) -> None:

@@ -59,7 +59,7 @@ static long read_one_vcpu(__u32 index, struct vcpu_walk *walk)
 	identity = bpf_map_lookup_elem(&vcpus, &at);
 	if (!identity)
 		return 0; /* userspace sees by control.vcpus that it needs more room */
-	identity->vcpu_id = BPF_CORE_READ(vcpu, vcpu_id);
+	identity->vcpu_id = READ(vcpu, vcpu_id);
 	identity->tid = read_tid(vcpu);
 	copy_statistics((__u64)FIELD(vcpu, struct kvm_vcpu, stat), at);
 	return 0;
@@ -79,7 +79,7 @@ static long list_one_vm(__u32 index, struct list_walk *walk)
 		return 1;
 	control.vms = index + 1;
 	vm->kvm = (__u64)kvm;
-	vm->mm = (__u64)BPF_CORE_READ(kvm, mm);
+	vm->mm = (__u64)READ(kvm, mm);
 	vm->tgid = vm->count = vm->first = vm->missing = 0;
 	return 0;
 }
@@ -107,16 +107,16 @@ static __always_inline void read_vm(struct vm *vm, struct owner *owner)
 	__u64 files = read_files_of(owner);
 	__u32 first = control.vcpus, online;
 
-	if (!files || !is_listed(vm->kvm) || (__u64)BPF_CORE_READ(kvm, mm) != vm->mm)
+	if (!files || !is_listed(vm->kvm) || (__u64)READ(kvm, mm) != vm->mm)
 		return;
 	owner->vm_fd = find_vm_fd(files, vm->kvm, owner);
-	online = BPF_CORE_READ(kvm, online_vcpus.counter);
+	online = READ(kvm, online_vcpus.counter);
 	/* A VM that is being made is listed before its process has got the fd; and an exiting task gives up its files
 	 * before any is closed, so that what was not found in them proves nothing. */
 	if (owner->vm_fd < 0 && (!online || read_files_of(owner) != files))
 		return;
 	if (!vm->tgid) {
-		walk.head = (__u64)BPF_CORE_READ(kvm, vcpu_array.xa_head);
+		walk.head = (__u64)READ(kvm, vcpu_array.xa_head);
 		if (online && online <= MAX_VCPUS_OF_VM)
 			bpf_loop(online, read_one_vcpu, &walk, 0);
 		read_notify(kvm, &vm->notify_window, &vm->notify_vmexit_flags, &vm->has_notify);
@@ -137,9 +137,10 @@ static __always_inline void read_vm(struct vm *vm, struct owner *owner)
 static __always_inline bool is_owner_still(const struct owner *owner, __u64 mm)
 {
 	struct task_struct *task = (void *)owner->task;
+	struct task_struct *leader = READ(task, group_leader);
 
-	return (__u64)BPF_CORE_READ(task, mm) == mm && BPF_CORE_READ(task, tgid) == owner->tgid &&
-	       BPF_CORE_READ(task, group_leader, start_boottime) == owner->start_boottime;
+	return (__u64)READ(task, mm) == mm && READ(task, tgid) == owner->tgid &&
+	       READ(leader, start_boottime) == owner->start_boottime;
 }
 
 static __always_inline void note_unowned(struct vm *vm, __u32 index)
@@ -264,7 +265,7 @@ static long find_wanted_vcpu(__u32 index, struct vcpu_walk *walk)
 
 	walk->index = index;
 	vcpu = (void *)find_vcpu(walk);
-	if ((__u64)vcpu >= LOWEST_POINTER && BPF_CORE_READ(vcpu, vcpu_id) == walk->wanted_vcpu_id) {
+	if ((__u64)vcpu >= LOWEST_POINTER && READ(vcpu, vcpu_id) == walk->wanted_vcpu_id) {
 		walk->vcpu = (__u64)vcpu;
 		return 1;
 	}
@@ -310,8 +311,8 @@ int read_vcpu(void *ctx)
 	state = bpf_map_lookup_elem(&vcpu_state, &zero);
 	if (!walk.ended || !state)
 		return 0;
-	online = BPF_CORE_READ(kvm, online_vcpus.counter);
-	vcpu.head = (__u64)BPF_CORE_READ(kvm, vcpu_array.xa_head);
+	online = READ(kvm, online_vcpus.counter);
+	vcpu.head = (__u64)READ(kvm, vcpu_array.xa_head);
 	if (online && online <= MAX_VCPUS_OF_VM)
 		bpf_loop(online, find_wanted_vcpu, &vcpu, 0);
 	if (!vcpu.vcpu)

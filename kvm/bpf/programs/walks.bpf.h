@@ -17,17 +17,17 @@
 
 static __always_inline int read_tid(const struct kvm_vcpu *vcpu)
 {
-	struct pid *pid = BPF_CORE_READ(vcpu, pid);
+	struct pid *pid = READ(vcpu, pid);
 
-	return pid ? BPF_CORE_READ(pid, numbers[0].nr) : 0;
+	return pid ? READ(pid, numbers[0].nr) : 0;
 }
 
 static __always_inline void read_notify(const struct kvm *kvm, __u32 *window, __u32 *flags, __u32 *known)
 {
 	*known = bpf_core_field_exists(kvm->arch.notify_vmexit_flags);
 	if (*known) {
-		*window = BPF_CORE_READ(kvm, arch.notify_window);
-		*flags = BPF_CORE_READ(kvm, arch.notify_vmexit_flags);
+		*window = READ(kvm, arch.notify_window);
+		*flags = READ(kvm, arch.notify_vmexit_flags);
 	}
 }
 
@@ -152,8 +152,8 @@ __noinline int find_vm_fd(__u64 files, __u64 kvm, struct owner *owner)
 	if (!owner)
 		return -1;
 	known = owner->vm_fd;
-	walk.fds = (__u64)BPF_CORE_READ(table, fd);
-	walk.max_fds = BPF_CORE_READ(table, max_fds);
+	walk.fds = (__u64)READ(table, fd);
+	walk.max_fds = READ(table, max_fds);
 	if (known >= 0 && known < walk.max_fds &&
 	    is_vm_file(read_u64((void *)(walk.fds + 8 * (__u64)known)), kvm))
 		return known;
