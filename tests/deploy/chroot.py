@@ -27,6 +27,7 @@ INCLUDED = (
     "dbus",
     "python3-aiohttp",
     "python3-bcrypt",
+    "python3-cffi-backend",  # Debian 12's python3-bcrypt calls it by a virtual name, which debootstrap cannot resolve
     "python3-prometheus-client",
     "python3-psutil",
     "python3-yaml",
