@@ -23,7 +23,7 @@ RANKS = [
     {"kvm.simulated"},
     {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary", "exporter.patterns"},
     {"exporter.stalls", "exporter.history"},
-    {"exporter.monitor", "exporter.prometheus", "exporter.status_page"},
+    {"exporter.monitor", "exporter.prometheus", "exporter.status_page", "exporter.service"},
     {"exporter.web"},
     {"exporter.flags"},
     {"exporter.wiring"},

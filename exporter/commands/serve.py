@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
 import platform
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
+from exporter.commands.lifetime import Lifetime, run_until_signalled
 from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS
 from exporter.history.recorder import SnapshotRecorder
-from exporter.logs.rate_limit import RateLimitedLog
-from exporter.monitor.stall_monitor import StallMonitor
+from exporter.service.heartbeat import Heartbeat, describe_state
+from exporter.service.manager import open_service_manager
 from exporter.web.listeners import Address, UnixAddress
 from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.counters.bpf import BpfSource
@@ -28,7 +30,6 @@ from kvm.simulated.host import SimulatedHost
 log = logging.getLogger(__name__)
 
 HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-MAX_RELOADS: Final = 2
 
 # A snapshot makes some thousand objects and lets go of as many, none of them in a circle. At Python's own threshold of
 # 700 that had the collector run seven times a scrape of 10,000 vCPUs: a tenth of its time.
@@ -39,6 +40,7 @@ def run_server(arguments: argparse.Namespace) -> int:
     """Serve this host, or a simulated one, until a signal ends it."""
     for number in HARMLESS_SIGNALS:  # by default they would end the agent, and systemd would call that a success
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()  # a service manager that finds the agent hung sends SIGABRT: then the log says where it hangs
     # Importing aiohttp takes longer than all the rest of what the other commands do.
     from exporter.web.peer_credentials import TrustedPeers  # noqa: PLC0415
     from exporter.web.server import serve  # noqa: PLC0415
@@ -62,6 +64,7 @@ def run_server(arguments: argparse.Namespace) -> int:
     )
     gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
     with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(open_service_manager(os.environ, os.getpid()))
         if arguments.command == "demo":
             simulated = SimulatedHost()
             recorder = SnapshotRecorder(simulated)
@@ -73,11 +76,16 @@ def run_server(arguments: argparse.Namespace) -> int:
         is_fresh = (lambda: web_config.reload_succeeded) if web_config else None
         collector = build_collector(recorder, arguments, monitor, is_fresh)
 
-        async def serve_until(stop: asyncio.Event) -> None:
-            await serve(collector, recorder, settings, stop, monitor, web_config=web_config)
+        async def serve_until(stop: asyncio.Event, tell_ready: Callable[[], None]) -> None:
+            await serve(collector, recorder, settings, stop, monitor, web_config=web_config, tell_ready=tell_ready)
 
+        heartbeat = Heartbeat(
+            manager,
+            lambda: describe_state(recorder.snapshot, monitor.report(), time.monotonic()),
+            (lambda: recorder.reading_since, lambda: monitor.busy_since),
+        )
         reload = web_config.reload if web_config else tell_nothing_to_reload
-        asyncio.run(run_until_signalled(monitor, serve_until, reload))
+        asyncio.run(run_until_signalled(monitor, serve_until, heartbeat, Lifetime(manager, reload)))
     return 0
 
 
@@ -110,38 +118,3 @@ def make_socket_directory(address: UnixAddress) -> UnixAddress:
 async def tell_nothing_to_reload(reason: str) -> None:
     """Say that there is no file to read anew."""
     log.info("nothing to reload without --web.config.file", extra={"fields": {"reason": reason}})
-
-
-def tell_failure(log: RateLimitedLog, _loop: asyncio.AbstractEventLoop, context: Mapping[str, object]) -> None:
-    """Write a line where asyncio would write a traceback, each time."""
-    what = str(context.get("message", "no message"))
-    log.write(logging.ERROR, "the event loop met a failure", err=repr(context.get("exception", "")), reason=what)
-
-
-async def run_until_signalled(
-    monitor: StallMonitor,
-    serve: Callable[[asyncio.Event], Awaitable[None]],
-    reload: Callable[[str], Coroutine[object, object, None]],
-) -> None:
-    """Serve and monitor until SIGINT or SIGTERM, then finish what is under way; SIGHUP has files read anew."""
-    loop, stop, stop_monitor = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-    reloads: set[asyncio.Task[None]] = set()
-
-    def start_reload() -> None:
-        if len(reloads) < MAX_RELOADS:  # one under way, and one that sees what has changed since it began
-            task = loop.create_task(reload("SIGHUP"))
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
-
-    loop.set_exception_handler(partial(tell_failure, RateLimitedLog()))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, start_reload)
-    monitor_task = asyncio.create_task(monitor.run(stop_monitor))
-    # It ends only when told to. If it fails all the same, the agent ends with it: it would look healthy without.
-    monitor_task.add_done_callback(lambda _: stop.set())
-    try:
-        await serve(stop)
-    finally:
-        stop_monitor.set()  # only now: the last scrape still asks the monitor
-        await monitor_task

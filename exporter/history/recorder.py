@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 from exporter.history.rates import RateHistory
 from kvm.model import Snapshot, SnapshotReader
@@ -11,9 +13,11 @@ from kvm.model import Snapshot, SnapshotReader
 class SnapshotRecorder:
     """A SnapshotReader that any thread may use: it lets its reader take one snapshot at a time, and remembers."""
 
-    def __init__(self, reader: SnapshotReader) -> None:
+    def __init__(self, reader: SnapshotReader, clock: Callable[[], float] = time.monotonic) -> None:
         self.history = RateHistory()
-        self._reader = reader
+        self.reading_since: float | None = None
+        """Since when, by ``clock``, a snapshot has been under way; None where none is."""
+        self._reader, self._clock = reader, clock
         self._snapshot: Snapshot | None = None
         self._lock = threading.Lock()
 
@@ -25,9 +29,13 @@ class SnapshotRecorder:
     def read(self) -> Snapshot:
         """Take a snapshot; waits while another thread does."""
         with self._lock:
-            snapshot = self._reader.read()
-            self.history.observe(snapshot)
-            self._snapshot = snapshot
+            self.reading_since = self._clock()
+            try:
+                snapshot = self._reader.read()
+                self.history.observe(snapshot)
+                self._snapshot = snapshot
+            finally:
+                self.reading_since = None
         return snapshot
 
     def close(self) -> None:

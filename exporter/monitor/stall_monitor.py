@@ -108,6 +108,8 @@ class StallMonitor:
         self._attempts = Attempts()
         # Processes and threads whose counts the trigger is still to forget.
         self._ended: set[tuple[int, ...]] = set()
+        self.busy_since: float | None = None
+        """Since when what is due has been done, by the event loop's clock; None while nothing is due."""
         self._some_unread = False
         self._read_at = self._retry_at = -_NEVER
         self._wake = asyncio.Event()
@@ -121,7 +123,9 @@ class StallMonitor:
         try:
             while not stop.is_set():
                 self._wake.clear()
+                self.busy_since = self._clock()
                 await self._keep_up()
+                self.busy_since = None
                 await self._rest()
         finally:
             stopping.cancel()

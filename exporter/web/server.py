@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
@@ -147,11 +147,13 @@ async def serve(
     watcher: Watcher | None = None,
     *,
     web_config: WebConfigFile | None = None,
+    tell_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until ``stop`` is set; raises ListenError."""
+    """Serve until ``stop`` is set, and tell when clients can connect; raises ListenError."""
     async with open_server(collector, recorder, settings, watcher=watcher, web_config=web_config) as listening:
         for address in listening:
             log.info("listening", extra={"fields": {"address": str(address)}})
+        tell_ready()
         watching = asyncio.create_task(web_config.watch()) if web_config else None
         try:
             await stop.wait()

@@ -60,7 +60,8 @@ class ServerSettings:
     optional_addresses: tuple[Address, ...] = ()
     is_simulated: bool = False
     write_seconds: float = 30.0
-    drain_seconds: float = 5.0
+    # Once for requests under way, and once for the snapshot that is: the agent is to end within 2 s.
+    drain_seconds: float = 0.75
     status: StatusLimits = field(default_factory=StatusLimits)
 
     def __post_init__(self) -> None:

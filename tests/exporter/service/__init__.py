@@ -1,0 +1,1 @@
+"""Tests of what the agent and the service manager tell each other."""
