@@ -182,7 +182,7 @@ class HostReader:
             pending=self._identities.pending,
             hidden=self._identities.hidden,
             over_budget=self._over_budget,
-            sees_first_process=finds_vms or self._discovery.sees_first_process,
+            sees_first_process=finds_vms or self._discovery.sees_first_process is not False,
             refused=len(refused),
             refused_may_hold_vms=asks and may_hold_vms(self._kvm_debugfs, self._proc, refused),
         )

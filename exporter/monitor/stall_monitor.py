@@ -141,6 +141,7 @@ class StallMonitor:
             evidence=Evidence.KERNEL if tells_rips else Evidence.TRACE,
             trigger_problem=self._trigger.problem,
             trigger_missed=self._trigger.missed,
+            missed_vcpus=self._trigger.missed_vcpus,
             trigger="bpf" if self._trigger.attached else "poll" if period else "",
             poll_period_seconds=period,
             traced_vcpus=scheduler.armed,
@@ -240,6 +241,7 @@ class StallMonitor:
         poll = await self._poller.poll(self._trigger.tells_all)
         self._read_at = poll.ended
         self._poller.wanted |= self._trigger.misses_any(poll.moved)  # from now on as without it
+        self._trigger.forget_missed(self._poller.readings)
         for moved in poll.moved:
             if self._tracked.get(VcpuKey(moved.reading.vm.key, moved.vcpu.vcpu_id)) is None:
                 vcpu = self._track(moved.reading, moved.vcpu)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from typing import Final
 
 from exporter.history.changes import Moved
@@ -16,6 +16,7 @@ from exporter.logs.rate_limit import RateLimitedLog
 from exporter.monitor.backends import Run, Trigger
 from kvm.bpf.notify_trigger import NotifyCall
 from kvm.errors import SourceUnavailable
+from kvm.model import VcpuKey, VmKey
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class ManagedTrigger:
         """Why it is not attached; "" where it is, or where there is to be none."""
         self.missed = 0
         """How often a counter had moved and the trigger had told nothing of it."""
+        self.missed_vcpus: frozenset[VcpuKey] = frozenset()
+        """The vCPUs whose counters those were."""
         self._make, self._run, self._on_call = make, run, on_call
         self._attached_at = 0.0
         self._lost_before = 0
@@ -92,9 +95,15 @@ class ManagedTrigger:
             fields = {"vm": found.reading.vm.id, "vcpu": found.vcpu.index, "before": found.before, "now": found.now}
             self._log.write(logging.WARNING, _MISSED, **fields)
         self.missed += len(missed)
+        self.missed_vcpus |= {VcpuKey(found.reading.vm.key, found.vcpu.vcpu_id) for found in missed}
         oldest = asyncio.get_running_loop().time() - KEPT_SECONDS
         self._told = {vcpu: told for vcpu, told in self._told.items() if told >= oldest}
         return bool(missed)
+
+    def forget_missed(self, alive: Container[VmKey]) -> None:
+        """Forget the vCPUs of VMs that have ended."""
+        if any(vcpu.vm not in alive for vcpu in self.missed_vcpus):
+            self.missed_vcpus = frozenset(vcpu for vcpu in self.missed_vcpus if vcpu.vm in alive)
 
     def _is_untold(self, moved: Moved) -> bool:
         if moved.now < moved.before or moved.before_seconds < self._attached_at:

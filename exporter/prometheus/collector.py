@@ -1,9 +1,9 @@
 """One snapshot of the host as metric families; never raises.
 
 Four collectors make the families, and each can be chosen: ``host``, ``vm``, ``vcpu``, ``exporter``. They share one
-snapshot, taken first and timed as ``snapshot``. A collector that fails loses its own families and nothing else, and
-says so in ``kvm_exporter_scrape_collector_success``; a VM that makes no sense loses its own series and counts in
-``kvm_exporter_read_errors_total``.
+snapshot, taken first and timed as ``snapshot``, and what the stall monitor has found, timed as ``monitor``. A collector
+that fails loses its own families and nothing else, and says so in ``kvm_exporter_scrape_collector_success``; a VM that
+makes no sense loses its own series and counts in ``kvm_exporter_read_errors_total``.
 
 ``--vm.include`` and ``--vm.exclude`` decide which VMs have series of their own; the host's sums hold them all.
 """
@@ -34,6 +34,7 @@ T = TypeVar("T")
 ShownVm = tuple[VmReading, VmSeries]
 
 SNAPSHOT: Final = "snapshot"
+MONITOR: Final = "monitor"
 
 
 class HostCollector:
@@ -94,7 +95,10 @@ class HostCollector:
             families.update((family.metric, family) for family in made or () if family.chunks)
             return made is not None
 
+        self._verdicts = None
         is_read = run(SNAPSHOT, self._read_host)
+        if is_read and self._read_report is not None:
+            run(MONITOR, self._take_report)
         collectors = {
             "host": self._collect_host,
             "vm": self._collect_vms,
@@ -122,13 +126,17 @@ class HostCollector:
 
     def _read_host(self) -> list[Family]:
         snapshot = self._reader.read()
-        if self._read_report is not None:
-            offset = snapshot.unix_seconds - snapshot.monotonic_seconds
-            self._verdicts = StallSeries(self._read_report(), snapshot.readings, offset)
         self._increases.observe(snapshot)
         self._shown = list(self._arrange(snapshot))
         self._errors.log_new(reading.vm for reading in snapshot.readings)
         self.snapshot = snapshot
+        return []
+
+    def _take_report(self) -> list[Family]:
+        snapshot = self._snapshot()
+        if self._read_report is not None:
+            offset = snapshot.unix_seconds - snapshot.monotonic_seconds
+            self._verdicts = StallSeries(self._read_report(), snapshot.readings, offset)
         return []
 
     def _arrange(self, snapshot: Snapshot) -> Iterator[ShownVm]:

@@ -66,7 +66,7 @@ VCPU_CONTEXT_INVALID = Metric(
     "kvm_vcpu_notify_context_invalid_exits_total",
     MetricType.COUNTER,
     "Notify VM exits of a vCPU with an invalid VM context since the agent runs, each of them counted; "
-    "absent where handle_notify() cannot be attached to.",
+    "absent where handle_notify() cannot be attached to, and for vCPUs of whose notify VM exits it tells nothing.",
     ("vcpu", "vm"),
 )
 VCPU_NO_PROGRESS = Metric(
@@ -311,7 +311,8 @@ READ_ERRORS = Metric(
 SCRAPE_DURATION = Metric(
     "kvm_exporter_scrape_collector_duration_seconds",
     MetricType.GAUGE,
-    'How long a collector took; collector "snapshot" is the reading of the host, before the others.',
+    'How long a collector took; collectors "snapshot" (the reading of the host) and "monitor" '
+    "(what the stall monitor has found) come before the others.",
     ("collector",),
     "seconds",
 )

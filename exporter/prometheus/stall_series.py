@@ -13,7 +13,7 @@ from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family, render_sample
 from exporter.prometheus.metrics import Metric
 from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VcpuReport
-from kvm.model import NOTIFY_WINDOW_EXITS, Vcpu, VmKey, VmReading
+from kvm.model import NOTIFY_WINDOW_EXITS, Vcpu, VcpuKey, VmKey, VmReading
 
 _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
     (metrics.POLL_PERIOD, "poll_period_seconds"),
@@ -62,7 +62,10 @@ class StallSeries:
             yield from _render_traces(reading, found)
         if self._report.context_invalid is not None:
             for vcpu in notified:
-                yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, self._count_invalid(reading.vm.key, vcpu))
+                count = self._count_invalid(reading.vm.key, vcpu)
+                # Of a vCPU whose exits go past the trigger, none counted is not none.
+                if count or VcpuKey(reading.vm.key, vcpu.vcpu_id) not in self._report.missed_vcpus:
+                    yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, count)
         for vcpu in reading.vcpus:
             report, drill = found.get(vcpu.vcpu_id), drills.get(vcpu.vcpu_id)
             stuck = self._judge(vcpu, report, vcpu in notified)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from kvm.model import Vcpu, Vm
+from kvm.model import Vcpu, VcpuKey, Vm
 
 
 class State(StrEnum):
@@ -121,7 +121,7 @@ class MonitorReport:
     why RIPs cannot be had ("" where they can), ``evidence`` what tells them on this host. ``trigger`` is what
     tells of notify exits: "bpf", "poll", or "" where none can happen; ``trigger_problem`` is why no BPF trigger is
     attached ("" where one is, or where none is wanted), ``trigger_missed`` how often a counter had moved of which the
-    trigger told nothing.
+    trigger told nothing, and ``missed_vcpus`` whose.
     ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
     tid and vcpu_id, None where nothing counts it; ``agent_usage`` is None until it has been read.
     """
@@ -132,6 +132,7 @@ class MonitorReport:
     trigger: str = ""
     trigger_problem: str = ""
     trigger_missed: int = 0
+    missed_vcpus: frozenset[VcpuKey] = frozenset()
     poll_period_seconds: float = 0.0
     traced_vcpus: int = 0
     armings: int = 0

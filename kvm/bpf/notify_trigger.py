@@ -29,6 +29,7 @@ from kvm.bpf.btf import read_types
 from kvm.bpf.libbpf import LIBRARY, Library, open_library
 from kvm.bpf.refusals import check_own_pid, explain
 from kvm.errors import MalformedData, SourceUnavailable
+from kvm.host.privileges import read_is_module
 
 OBJECT = Path(__file__).parent / "programs" / "notify.bpf.o"
 FUNCTION = "handle_notify"
@@ -183,11 +184,13 @@ class NotifyTrigger:
             for program in ("on_entry", "on_return"):
                 self._object.set_target(program, self._function)
         except OSError as err:
-            if err.errno not in (errno.ESRCH, errno.ENOENT):
+            if err.errno not in (errno.ESRCH, errno.ENOENT, errno.EPERM):
+                raise
+            # libbpf passes over modules whose types it may not read, and may not be let to search modules at all.
+            exists = self._is_in_kernel()
+            if exists or (exists is None and (err.errno == errno.EPERM or self._is_without_types())):
                 raise
             self.close()
-            if self._is_in_kernel():  # libbpf passes over modules whose types it may not read
-                raise
             return TriggerStatus(self._function, False, f"no module of this kernel has {self._function}")
         self._object.set_entries("seconds", library.count_lru_entries(MAX_THREADS))
         self._object.load()
@@ -201,13 +204,24 @@ class NotifyTrigger:
         self._object.attach("on_entry")
         return TriggerStatus(self._function, True)
 
-    def _is_in_kernel(self) -> bool:
-        name = f" {self._function}\t".encode()
+    def _is_in_kernel(self) -> bool | None:
+        """Tell whether the kernel or a module has the function, None where that cannot be read."""
+        names = (f" {self._function}\t".encode(), f" {self._function}\n".encode())
+        found = None  # also where it is masked: then it is empty
         try:
             with self._kallsyms.open("rb") as lines:
-                return any(name in line or line.endswith(name.strip(b"\t") + b"\n") for line in lines)
+                for line in lines:
+                    found = line.find(names[0]) >= 0 or line.endswith(names[1])
+                    if found:
+                        break
         except OSError:
-            return False
+            return None
+        return found
+
+    def _is_without_types(self) -> bool:
+        """Tell whether kvm_intel is a module of which nobody can say what functions it has."""
+        is_module = read_is_module(self._sys / "module/kvm_intel")
+        return is_module is True and not (self._sys / "kernel/btf/kvm_intel").exists()
 
     def _take(self, record: bytes) -> None:
         self._on_call(NotifyCall(*_RECORD.unpack_from(record)))

@@ -16,6 +16,8 @@ from kvm.errors import SourceUnavailable
 from kvm.host.lockdown import Lockdown, read_lockdown
 from kvm.host.privileges import Privileges, read_privileges
 
+# What libbpf says where it may not look for a function in modules (load_module_btfs in its libbpf.c).
+_SEARCHES_MODULES = "failed to iterate BTF objects"
 _VERIFIER_STATISTICS = ("processed ", "verification time", "stack depth", "mark_precise", "max_states")
 
 
@@ -34,9 +36,11 @@ def explain(
     """
     privileges = read_privileges(proc, sys)
     module = (sys / "module/kvm/initstate").exists()
-    missing = find_missing_capabilities(privileges, module=module and attaches)
     denied = err.errno in (errno.EPERM, errno.EACCES)
     refusal = find_refusal(messages)
+    searched = denied and _SEARCHES_MODULES in refusal
+    types = "kvm is a module" if module and attaches else "modules are searched for the function" if searched else ""
+    missing = find_missing_capabilities(privileges, types)
     causes = (
         (
             err.errno in (errno.EMFILE, errno.ENFILE),
@@ -86,15 +90,16 @@ def explain(
     return SourceUnavailable(refusal or str(err), "please report this with the kernel's version")
 
 
-def find_missing_capabilities(privileges: Privileges, *, module: bool) -> tuple[str, ...]:
-    """Return what a process lacks to load BPF programs; ``module`` says that they need the types of a module.
+def find_missing_capabilities(privileges: Privileges, types: str = "") -> tuple[str, ...]:
+    """Return what a process lacks to load BPF programs; ``types`` says why they need the types of modules, if so.
 
-    Those are had through BPF_BTF_GET_FD_BY_ID, which takes CAP_SYS_ADMIN itself (kernel/bpf/syscall.c).
+    Those are had through BPF_BTF_GET_NEXT_ID and BPF_BTF_GET_FD_BY_ID, which take CAP_SYS_ADMIN itself
+    (kernel/bpf/syscall.c).
     """
     if not privileges.lacks("CAP_SYS_ADMIN"):
         return ()
     names = [name for name in ("CAP_BPF", "CAP_PERFMON") if privileges.lacks(name)]
-    return (*names, *(("CAP_SYS_ADMIN (while loading, because kvm is a module)",) if module else ()))
+    return (*names, *((f"CAP_SYS_ADMIN (while loading, because {types})",) if types else ()))
 
 
 def find_refusal(messages: Iterable[str]) -> str:

@@ -43,15 +43,14 @@ def find_vm_directory(kvm_directory: Path, proc: Path, key: VmKey) -> Path | Non
     A VMM that has moved its VM fd, or whose creating thread has ended, has no directory that can be told to be its own.
     """
     usual = kvm_directory / f"{key.pid}-{key.vm_fd}"
-    if usual.is_dir():
-        return usual
     try:
-        names = os.listdir(kvm_directory)
+        if usual.is_dir():
+            return usual
+        for match in filter(None, map(_VM_DIRECTORY.fullmatch, os.listdir(kvm_directory))):
+            if int(match[2]) == key.vm_fd and (proc / str(key.pid) / "task" / match[1]).is_dir():
+                return kvm_directory / match[0]
     except OSError:
-        return None
-    for match in filter(None, map(_VM_DIRECTORY.fullmatch, names)):
-        if int(match[2]) == key.vm_fd and (proc / str(key.pid) / "task" / match[1]).is_dir():
-            return kvm_directory / match[0]
+        return None  # it may not be looked into
     return None
 
 
@@ -86,13 +85,13 @@ def may_hold_vms(kvm_directory: Path, proc: Path, pids: Collection[int]) -> bool
     if not pids:
         return False
     try:
-        names = os.listdir(kvm_directory)
+        makers = {match[1] for match in filter(None, map(_VM_DIRECTORY.fullmatch, os.listdir(kvm_directory)))}
+        return any(
+            not (proc / tid).exists() or any((proc / str(pid) / "task" / tid).exists() for pid in pids)
+            for tid in makers
+        )
     except OSError:
-        return True
-    makers = {match[1] for match in filter(None, map(_VM_DIRECTORY.fullmatch, names))}
-    return any(
-        not (proc / tid).exists() or any((proc / str(pid) / "task" / tid).exists() for pid in pids) for tid in makers
-    )
+        return True  # one of the two may not be looked into
 
 
 class DebugfsSource:

@@ -114,4 +114,7 @@ def open_vm_process(key: VmKey, proc: Path = Path("/proc")) -> int:
 
 def is_thread_of(pid: int, tid: int, proc: Path = Path("/proc")) -> bool:
     """Tell whether a thread belongs to a process."""
-    return (proc / str(pid) / "task" / str(tid)).is_dir()
+    try:
+        return (proc / str(pid) / "task" / str(tid)).is_dir()
+    except OSError:  # /proc hides the process
+        return False

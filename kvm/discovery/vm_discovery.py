@@ -111,8 +111,8 @@ class Discovery:
         self._started = False
         self._own_pid = os.getpid()
         self._refused: set[int] = set()
-        self.sees_first_process = False
-        """Whether process 1 was among those listed: where it is hidden (hidepid), so may others be."""
+        self.sees_first_process: bool | None = None
+        """Whether process 1 was among those listed: where it is hidden (hidepid), so may others be; None before."""
 
     def find_vms(self) -> list[HeldVm]:
         """Renew the list and return it."""

@@ -83,8 +83,14 @@ def open_tracefs(
         private = open_private("tracefs")
     except OSError as err:
         raise SourceUnavailable(f"{nowhere}, and this process may not open it ({err.strerror})", remedy) from err
-    if (private.path / "events").is_dir():
-        return Tracefs(private.path, private)
+    try:
+        if (private.path / "events").is_dir():
+            return Tracefs(private.path, private)
+    except OSError as err:  # it belongs to root alone, however it was opened
+        private.close()
+        remedy = "run as root, or give CAP_DAC_READ_SEARCH"
+        why = f"a private instance of it may not be read ({err.strerror})"
+        raise SourceUnavailable(f"{nowhere}, and {why}", remedy) from err
     private.close()
     raise SourceUnavailable(f"{nowhere}, and a private instance of it has no events", remedy)
 

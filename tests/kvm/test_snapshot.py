@@ -60,7 +60,7 @@ class ToldDiscovery(Discovery):
         super().__init__(Path("/proc"), lambda _pid, _kind, _message: None)
         self.vms = vms
         self.left_out = 0
-        self.sees_first_process = True
+        self.sees_first_process: bool | None = True
         self.again: list[set[int]] = []
 
     def find_vms(self) -> list[HeldVm]:
@@ -224,6 +224,15 @@ def test_what_is_hidden_makes_the_look_incomplete(sources: tuple[ToldSource, Tol
     scene.discovery.sees_first_process, scene.owners = True, {}
     scene.discovery.vms = (hold(KEY), hold(OTHER))
     assert not scene.look().complete
+
+
+def test_proc_is_not_called_hidden_before_it_was_listed() -> None:
+    source = ToldSource("bpf", finds_vms=True)
+    source.doubt = "nothing has been read yet"
+    scene = Scene(source)
+    scene.discovery.sees_first_process = None
+    assert [spot.reason for spot in scene.look().blind_spots] == ["no_source"]
+    assert Discovery(Path("/proc"), lambda _pid, _kind, _message: None).sees_first_process is None
 
 
 def test_a_source_is_up_only_when_it_has_read_something(sources: tuple[ToldSource, ToldSource]) -> None:

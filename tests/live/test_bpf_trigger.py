@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,7 @@ from tests.live import open_guest_process
 
 pytestmark = pytest.mark.live
 
+ROOT = Path(__file__).parents[2]
 RUN = "kvm_arch_vcpu_ioctl_run"
 KVM_EXIT_IO, KVM_EXIT_IO_OUT = 2, 1
 
@@ -28,6 +32,55 @@ def test_a_function_that_does_not_exist_is_a_fact() -> None:
         assert trigger.fd
     trigger.close()
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Path:
+    """A /sys in which kvm_intel is a module without types."""
+    (tmp_path / "kernel").mkdir()
+    (tmp_path / "kernel/btf").symlink_to("/sys/kernel/btf")
+    (tmp_path / "module/kvm_intel").mkdir(parents=True)
+    (tmp_path / "module/kvm_intel/initstate").write_text("live\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kallsyms", ["", None], ids=["masked", "hidden"])
+def test_where_symbols_cannot_be_read_nobody_says_that_no_module_has_it(
+    sysfs: Path, tmp_path: Path, kallsyms: str | None
+) -> None:
+    path = tmp_path / "kallsyms"
+    if kallsyms is not None:
+        path.write_text(kallsyms)
+    trigger = NotifyTrigger(lambda call: None, function="no_such_function_in_kvm", kallsyms=path, sys=sysfs)
+    with pytest.raises(SourceUnavailable):
+        trigger.open()
+    path.write_text("0000000000000000 T kvm_vcpu_init\t[kvm]\n")
+    assert trigger.open().reason == "no module of this kernel has no_such_function_in_kvm"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to give up")
+def test_a_user_who_may_not_search_modules_knows_it_from_symbols_or_says_which_capability_that_takes() -> None:
+    code = (
+        "from kvm.bpf.notify_trigger import NotifyTrigger\n"
+        "for name, path in (('no_such_function', '/proc/kallsyms'), ('no_such_function', '/dev/null')):\n"
+        "    try: print(NotifyTrigger(print, function=name, kallsyms=Path(path)).open().reason)\n"
+        "    except SourceUnavailable as err: print(err.reason)\n"
+    )
+    imports = "from pathlib import Path\nfrom kvm.errors import SourceUnavailable\n"
+    caps = "-all,+bpf,+perfmon,+dac_read_search"
+    user = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        f"--inh-caps={caps}",
+        f"--ambient-caps={caps}",
+    ]
+    words = [*user, f"--bounding-set={caps}", sys.executable, "-c", imports + code]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    known, unknown = run.stdout.splitlines()
+    assert known == "no module of this kernel has no_such_function"
+    assert unknown.startswith("missing capability: CAP_SYS_ADMIN (while loading, because ")
 
 
 def test_calls_reach_an_event_loop_or_the_refusal_is_told() -> None:

@@ -11,7 +11,7 @@ import pytest
 from exporter.stalls.verdicts import State
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.errors import SourceUnavailable
-from kvm.model import Protection
+from kvm.model import Protection, VcpuKey
 from tests.exporter.monitor.scene import Scene, play
 from tests.fake_host import FakeHost, FakeTrigger, FakeVm
 from tests.snapshots import INTEL
@@ -49,6 +49,10 @@ def test_a_counter_that_moves_while_the_trigger_is_silent_is_movement(
         await asyncio.sleep(1)
         report = scene.monitor.report()
         assert (report.trigger, report.poll_period_seconds, report.trigger_missed > 0) == ("bpf", 1.0, True)
+        assert report.missed_vcpus == {VcpuKey(vm.key, 0)}
+        scene.host.vms.remove(vm)
+        await asyncio.sleep(12)
+        assert scene.monitor.report().missed_vcpus == frozenset()
 
     play(act, vm, other, trigger=True, registers=registers)
     told = [record for record in caplog.records if "the trigger told nothing" in record.getMessage()]

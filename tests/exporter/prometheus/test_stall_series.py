@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,7 @@ from exporter.prometheus.exposition import render_text
 from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import THREAD_KINDS, Evidence, MonitorReport, State, VcpuReport
-from kvm.model import Snapshot, VmReading
+from kvm.model import Snapshot, VcpuKey, VmReading
 from tests.reports import USAGE, make_report
 from tests.snapshots import make_reading, make_snapshot
 
@@ -117,6 +117,36 @@ def test_traced_exits_are_of_those_that_were_looked_at() -> None:
     series = collect(MonitorReport(vcpus=(make_found(reading, 0, State.STALLED),)), reading)
     assert pick(series, "kvm_vcpu_notify_traced_exits_total") == {"0": 64.0}
     assert pick(series, "kvm_vcpu_notify_same_rip_exits_total") == {"0": 63.0}
+
+
+def test_a_vcpu_that_the_trigger_misses_has_no_count_of_invalid_contexts_but_what_was_counted() -> None:
+    reading = make_reading(notify=(3, 1, 5))
+    key = reading.vm.key
+    missed = frozenset(VcpuKey(key, vcpu_id) for vcpu_id in (0, 4))
+    counts = {(key.pid, key.start_ticks, 12, 4): 6}
+    series = collect(MonitorReport(context_invalid=counts, missed_vcpus=missed), reading)
+    assert pick(series, "kvm_vcpu_notify_context_invalid_exits_total") == {"1": 0.0, "2": 6.0}
+
+
+def test_a_monitor_that_fails_costs_its_own_series_only(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> MonitorReport:
+        raise OSError("the trigger's map is gone")
+
+    def report() -> MonitorReport:
+        return reports.pop(0)()
+
+    reading = make_reading(notify=(3, 1))
+    reports: list[Callable[[], MonitorReport]] = [lambda: MonitorReport(context_invalid={}), fail, MonitorReport]
+    reader, build = Fixed(make_snapshot(reading)), BuildInfo("", "", "")
+    collector = HostCollector(reader, CollectorSettings(), build, time.perf_counter, report)
+    well, failed, after = ({family.metric.name: family for family in collector.collect()} for _ in range(3))
+    lost = well.keys() - failed.keys()
+    assert {"kvm_exporter_warnings_total", NO_PROGRESS} < lost
+    assert not {name for name in lost if "exits_total" in name} - {"kvm_vcpu_notify_context_invalid_exits_total"}
+    assert 'kvm_exporter_scrape_collector_success{collector="monitor"} 0' in render_text(failed.values())
+    assert 'kvm_exporter_scrape_collector_success{collector="vcpu"} 1' in render_text(failed.values())
+    assert after.keys() == well.keys() - {"kvm_vcpu_notify_context_invalid_exits_total"}
+    assert "collector failed" in caplog.messages
 
 
 def test_without_vcpu_series_what_alerts_need_is_still_there() -> None:

@@ -82,6 +82,16 @@ def test_where_kvm_is_a_module_attaching_takes_more(roots: Roots) -> None:
     assert "capability" not in roots.explain(EINVAL)
 
 
+def test_to_search_modules_for_a_function_takes_more(roots: Roots) -> None:
+    """KVM is built in; libbpf looks for a function that vmlinux does not have."""
+    messages = ["libbpf: loading kernel BTF '/sys/kernel/btf/vmlinux': 0", "libbpf: failed to iterate BTF objects: -1"]
+    roots.write("proc/self/status", f"CapEff:\t{BPF | PERFMON:016x}\n")
+    wanted = "missing capability: CAP_SYS_ADMIN (while loading, because modules are searched for the function)"
+    assert roots.explain(EPERM, messages, attaches=True) == wanted
+    roots.write("proc/self/status", f"CapEff:\t{ALL:016x}\n")
+    assert "although no capability is missing" in roots.explain(EPERM, messages, attaches=True)
+
+
 def test_a_module_without_types(roots: Roots) -> None:
     roots.write("sys/module/kvm/initstate", "live\n")
     assert roots.explain(EINVAL).startswith("the kvm module describes no types")
@@ -123,11 +133,12 @@ def test_files_that_cannot_be_read_explain_nothing(tmp_path: Path, roots: Roots)
     ],
 )
 def test_capabilities(held: int, module: bool, missing: tuple[str, ...]) -> None:
-    assert find_missing_capabilities(Privileges(uid=0, capabilities=held), module=module) == missing
+    types = "kvm is a module" if module else ""
+    assert find_missing_capabilities(Privileges(uid=0, capabilities=held), types) == missing
 
 
 def test_a_status_without_capabilities_accuses_nobody() -> None:
-    assert find_missing_capabilities(Privileges(uid=0), module=True) == ()
+    assert find_missing_capabilities(Privileges(uid=0), "kvm is a module") == ()
 
 
 def test_without_messages_there_is_no_refusal() -> None:

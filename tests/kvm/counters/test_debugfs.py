@@ -54,6 +54,14 @@ def make_proc(proc: Path, *threads: int) -> Path:
     return proc
 
 
+def test_where_nothing_may_be_looked_into_no_directory_is_found_and_vms_may_be_held(tmp_path: Path) -> None:
+    barred = tmp_path / ("n" * 300)  # as good as EACCES, which root never gets
+    assert find_vm_directory(barred, tmp_path, KEY) is None
+    assert may_hold_vms(barred, tmp_path, [KEY.pid])
+    make_vm(tmp_path / "kvm", "1000-9")
+    assert may_hold_vms(tmp_path / "kvm", barred, [KEY.pid])
+
+
 def test_a_vm_is_its_directory_and_no_other_that_looks_like_it(tmp_path: Path) -> None:
     proc = make_proc(tmp_path / "proc", 1000, 1007)
     kvm = tmp_path / "kvm"

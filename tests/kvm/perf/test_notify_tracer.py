@@ -169,6 +169,26 @@ def host(tmp_path: Path) -> FakeHost:
     return FakeHost(tmp_path)
 
 
+def test_a_private_instance_that_may_not_be_read_is_a_refusal(host: FakeHost, tmp_path: Path) -> None:
+    closed: list[str] = []
+
+    class Private:
+        """A mount whose path is too long to be looked up: an error as good as EACCES, which root never gets."""
+
+        path = tmp_path / ("n" * 300)
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    with pytest.raises(SourceUnavailable, match="a private instance of it may not be read") as refused:
+        open_tracefs(host.tracefs, host.proc, host.sysfs, Private)  # type: ignore[arg-type]
+    assert "CAP_DAC_READ_SEARCH" in refused.value.remedy
+    assert "tracefs" in closed
+
+
 def test_mounts_of_tracefs_and_their_strange_names() -> None:
     assert parse_tracefs_mounts(MOUNTINFO) == (Path("/sys/kernel/tracing"), Path("/mnt/with space\\"))
 
