@@ -49,6 +49,11 @@ class NamePattern:
         return self._search(clean) is not None
 
 
+def choose_names(include: NamePattern | None, exclude: NamePattern | None) -> Callable[[str], bool]:
+    """Return what tells whether a name is wanted: ``include`` matches it, if given, and ``exclude`` does not."""
+    return lambda name: (include is None or include.matches(name)) and not (exclude and exclude.matches(name))
+
+
 def find_re2() -> ModuleType | None:
     """Return the module of google-re2, None where it is not installed."""
     try:

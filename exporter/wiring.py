@@ -38,6 +38,7 @@ from kvm.read_errors import ReadErrors
 from kvm.simulated.host import SimulatedHost
 from kvm.simulated.tracer import SimulatedTracer
 from kvm.snapshot import HostReader
+from kvm.statistics import StatSelection
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,13 @@ def open_host(
     stack: contextlib.ExitStack,
     owner_wait_seconds: float = OWNER_WAIT_SECONDS,
     bpf: BpfSource | None = None,
+    *,
+    selection: StatSelection | None = None,
 ) -> HostReader:
-    """Return the reader of this host; ``stack`` closes what it needs. ``bpf`` is its source of that name, if given."""
+    """Return the reader of this host; ``stack`` closes what it needs. ``bpf`` is its source of that name, if given.
+
+    ``selection`` says which statistics of KVM are to be read besides the counters.
+    """
     errors = ReadErrors()
     uevents: Callable[[], bytes] = bytes  # none
     try:
@@ -94,9 +100,9 @@ def open_host(
     except OSError as err:
         log.info("no uevents: new VMs are found by scanning /proc", extra={"fields": {"err": err.strerror}})
     makers: dict[str, Callable[[], CounterSource]] = {
-        "bpf": lambda: bpf or BpfSource(WANTED),
-        "stats_fd": lambda: StatsFdSource(WANTED, errors.teller("stats_fd")),
-        "debugfs": lambda: DebugfsSource(WANTED, KVM_DEBUGFS, PROC, errors.teller("debugfs")),
+        "bpf": lambda: bpf or BpfSource(WANTED, selection=selection),
+        "stats_fd": lambda: StatsFdSource(WANTED, errors.teller("stats_fd"), selection=selection),
+        "debugfs": lambda: DebugfsSource(WANTED, KVM_DEBUGFS, PROC, errors.teller("debugfs"), selection=selection),
     }
     owners = OwnerCache(errors.teller("owners"))
     stack.callback(owners.close)

@@ -59,6 +59,29 @@ class KvmStatsType(IntEnum):
 
 KVM_STATS_TYPE_MASK = 0xF
 
+
+class KvmStatsUnit(IntEnum):
+    """KVM_STATS_UNIT_*: bits 4 to 7 of kvm_stats_desc.flags."""
+
+    KVM_STATS_UNIT_NONE = 0x00
+    KVM_STATS_UNIT_BYTES = 0x10
+    KVM_STATS_UNIT_SECONDS = 0x20
+    KVM_STATS_UNIT_CYCLES = 0x30
+    KVM_STATS_UNIT_BOOLEAN = 0x40
+
+
+KVM_STATS_UNIT_MASK = 0xF0
+
+
+class KvmStatsBase(IntEnum):
+    """KVM_STATS_BASE_*: bits 8 to 11 of kvm_stats_desc.flags."""
+
+    KVM_STATS_BASE_POW10 = 0x000
+    KVM_STATS_BASE_POW2 = 0x100
+
+
+KVM_STATS_BASE_MASK = 0xF00
+
 # arch/x86/include/uapi/asm/kvm.h: struct kvm.arch.vm_type, Linux 6.16
 KVM_X86_TDX_VM = 5
 

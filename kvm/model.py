@@ -16,6 +16,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+from kvm.statistics import VmStatistics
+
 NOTIFY_WINDOW_EXITS = "notify_window_exits"
 EXITS = "exits"
 IRQ_EXITS = "irq_exits"
@@ -177,7 +179,8 @@ class VmCounters(NamedTuple):
     ``vcpu_ids`` are KVM's ids in ascending order; ``tids`` and each tuple of ``per_vcpu`` stand in the same order.
     ``totals`` are sums over every vCPU of the VM, from a source that has no numbers of single ones.
     ``notify_window_cycles`` and ``notify_flags`` are ``kvm->arch.notify_window`` and ``notify_vmexit_flags``, None
-    where the source cannot see them. ``problem`` says why something is missing, "" where nothing is.
+    where the source cannot see them. ``problem`` says why something is missing, "" where nothing is. ``statistics``
+    is everything else that KVM counts, as far as it was asked for and could be read.
     """
 
     vcpu_ids: tuple[int, ...] = ()
@@ -187,6 +190,7 @@ class VmCounters(NamedTuple):
     notify_window_cycles: int | None = None
     notify_flags: int | None = None
     problem: str = ""
+    statistics: VmStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 # itself; rooms on one line do not import each other.
 RANKS = [
     {"kvm", "kvm.abi", "kvm.errors"},
+    {"kvm.statistics"},
     {"kvm.model"},
     {"kvm.syscalls", "kvm.binary_stats", "kvm.read_errors", "kvm.blind_spots", "kvm.protection"},
-    {"kvm.host", "kvm.discovery"},
+    {"kvm.host", "kvm.discovery", "kvm.statistic_plan"},
     {"kvm.bpf", "kvm.perf", "kvm.identity"},
     {"kvm.counters", "kvm.vm_budget"},
     {"kvm.snapshot"},
@@ -77,6 +78,7 @@ TESTED_IN = {
     "kvm.counters.bpf": "live/test_bpf.py",
     "kvm.counters.retried_source": "kvm/test_snapshot.py",
     "kvm.counters.stats_fd": "live/test_readers.py",
+    "kvm.counters.stats_layout": "kvm/test_binary_stats.py",
     "kvm.discovery.kvm_fds": "kvm/discovery/test_vm_discovery.py",
     "kvm.discovery.uevents": "kvm/discovery/test_vm_discovery.py",
     "kvm.host.kvm_device": "kvm/host/test_facts.py",

@@ -18,6 +18,7 @@ from kvm.errors import MalformedData, SourceUnavailable
 from kvm.host import throwaway_vm
 from kvm.host.throwaway_vm import ThrowawayVm
 from kvm.model import VcpuState, VmCounters
+from kvm.statistics import VmStatistics, cut_values
 
 RUNS = 101
 REMEDY = "load the kvm module that belongs to this kernel, or build yours with CONFIG_DEBUG_INFO_BTF_MODULES"
@@ -34,6 +35,7 @@ class Fingerprint:
     tid: int
     notify: tuple[int, int]
     statistics: Mapping[str, tuple[int, ...]]
+    vm_statistics: Mapping[str, tuple[int, ...]]
     registers: Mapping[str, int]
 
     def find_differences(self, counters: VmCounters | None) -> Iterator[str]:
@@ -47,6 +49,17 @@ class Fingerprint:
         notify = (counters.notify_window_cycles, counters.notify_flags)
         if notify != (None, None):  # KVM is older than they are
             yield from _compare("notify window and flags", notify, self.notify)
+
+    def find_statistic_differences(self, statistics: VmStatistics | None) -> Iterator[str]:
+        """Yield which of the VM's statistics, and of its only vCPU's, are read otherwise."""
+        if statistics is None:
+            yield "its statistics are not read"
+            return
+        of_vcpu = statistics.vcpu_sums or tuple(column[0] for column in statistics.vcpu_columns or ())
+        for descriptor, values in cut_values(statistics.table.vm, statistics.vm or ()):
+            yield from _compare(descriptor.key, values, self.vm_statistics[descriptor.name])
+        for descriptor, values in cut_values(statistics.table.vcpu, of_vcpu):
+            yield from _compare(descriptor.key, values, self.statistics[descriptor.name])
 
     def find_state_differences(self, state: VcpuState | None) -> Iterator[str]:
         """Yield what a read of the vCPU in full reads otherwise."""
@@ -74,7 +87,7 @@ def take_fingerprint(vm: ThrowawayVm) -> Fingerprint:
         before = vm.read_statistics()
         vm.write_registers()
         vm.run(RUNS)
-        statistics = vm.read_statistics()
+        statistics, vm_statistics = vm.read_statistics(), vm.read_vm_statistics()
     except (OSError, MalformedData) as err:
         raise SourceUnavailable(f"nothing shows whether KVM's memory is read right: {err}") from err
     counting = [name for name in before if statistics[name] == (RUNS,) and before[name] == (0,)]
@@ -88,6 +101,7 @@ def take_fingerprint(vm: ThrowawayVm) -> Fingerprint:
         tid=threading.get_native_id(),
         notify=vm.notify,
         statistics=statistics,
+        vm_statistics=vm_statistics,
         registers={name: registers[name] for name in REGISTERS},
     )
 

@@ -19,6 +19,7 @@ from kvm import abi
 from kvm.binary_stats import Statistic, decode_values
 from kvm.errors import MalformedData
 from kvm.model import VcpuState, VmCounters, VmKey
+from kvm.statistics import StatScope, StatTable, VmStatistics, count_values
 
 # struct vm of vcpus.bpf.c: kvm, mm, start_boottime, tgid, vm_fd, first, count, notify_window, notify_vmexit_flags,
 # next, has_notify, missing
@@ -41,11 +42,17 @@ REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" f
 
 
 class HostBlocks(NamedTuple):
-    """One read of the host: VM_RECORDs, IDENTITY records, and a column of values for each statistic."""
+    """One read of the host: VM_RECORDs, IDENTITY records, and a column of values for each statistic.
+
+    Of the statistics besides there is a row for each VM, in the order of ``vms``, and a column for each value of a
+    vCPU; both are shorter where only the first VMs were read so.
+    """
 
     vms: bytes
     identities: bytes
     columns: tuple[tuple[int, ...], ...]
+    vm_rows: tuple[tuple[int, ...], ...] = ()
+    stat_columns: tuple[tuple[int, ...], ...] = ()
 
 
 class _Facts(NamedTuple):
@@ -73,7 +80,9 @@ class _KeptVm:
         # vCPUs stand in the order in which they were made; their ids nearly always ascend too
         self.order = None if order == list(range(len(pairs))) else itemgetter(*order)
 
-    def count(self, names: Sequence[str], columns: Sequence[tuple[int, ...]]) -> VmCounters:
+    def count(
+        self, names: Sequence[str], columns: Sequence[tuple[int, ...]], statistics: VmStatistics | None
+    ) -> VmCounters:
         """Make counters of a column of numbers for each name."""
         window_cycles, notify_flags, missing = self.facts
         return VmCounters(
@@ -84,18 +93,21 @@ class _KeptVm:
             window_cycles,
             notify_flags,
             f"{missing} of its vCPUs have no open file" if missing else "",
+            statistics,
         )
 
 
 class VmAssembler:
-    """Makes counters of blocks. ``names`` are those of the columns.
+    """Makes counters of blocks. ``names`` are those of the columns, ``table`` describes the statistics besides.
 
     What has not moved is the same object as in the snapshot before: a VM's column, and where nothing of a VM has moved
     its ``VmCounters``. So whoever comes after need not look at numbers to know that they are old.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], table: StatTable | None = None) -> None:
         self._names = tuple(names)
+        self._table = table
+        self._own_values = count_values(table.vm) if table else 0
         self._described_by: tuple[bytes, bytes] | None = None
         self._kept: dict[int, _KeptVm] = {}
         # By VM, in the same order: where its numbers stand among those of all vCPUs, and how to sort them.
@@ -103,6 +115,9 @@ class VmAssembler:
         # By statistic and then by VM; None before the first snapshot of a VM.
         self._columns: list[list[tuple[int, ...] | None]] = []
         self._counters: dict[VmKey, VmCounters] = {}
+        # By VM: which record is its, and what its statistics were.
+        self._records: list[int] = []
+        self._statistics: list[VmStatistics | None] = []
 
     def find_kvm(self, key: VmKey) -> int | None:
         """Return the address of a VM of the newest snapshot, None if there was no such."""
@@ -126,18 +141,48 @@ class VmAssembler:
         for before, column in zip(self._columns, blocks.columns, strict=True):
             cut = [column[place] if sort is None else sort(column[place]) for place, sort in self._cuts.values()]
             columns.append([old if old == new else new for old, new in zip(before, cut, strict=True)])
-        rows = zip(self._kept.values(), zip(*self._columns, strict=True), zip(*columns, strict=True), strict=True)
+        statistics = self._cut_statistics(self._table, blocks) if self._table else self._statistics
+        rows = zip(
+            self._kept.values(),
+            zip(*self._columns, strict=True),
+            zip(*columns, strict=True),
+            self._statistics,
+            statistics,
+            strict=True,
+        )
         self._counters = {
-            vm.key: self._counters[vm.key] if now == before else vm.count(self._names, now) for vm, before, now in rows
+            vm.key: self._counters[vm.key]
+            if now == before and of_rest is rest_before
+            else vm.count(self._names, now, of_rest)
+            for vm, before, now, rest_before, of_rest in rows
         }
-        self._columns = columns
+        self._columns, self._statistics = columns, statistics
         return self._counters
+
+    def _cut_statistics(self, table: StatTable, blocks: HostBlocks) -> list[VmStatistics | None]:
+        """Cut each VM's statistics; where nothing of them has moved, the same object as before."""
+        rows, columns, width = blocks.vm_rows, blocks.stat_columns, self._own_values
+        is_of_vcpus, read = table.level is StatScope.VCPU, len(columns[0]) if columns else 0
+        cut: list[VmStatistics | None] = []
+        kept = zip(self._kept.values(), self._records, self._cuts.values(), self._statistics, strict=True)
+        for vm, record, (place, sort), before in kept:
+            row = rows[record] if record < len(rows) else None
+            own = row[:width] if row is not None and width else None
+            sums = of_vcpus = None
+            if is_of_vcpus and columns and place.stop <= read:
+                of_vcpus = tuple([column[place] if sort is None else sort(column[place]) for column in columns])
+            elif row is not None and len(row) > width and vm.vcpu_ids and not vm.facts.missing:
+                sums = row[width:]
+            now = VmStatistics(table, own, sums, of_vcpus) if own or sums or of_vcpus else None
+            cut.append(before if now == before else now)
+        return cut
 
     def _describe(self, blocks: HostBlocks) -> None:
         """Find out which VMs there are, and where the numbers of each stand."""
         kept_before, self._kept, self._cuts = self._kept, {}, {}
         used = {kept.key for kept in kept_before.values()}
-        for record in VM_RECORD.iter_unpack(blocks.vms):
+        self._records = []
+        for number, record in enumerate(VM_RECORD.iter_unpack(blocks.vms)):
             kvm, _, start, tgid, vm_fd, first, count, window, flags, _, has_notify, missing = record
             if not tgid:
                 continue
@@ -153,9 +198,12 @@ class VmAssembler:
                 # Its key is for life: a VM whose file moves to another fd is no new one.
                 kept = _KeptVm(kept.owner, kept.key, identities, facts)
             used.add(kept.key)
+            if kvm not in self._kept:
+                self._records.append(number)
             self._kept[kvm], self._cuts[kvm] = kept, (place, kept.order)
         known = [self._counters[vm.key] if vm is kept_before.get(kvm) else None for kvm, vm in self._kept.items()]
         self._columns = [[counters and counters.per_vcpu[name] for counters in known] for name in self._names]
+        self._statistics = [counters and counters.statistics for counters in known]
 
 
 def _choose_key(tgid: int, start_boottime: int, vm_fd: int, used: Collection[VmKey]) -> VmKey:
@@ -252,7 +300,13 @@ def join_blocks(blocks: HostBlocks, more: HostBlocks) -> HostBlocks:
     shift = len(blocks.identities) // IDENTITY.size
     records = [VM_RECORD.pack(*r[:5], r[5] + shift, *r[6:]) for r in VM_RECORD.iter_unpack(more.vms)]
     columns = tuple(a + b for a, b in zip(blocks.columns, more.columns, strict=True))
-    return HostBlocks(blocks.vms + b"".join(records), blocks.identities + more.identities, columns)
+    return HostBlocks(
+        blocks.vms + b"".join(records),
+        blocks.identities + more.identities,
+        columns,
+        blocks.vm_rows,
+        blocks.stat_columns,
+    )
 
 
 def decode_state(block: bytes, length: int, statistics: Mapping[str, Statistic]) -> VcpuState:

@@ -16,6 +16,8 @@ from kvm.bpf.bpf_object import BpfObject, read_iterator
 from kvm.bpf.libbpf import Library
 from kvm.bpf.vcpu_decode import IDENTITY, STATE_RECORD, VM_RECORD, HostBlocks, decode_files
 from kvm.errors import MalformedData
+from kvm.statistic_plan import NO_STATISTICS, StatPlan
+from kvm.statistics import StatScope
 
 OBJECT = Path(__file__).parent / "programs" / "vcpus.bpf.o"
 # The same programs, which read the kernel's memory by instructions of their own and not by calls of a helper.
@@ -45,6 +47,8 @@ CONTROL_FIELDS = (
     *((name, "I") for name in ("wanted_vcpu_id", "wanted_bytes", "own_tgid", "found")),
     *((name, "I") for name in ("exits_offset", "notify_window_exits_offset")),
     *((name, "I") for name in ("round", "vms", "vcpus", "broken", "next_vm", "unowned", "slots", "strange")),
+    *((name, "I") for name in ("vm_words", "sum_words", "vcpu_words", "vcpu_values", "vm_stat_bytes")),
+    ("vcpu_stat_bytes", "I"),
 )
 CONTROL_BYTES = struct.calcsize("=" + "".join(format_ for _, format_ in CONTROL_FIELDS))
 
@@ -100,8 +104,9 @@ class RoomNeeded(Exception):
 class VcpuPrograms:
     """The loaded programs ``names`` of the object ``path``, with room for ``capacity`` vCPUs of ``statistics`` values.
 
-    ``types`` is the BTF that says where KVM's structs have their fields, None for vmlinux's. Construction raises
-    OSError (libbpf's messages say more).
+    ``plan`` says what else ``read_vms`` reads once ``read_statistics`` was called. ``types`` is the BTF that
+    says where KVM's structs have their fields, None for vmlinux's. Construction raises OSError (libbpf's messages say
+    more).
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class VcpuPrograms:
         names: Sequence[str] = ALL,
         types: bytes | None = None,
         *,
+        plan: StatPlan = NO_STATISTICS,
         path: Path = OBJECT,
     ) -> None:
         self.library = library
@@ -122,6 +128,11 @@ class VcpuPrograms:
         self._links: dict[str, int] = {}
         self._buffer = bytearray(FILE_BUFFER_BYTES)
         self._capacity = capacity
+        self._plan = plan
+        sums = len(plan.vcpu_words) if plan.table.level is StatScope.VM else 0
+        self._row = struct.Struct(f"={len(plan.vm_words) + sums}Q")
+        self._stat_columns = len(plan.vcpu_words) - sums
+        self._columns_at = MAX_VMS * self._row.size
         try:
             for name in set(ALL) - set(names):
                 self._object.skip_program(name)
@@ -129,6 +140,9 @@ class VcpuPrograms:
                 self._object.set_entries(name, library.count_lru_entries(KEPT_VMS))
             self._object.set_entries("vcpus", capacity)
             self._object.set_entries("values", capacity * max(1, statistics))
+            if wanted := plan.vm_words + plan.vcpu_words:
+                self._object.set_entries("wanted_words", len(wanted))
+                self._object.set_entries("stat_values", self._columns_at // 8 + capacity * self._stat_columns)
             self._object.load()
             self.control = Control(self._map(".bss", CONTROL_BYTES, mmap.PROT_WRITE))
             self.control.write(vcpu_capacity=capacity)
@@ -136,6 +150,10 @@ class VcpuPrograms:
             self._vcpus = self._map("vcpus", capacity * IDENTITY.size)
             self._values = self._map("values", capacity * max(1, statistics) * 8)
             self._state = self._map("vcpu_state", STATE_RECORD.size + STATISTICS_BYTES)
+            if wanted:
+                words = struct.Struct(f"={len(wanted)}Q")
+                words.pack_into(self._map("wanted_words", words.size, mmap.PROT_WRITE), 0, *wanted)
+                self._stats = self._map("stat_values", self._columns_at + capacity * self._stat_columns * 8)
         except BaseException:
             self.close()
             raise
@@ -186,7 +204,34 @@ class VcpuPrograms:
             self._vms[: control.read("vms") * VM_RECORD.size],
             self._vcpus[: count * IDENTITY.size],
             tuple(column.unpack_from(self._values, start) for start in starts),
+            *self._take_statistics(count),
         )
+
+    def read_statistics(self) -> None:
+        """Let ``read_vms`` read what the plan says, too; programs that take over from these do as well."""
+        plan, sums = self._plan, self._row.size // 8 - len(self._plan.vm_words)
+        self.control.write(
+            vm_words=len(plan.vm_words),
+            sum_words=sums,
+            vcpu_words=self._stat_columns,
+            vcpu_values=self._columns_at // 8,
+            vm_stat_bytes=8 * (max(plan.vm_words, default=-1) + 1),
+            vcpu_stat_bytes=8 * (max(plan.vcpu_words, default=-1) + 1),
+        )
+
+    def forget_statistics(self) -> None:
+        """Let ``read_vms`` read none of what the plan says."""
+        words = dict.fromkeys(("vm_words", "sum_words", "vcpu_words", "vm_stat_bytes", "vcpu_stat_bytes"), 0)
+        self.control.write(**words)
+
+    def _take_statistics(self, vcpus: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+        control = self.control
+        rows: tuple[tuple[int, ...], ...] = ()
+        if control.read("vm_words") + control.read("sum_words"):
+            rows = tuple(self._row.iter_unpack(self._stats[: control.read("vms") * self._row.size]))
+        column, length = struct.Struct(f"={vcpus}Q"), self._capacity * 8
+        starts = (self._columns_at + length * number for number in range(control.read("vcpu_words")))
+        return rows, tuple(column.unpack_from(self._stats, start) for start in starts)
 
     def read_files(self) -> HostBlocks:
         """Read every VM by the open files of all processes; raises OSError, MalformedData.

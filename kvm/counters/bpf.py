@@ -59,6 +59,8 @@ from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable
 from kvm.host.throwaway_vm import ThrowawayVm
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, RIP_STATISTICS, VcpuState, VmCounters, VmKey
+from kvm.statistic_plan import NO_STATISTICS, StatPlan, plan_statistics
+from kvm.statistics import StatSelection
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ FILES_TRIES = 3
 
 
 class BpfSource:
-    """The CounterSource ``bpf``. ``statistics`` names the counters to read of each vCPU.
+    """The CounterSource ``bpf``. ``statistics`` names the counters to read of each vCPU, ``selection`` what else.
 
     ``method`` says how VMs are found once it is open: "list" (KVM's list of VMs), "files" (open files, recognised by
     KVM's f_op) or "names" (by their names, where there is no /dev/kvm); ``method_reason`` why it is not the first.
@@ -87,6 +89,7 @@ class BpfSource:
         self,
         statistics: Sequence[str] = (EXITS, NOTIFY_WINDOW_EXITS),
         *,
+        selection: StatSelection | None = None,
         library: str = LIBRARY,
         device: Path = Path("/dev/kvm"),
         proc: Path = Path("/proc"),
@@ -99,6 +102,9 @@ class BpfSource:
         if len(statistics) > MAX_STATISTICS:
             raise ValueError(f"{len(statistics)} statistics, at most {MAX_STATISTICS} can be read")
         self._wanted = tuple(statistics)
+        self._selection = selection
+        self._plan = NO_STATISTICS
+        self._statistics_reason = ""
         self._library_name = library
         self._device, self._proc, self._sys = device, proc, sys
         self._capacity = capacity
@@ -136,7 +142,18 @@ class BpfSource:
     @property
     def limits(self) -> str:
         """What it lacks although it works, and why; "" where nothing."""
-        return f"the slow way, by open files, and without registers: {self.method_reason}" if self.method_reason else ""
+        reasons = []
+        if self.method_reason:
+            reasons.append(f"the slow way, by open files, and without registers: {self.method_reason}")
+        if self._selection and (reason := self._find_why_no_statistics()):
+            reasons.append(f"without the statistics of --collector.stats: {reason}")
+        return "; ".join(reasons)
+
+    def _find_why_no_statistics(self) -> str:
+        """Say why the selected statistics are not read; "" where they are."""
+        if self.method != "list":
+            return "they are read by KVM's list of VMs only"
+        return self._statistics_reason
 
     def open(self) -> None:
         """Load the programs and let them learn what KVM looks like; raises SourceUnavailable."""
@@ -245,6 +262,7 @@ class BpfSource:
         with ExitStack() as stack:
             vm, self.method_reason = self._make_vm(stack)
             self._described = {} if vm is None else vm.statistics
+            self._plan = self._plan_statistics(vm)
             programs = self._programs = self._load(library, len(self._wanted))
             learnt = programs.learn() if vm is None else programs.learn(vm.vm_fd, vm.vcpu_fd)
             check_own_pid(programs.control.read("own_tgid"))
@@ -259,6 +277,8 @@ class BpfSource:
             if vm is not None:
                 self._check_layout(vm, learnt)
         self._choose_statistics(self._loaded())
+        if reason := self._selection and self._find_why_no_statistics():
+            log.warning("without the statistics of --collector.stats", extra={"fields": {"reason": reason}})
         self.tells_rips = self._reads_state(self._loaded()) and self._described.keys() >= set(RIP_STATISTICS)
         if self.method == "names":
             self._try_names(self._loaded())
@@ -286,19 +306,38 @@ class BpfSource:
         programs = self._loaded()
         address = programs.control.read("wanted_vm")
         programs.control.write_offsets([self._described[fingerprint.counter].offset])
-        self._assembler = VmAssembler([fingerprint.counter])
+        self._assembler = VmAssembler([fingerprint.counter], self._plan.table)
+        if self._selection and self.method == "list":
+            programs.read_statistics()
         try:
             found = self._read(programs)
         except MalformedData as err:
             raise SourceUnavailable(str(err)) from err
         key = self._assembler.find_key(address)
-        differences = list(fingerprint.find_differences(None if key is None else found.get(key)))
+        counters = None if key is None else found.get(key)
+        differences = list(fingerprint.find_differences(counters))
         programs = self._loaded()  # larger ones, perhaps
+        if self._selection and self.method == "list" and counters:
+            self._check_statistics(list(fingerprint.find_statistic_differences(counters.statistics)))
         if not differences and self._reads_state(programs):
             state = self._read_state(programs, address, fingerprint.vcpu_id)
             differences = list(fingerprint.find_state_differences(state))
         if differences:
             raise refuse_own_vcpu(differences)
+
+    def _plan_statistics(self, vm: ThrowawayVm | None) -> StatPlan:
+        """Choose statistics from what a VM of our own describes."""
+        self._statistics_reason = ""
+        if self._selection is None or vm is None:
+            return NO_STATISTICS
+        return plan_statistics(self._selection, vm.vm_statistics, vm.statistics, STATISTICS_BYTES)
+
+    def _check_statistics(self, differences: Sequence[str]) -> None:
+        """Read no statistics where those of a VM of our own are not read as what they are."""
+        if differences and self._plan.vm_words + self._plan.vcpu_words:
+            self._statistics_reason = str(refuse_own_vcpu(differences))
+            self._plan = NO_STATISTICS
+            self._loaded().forget_statistics()
 
     def _make_vm(self, stack: ExitStack) -> tuple[ThrowawayVm | None, str]:
         try:
@@ -311,14 +350,16 @@ class BpfSource:
         if self._with_list:
             for path in self._fast_objects:
                 with contextlib.suppress(OSError):  # what is lost is speed
-                    return VcpuPrograms(library, self._capacity, statistics, ALL, self._types, path=path)
+                    return VcpuPrograms(
+                        library, self._capacity, statistics, ALL, self._types, plan=self._plan, path=path
+                    )
         choices = [ALL, WITHOUT_STATE, FILES_ONLY] if self._with_list else [FILES_ONLY]
         for names in choices[:-1]:
             try:
-                return VcpuPrograms(library, self._capacity, statistics, names, self._types)
+                return VcpuPrograms(library, self._capacity, statistics, names, self._types, plan=self._plan)
             except OSError as err:
                 self.method_reason = explain(err, library.messages.kept(), self._proc, self._sys).reason
-        return VcpuPrograms(library, self._capacity, statistics, choices[-1], self._types)
+        return VcpuPrograms(library, self._capacity, statistics, choices[-1], self._types, plan=self._plan)
 
     def _choose_statistics(self, programs: VcpuPrograms) -> None:
         """Find where the wanted counters stand: by the kernel's own descriptors, else by its types."""
@@ -334,7 +375,7 @@ class BpfSource:
         if not offsets:
             raise SourceUnavailable(f"this kernel counts none of {', '.join(self._wanted)}")
         programs.control.write_offsets(tuple(offsets.values()))
-        self._assembler = VmAssembler(offsets)
+        self._assembler = VmAssembler(offsets, self._plan.table if self._selection else None)
 
     def _sees_own_vm(self, programs: VcpuPrograms) -> bool:
         try:
@@ -377,7 +418,13 @@ class BpfSource:
         """Load the programs again with more room, and let them take over what these have learnt."""
         self._capacity = 1 << (vcpus + vcpus // 4).bit_length()
         larger = VcpuPrograms(
-            programs.library, self._capacity, len(self._wanted), programs.names, self._types, path=programs.path
+            programs.library,
+            self._capacity,
+            len(self._wanted),
+            programs.names,
+            self._types,
+            plan=self._plan,
+            path=programs.path,
         )
         larger.control.take_over(programs.control)
         programs.close()

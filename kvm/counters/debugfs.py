@@ -19,11 +19,15 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from kvm.binary_stats import MAX_DATA_BYTES
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable
 from kvm.host.lockdown import Lockdown, read_lockdown
 from kvm.host.privileges import Privileges, read_initial_pid_namespace, read_privileges
+from kvm.host.throwaway_vm import ThrowawayVm
 from kvm.model import VmCounters, VmKey
+from kvm.statistic_plan import plan_statistics
+from kvm.statistics import StatDescriptor, StatScope, StatSelection, StatTable, VmStatistics
 
 _VM_DIRECTORY = re.compile(r"(\d{1,10})-(\d{1,10})")
 _VCPU_DIRECTORY = re.compile(r"vcpu(\d{1,10})")
@@ -95,11 +99,14 @@ def may_hold_vms(kvm_directory: Path, proc: Path, pids: Collection[int]) -> bool
 
 
 class DebugfsSource:
-    """The CounterSource ``debugfs``; ``kvm_directory`` is debugfs's ``kvm``; ``on_error`` is told of troubles."""
+    """The CounterSource ``debugfs``; ``kvm_directory`` is debugfs's ``kvm``; ``on_error`` is told of troubles.
+
+    ``selection`` is what is to be read besides ``wanted``: a VM's own statistics, and sums over its vCPUs. Files have
+    no types, so those are taken from a VM of our own on ``device``; of a histogram a file has the first bucket only.
+    """
 
     name = "debugfs"
     finds_vms = False
-    limits = ""
     doubt = ""  # opening a counter is what may be refused, and that is tried
 
     def __init__(
@@ -109,7 +116,13 @@ class DebugfsSource:
         proc: Path,
         on_error: Callable[[int, str, str], None],
         sysfs: Path = Path("/sys"),
+        *,
+        selection: StatSelection | None = None,
+        device: Path = Path("/dev/kvm"),
     ) -> None:
+        self._selection, self._device = selection, device
+        self._table: StatTable | None = None
+        self.limits = ""
         self._wanted = tuple(wanted)
         self._kvm_directory = kvm_directory
         self._proc, self._sysfs = proc, sysfs
@@ -137,6 +150,23 @@ class DebugfsSource:
             raise explain_refusal(err, lockdown, read_privileges(self._proc, self._sysfs)) from err
         except OSError as err:
             raise SourceUnavailable(f"{path}: {err.strerror}") from err
+        self.limits, self._table = "", None
+        if self._selection:
+            try:
+                self._table = self._choose_statistics(self._selection)
+            except (OSError, MalformedData) as err:
+                self.limits = f"without the statistics of --collector.stats: no VM of our own tells their types: {err}"
+
+    def _choose_statistics(self, selection: StatSelection) -> StatTable:
+        with ThrowawayVm(self._device) as vm:
+            table = plan_statistics(selection, vm.vm_statistics, vm.statistics, MAX_DATA_BYTES).table
+
+        def has_file(descriptor: StatDescriptor) -> bool:
+            return not descriptor.is_histogram and (self._kvm_directory / descriptor.name).exists()
+
+        summed = table.vcpu if table.level is StatScope.VM else ()
+        vms, vcpus = tuple(filter(has_file, table.vm)), tuple(filter(has_file, summed))
+        return StatTable(table.level, vms, vcpus, table.left_out)
 
     def read(self, vms: Sequence[HeldVm]) -> dict[VmKey, VmCounters]:
         """Read the sums of these VMs; one whose directory is not found says so, one that has ended has no entry."""
@@ -164,7 +194,15 @@ class DebugfsSource:
     def _read_totals(self, directory: Path) -> VmCounters:
         totals = {name: parse_counter((directory / name).read_text(), str(directory / name)) for name in self._wanted}
         vcpu_ids = find_vcpu_ids(directory)
-        return VmCounters(vcpu_ids, (None,) * len(vcpu_ids), {}, totals)
+        statistics = self._read_statistics(directory, self._table) if self._table else None
+        return VmCounters(vcpu_ids, (None,) * len(vcpu_ids), {}, totals, statistics=statistics)
+
+    def _read_statistics(self, directory: Path, table: StatTable) -> VmStatistics:
+        def read(descriptors: tuple[StatDescriptor, ...]) -> tuple[int, ...] | None:
+            paths = [directory / descriptor.name for descriptor in descriptors]
+            return tuple(parse_counter(path.read_text(), str(path)) for path in paths) or None
+
+        return VmStatistics(table, read(table.vm), read(table.vcpu))
 
 
 def explain_refusal(err: OSError, lockdown: Lockdown, privileges: Privileges) -> SourceUnavailable:

@@ -23,55 +23,34 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvm import abi, binary_stats, syscalls
+from kvm.counters.stats_layout import FileLayout, decode_layout, join_tables
 from kvm.discovery.vm_discovery import HeldVm
 from kvm.errors import MalformedData, SourceUnavailable, VmGone
 from kvm.host.privileges import read_privileges
 from kvm.host.throwaway_vm import ThrowawayVm, read_descriptors
 from kvm.model import VmCounters, VmKey
+from kvm.statistics import StatScope, StatSelection, StatTable, VmStatistics
 
 _SAFE_SYMBOL = b" kvm_vcpu_stats_release"
 _KVM_SYMBOL = b" kvm_vcpu_ioctl"
+# Instead of a vcpu_id: the file of the VM itself.
+_THE_VM = -1
 
-
-@dataclass(frozen=True, slots=True)
-class CounterLayout:
-    """Where the wanted counters stand: in the first ``length`` bytes of a statistics file, unpacked by ``values``."""
-
-    names: tuple[str, ...]
-    length: int
-    values: struct.Struct
-
-
-def plan_layout(header: binary_stats.StatsHeader, offsets: Mapping[str, int]) -> CounterLayout:
-    """Plan one read for counters at these offsets in bytes within the data block; there must be at least one."""
-    names = tuple(sorted(offsets, key=lambda name: offsets[name]))
-    format_, at = "=", -header.data_offset
-    for name in names:
-        format_ += f"{offsets[name] - at}xQ"
-        at = offsets[name] + binary_stats.VALUE_BYTES
-    return CounterLayout(names, header.data_offset + at, struct.Struct(format_))
-
-
-def decode_layout(header: binary_stats.StatsHeader, block: bytes, wanted: Iterable[str], origin: str) -> CounterLayout:
-    """Plan the read from a vCPU's descriptors; raises MalformedData, also where none is wanted."""
-    offsets = binary_stats.find_counters(binary_stats.decode_descriptors(header, block, origin), wanted)
-    if not offsets:
-        raise MalformedData(origin, "this kernel describes none of the wanted statistics")
-    return plan_layout(header, offsets)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _KnownFile:
     """A statistics file that was known by its link: its layout, and how it begins (header and id)."""
 
-    layout: CounterLayout
+    layout: FileLayout
     beginning: bytes
 
 
@@ -105,7 +84,11 @@ def check_safe_to_borrow(kallsyms: Path) -> None:
 
 
 class StatsFdSource:
-    """The CounterSource ``stats_fd``. ``wanted`` names the counters; ``on_error`` takes (pid, kind, message)."""
+    """The CounterSource ``stats_fd``. ``wanted`` names the counters, ``selection`` what is to be read besides.
+
+    ``on_error`` takes (pid, kind, message). A VM's own statistics are read where its VMM holds a stats fd of the VM,
+    which QEMU does not.
+    """
 
     name = "stats_fd"
     finds_vms = False
@@ -117,14 +100,17 @@ class StatsFdSource:
         on_error: Callable[[int, str, str], None],
         kallsyms: Path = Path("/proc/kallsyms"),
         device: Path = Path("/dev/kvm"),
+        selection: StatSelection | None = None,
     ) -> None:
         self._device = device
+        self._selection = selection
         self.doubt = "it is not open"
         self._wanted = tuple(wanted)
         self._on_error = on_error
         self._kallsyms = kallsyms
         self._known: dict[VmKey, dict[int, _KnownFile]] = {}
-        self._layouts: dict[bytes, CounterLayout] = {}
+        self._layouts: dict[StatScope, tuple[bytes, FileLayout]] = {}
+        self._tables: tuple[StatTable | None, StatTable, StatTable] | None = None
         self._anonymous_device = -1
 
     def open(self) -> None:
@@ -206,13 +192,44 @@ class StatsFdSource:
             return VmCounters(problem="its VMM holds no stats fds (QEMU does from 8.1 on)")
         known = self._known.setdefault(vm.key, {})
         vcpu_ids = tuple(sorted(vm.stats_fds))
-        rows = [self._read_vcpu(vm, vcpu_id, known) for vcpu_id in vcpu_ids]
-        names = known[vcpu_ids[0]].layout.names
-        return VmCounters(vcpu_ids, (None,) * len(vcpu_ids), dict(zip(names, zip(*rows, strict=True), strict=True)))
+        blocks = [self._read_file(vm, vcpu_id, vm.stats_fds[vcpu_id], known) for vcpu_id in vcpu_ids]
+        layout = known[vcpu_ids[0]].layout
+        rows = [layout.values.unpack_from(block) for block in blocks]
+        statistics = self._take_statistics(vm, layout, blocks) if layout.table else None
+        per_vcpu = dict(zip(layout.names, zip(*rows, strict=True), strict=True))
+        return VmCounters(vcpu_ids, (None,) * len(vcpu_ids), per_vcpu, statistics=statistics)
 
-    def _read_vcpu(self, vm: HeldVm, vcpu_id: int, known: dict[int, _KnownFile]) -> tuple[int, ...]:
+    def _take_statistics(self, vm: HeldVm, layout: FileLayout, blocks: Sequence[bytes]) -> VmStatistics | None:
+        of_vcpus, (table, of_vm) = layout.table, self._read_vm_statistics(vm)
+        if of_vcpus is None:
+            return None
+        # One kernel describes all its VMs alike, so that there is one table, or two.
+        if self._tables is None or self._tables[0] is not table or self._tables[1] is not of_vcpus:
+            self._tables = (table, of_vcpus, join_tables(table, of_vcpus))
+        columns = tuple(zip(*map(layout.pick, blocks), strict=True))
+        if of_vcpus.level is StatScope.VCPU:
+            return VmStatistics(self._tables[2], of_vm, None, columns or None)
+        # A vCPU that has no stats fd would be missing in the sums.
+        is_whole = vm.vcpu_ids is not None and len(vm.vcpu_ids) <= len(blocks)
+        return VmStatistics(self._tables[2], of_vm, tuple(map(sum, columns)) if columns and is_whole else None)
+
+    def _read_vm_statistics(self, vm: HeldVm) -> tuple[StatTable | None, tuple[int, ...] | None]:
+        """Read the VM's own statistics, if its VMM holds a stats fd of it; a failure there costs nothing else."""
+        if vm.vm_stats_fd is None:
+            return None, None
+        known = self._known[vm.key]
         try:
-            fd = syscalls.pidfd_getfd(vm.pidfd, vm.stats_fds[vcpu_id])
+            block = self._read_file(vm, _THE_VM, vm.vm_stats_fd, known)
+        except (OSError, MalformedData, VmGone) as err:
+            # QEMU opens one for a moment, to answer query-stats: that it is gone is normal.
+            log.debug("a VM's own statistics cannot be read", extra={"fields": {"err": str(err)}})
+            return None, None
+        layout = known[_THE_VM].layout
+        return layout.table, layout.pick(block) or None
+
+    def _read_file(self, vm: HeldVm, vcpu_id: int, number: int, known: dict[int, _KnownFile]) -> bytes:
+        try:
+            fd = syscalls.pidfd_getfd(vm.pidfd, number)
         except OSError as err:
             if err.errno in (errno.ESRCH, errno.EBADF):  # EBADF: an exiting process has lost its files already
                 raise VmGone(describe_origin(vm, vcpu_id)) from err
@@ -233,20 +250,23 @@ class StatsFdSource:
             raise MalformedData(
                 describe_origin(vm, vcpu_id), f"{len(block)} bytes of counters, {file.layout.length} expected"
             )
-        return file.layout.values.unpack(block)
+        return block
 
     def _meet(self, fd: int, vcpu_id: int, origin: str) -> _KnownFile:
-        if os.readlink(f"/proc/self/fd/{fd}") != f"anon_inode:kvm-vcpu-stats:{vcpu_id}":
+        name = "kvm-vm-stats" if vcpu_id == _THE_VM else f"kvm-vcpu-stats:{vcpu_id}"
+        if os.readlink(f"/proc/self/fd/{fd}") != f"anon_inode:{name}":
             raise MalformedData(origin, "the fd holds another file by now")
         raw_header = os.pread(fd, abi.KVM_STATS_HEADER.size, 0)
         header = binary_stats.decode_header(raw_header, origin)
         descriptors = os.pread(fd, header.desc_bytes, header.desc_offset)
         described = raw_header + descriptors
-        if described not in self._layouts:  # one kernel describes all its vCPUs alike
-            self._layouts = {described: decode_layout(header, descriptors, self._wanted, origin)}
-        return _KnownFile(self._layouts[described], os.pread(fd, header.id_offset + header.name_size, 0))
+        scope, wanted = (StatScope.VM, ()) if vcpu_id == _THE_VM else (StatScope.VCPU, self._wanted)
+        if self._layouts.get(scope, (b"",))[0] != described:  # one kernel describes all its vCPUs alike
+            layout = decode_layout(header, descriptors, scope, wanted, selection=self._selection, origin=origin)
+            self._layouts[scope] = described, layout
+        return _KnownFile(self._layouts[scope][1], os.pread(fd, header.id_offset + header.name_size, 0))
 
 
 def describe_origin(vm: HeldVm, vcpu_id: int) -> str:
     """Say where a vCPU's bytes come from, for messages."""
-    return f"stats fd of pid {vm.key.pid}, vcpu_id {vcpu_id}"
+    return f"stats fd of pid {vm.key.pid}" + ("" if vcpu_id == _THE_VM else f", vcpu_id {vcpu_id}")

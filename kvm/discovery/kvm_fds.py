@@ -23,7 +23,7 @@ from kvm.syscalls import compare_files
 MAX_FDS = 65536
 MAX_VM_FDS = 64
 
-_KVM_LINK = re.compile(r"anon_inode:kvm-(?:(vm)|vcpu:(\d+)|vcpu-stats:(\d+))")
+_KVM_LINK = re.compile(r"anon_inode:kvm-(?:(vm)|vcpu:(\d+)|vcpu-stats:(\d+)|(vm-stats))")
 
 # (tid, other_tid, fd, other_fd) -> 0 for one open file, 1 or 2 for the order of two; raises OSError
 Compare = Callable[[int, int, int, int], int]
@@ -31,9 +31,13 @@ Compare = Callable[[int, int, int, int], int]
 
 @dataclass(slots=True)
 class KvmFiles:
-    """The KVM files among a process's fds: VM fds, and vCPU fds and stats fds by vcpu_id; all fds ascend."""
+    """The KVM files among a process's fds: VM fds, and vCPU fds and stats fds by vcpu_id; all fds ascend.
+
+    ``vm_stats`` are stats fds of VMs, which QEMU has open only while it answers query-stats.
+    """
 
     vms: list[int] = field(default_factory=list)
+    vm_stats: list[int] = field(default_factory=list)
     vcpus: dict[int, list[int]] = field(default_factory=dict)
     stats: dict[int, int] = field(default_factory=dict)
 
@@ -49,8 +53,10 @@ def parse_kvm_links(links: Iterable[tuple[int, str]]) -> KvmFiles:
             files.vms.append(fd)
         elif match[2]:
             files.vcpus.setdefault(int(match[2]), []).append(fd)
-        else:
+        elif match[3]:
             files.stats.setdefault(int(match[3]), fd)
+        else:
+            files.vm_stats.append(fd)
     return files
 
 

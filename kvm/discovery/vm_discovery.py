@@ -55,7 +55,8 @@ class HeldVm:
 
     ``tid`` is a living thread of the process and ``pidfd`` refers to it (borrowed: Discovery closes it; -1 where there
     is none). ``vcpu_ids`` ascend; they are None where the process holds several VMs, because its files do not tell
-    which vCPU is whose. ``stats_fds`` maps vcpu_id to the number, in that process, of a binary stats fd.
+    which vCPU is whose. ``stats_fds`` maps vcpu_id to the number, in that process, of a binary stats fd;
+    ``vm_stats_fd`` is that of the VM itself, None where there is none.
     """
 
     key: VmKey
@@ -63,6 +64,7 @@ class HeldVm:
     pidfd: int
     vcpu_ids: tuple[int, ...] | None
     stats_fds: Mapping[int, int]
+    vm_stats_fd: int | None = None
 
 
 @dataclass(slots=True)
@@ -303,8 +305,12 @@ class Discovery:
             key = VmKey(pid, process.start_ticks, vm_fd)
             if not self._is_own(process, key, vm_fd if vm_fd >= 0 else first_vcpu):
                 continue
-            ids, stats = (None, {}) if several else (tuple(sorted(files.vcpus)), files.stats)
-            vms.append(HeldVm(key, process.tid, process.pidfd, ids, stats))
+            if several:
+                vms.append(HeldVm(key, process.tid, process.pidfd, None, {}))
+                continue
+            vm_stats_fd = files.vm_stats[0] if files.vm_stats else None
+            ids = tuple(sorted(files.vcpus))
+            vms.append(HeldVm(key, process.tid, process.pidfd, ids, files.stats, vm_stats_fd))
         return tuple(vms)
 
     def _is_own(self, process: _Process, key: VmKey, fd: int) -> bool:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from exporter.patterns import BadPattern, compile_pattern, find_re2
+from exporter.patterns import BadPattern, choose_names, compile_pattern, find_re2
 
 EVIL_PATTERN = "^([a-z0-9]+-?)+$"
 EVIL_NAME = "a" * 127 + "!"
@@ -110,3 +110,20 @@ def test_the_agent_starts_without_re2_and_names_it_where_it_is_needed() -> None:
     assert "google-re2, which is not installed" in refused.stderr
     accepted = subprocess.run([*words, "--vm.include=^web"], capture_output=True, text=True, check=True)
     assert accepted.stdout == "re\n"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "wanted"),
+    [
+        (None, None, ["vcpu/exits", "vcpu/halt_exits", "vm/mmu_flooded"]),
+        ("exits", None, ["vcpu/exits", "vcpu/halt_exits"]),
+        (None, "^vcpu/exits$", ["vcpu/halt_exits", "vm/mmu_flooded"]),
+        ("^vcpu/", "halt", ["vcpu/exits"]),
+    ],
+)
+def test_names_are_chosen_by_what_includes_and_what_excludes(
+    include: str | None, exclude: str | None, wanted: list[str]
+) -> None:
+    patterns = [None if text is None else compile_pattern(text, find_re2()) for text in (include, exclude)]
+    wants = choose_names(*patterns)
+    assert [name for name in ("vcpu/exits", "vcpu/halt_exits", "vm/mmu_flooded") if wants(name)] == wanted

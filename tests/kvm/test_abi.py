@@ -18,7 +18,8 @@ EXPRESSIONS = {
         KVM_GET_API_VERSION KVM_CREATE_VM KVM_CHECK_EXTENSION KVM_GET_VCPU_MMAP_SIZE KVM_CREATE_VCPU KVM_GET_STATS_FD
         KVM_RUN KVM_SET_REGS KVM_ENABLE_CAP
         KVM_CAP_BINARY_STATS_FD KVM_CAP_X86_NOTIFY_VMEXIT KVM_EXIT_NOTIFY KVM_NOTIFY_CONTEXT_INVALID
-        KVM_STATS_TYPE_MASK EXIT_REASON_NOTIFY SYS_pidfd_open SYS_openat2 SYS_pidfd_getfd
+        KVM_STATS_TYPE_MASK KVM_STATS_UNIT_MASK KVM_STATS_BASE_MASK
+        EXIT_REASON_NOTIFY SYS_pidfd_open SYS_openat2 SYS_pidfd_getfd
         SYS_fsopen SYS_fsconfig SYS_fsmount FSOPEN_CLOEXEC FSCONFIG_CMD_CREATE FSMOUNT_CLOEXEC
         MOUNT_ATTR_RDONLY MOUNT_ATTR_NOSUID MOUNT_ATTR_NODEV MOUNT_ATTR_NOEXEC SYS_kcmp
         CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_PERFMON CAP_BPF
@@ -46,6 +47,8 @@ EXPRESSIONS = {
     "NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_ENABLED": "KVM_X86_NOTIFY_VMEXIT_ENABLED",
     "NotifyVmexitFlags.KVM_X86_NOTIFY_VMEXIT_USER": "KVM_X86_NOTIFY_VMEXIT_USER",
     **{f"KvmStatsType.{member.name}": member.name for member in abi.KvmStatsType},
+    **{f"KvmStatsUnit.{member.name}": member.name for member in abi.KvmStatsUnit},
+    **{f"KvmStatsBase.{member.name}": member.name for member in abi.KvmStatsBase},
 }
 # Only the kernel's own headers have these, or headers later than Debian 12's: each is shown true by another test.
 NOT_IN_HEADERS = {

@@ -22,7 +22,8 @@ from kvm.binary_stats import (
     is_counter,
     measure_values,
 )
-from kvm.counters.stats_fd import check_safe_to_borrow, plan_layout
+from kvm.counters.stats_fd import check_safe_to_borrow
+from kvm.counters.stats_layout import plan_layout
 from kvm.errors import MalformedData, SourceUnavailable
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "stats"

@@ -51,6 +51,7 @@ class GuestProcess:
         ready = self.wait_for("ready")
         self.pid: int = ready["pid"]
         self.vm_fd: int = ready["vm_fd"]
+        self.vm_stats_fd: int = ready["vm_stats_fd"]
         self.creator_tid: int = ready["creator_tid"]
         self.vcpus = [GuestVcpu(**vcpu) for vcpu in ready["vcpus"]]
 
@@ -119,6 +120,7 @@ def open_guest_process(
     uuid: str = "",
     style: str = "qemu",
     stats_fds: bool = False,
+    vm_stats_fd: bool = False,
     vcpu_ids: Sequence[int] = (),
     port_writes: int | None = None,
     prefix: Sequence[str] = (),
@@ -130,6 +132,7 @@ def open_guest_process(
     wanted = tiny_guest.parse_arguments([])
     wanted.vcpus, wanted.name, wanted.uuid, wanted.style = vcpus, name, uuid, style
     wanted.stats_fds, wanted.vcpu_ids, wanted.port_writes = stats_fds, list(vcpu_ids), port_writes
+    wanted.vm_stats_fd = vm_stats_fd
     with tempfile.TemporaryFile() as stderr, ExitStack() as stack:
         command = tiny_guest.build_command(wanted)
         if prefix:  # which cannot say itself what the guest is to be called

@@ -321,6 +321,7 @@ def build_command(args: argparse.Namespace) -> list[str]:
     argv0, _ = STYLES[args.style]
     words = [argv0, __file__, "--style", args.style, "--vcpus", str(args.vcpus)]
     words += ["--stats-fds"] if args.stats_fds else []
+    words += ["--vm-stats-fd"] if args.vm_stats_fd else []
     words += ["--vcpu-ids", ",".join(map(str, args.vcpu_ids))] if args.vcpu_ids else []
     words += ["--port-writes", str(args.port_writes)] if args.port_writes is not None else []
     if args.style == "firecracker":
@@ -341,6 +342,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vcpu-ids", type=lambda text: [int(word) for word in text.split(",")])
     parser.add_argument("--style", choices=sorted(STYLES), default="qemu")
     parser.add_argument("--stats-fds", action="store_true", help="hold a stats fd for each vCPU, as QEMU >= 8.1 does")
+    parser.add_argument("--vm-stats-fd", action="store_true", help="hold a stats fd of the VM itself, as no VMM does")
     parser.add_argument("--port-writes", type=int, help="every vCPU makes so many before the ready line")
     parser.add_argument("--name")
     parser.add_argument("--uuid")
@@ -358,8 +360,10 @@ def main(words: Sequence[str]) -> int:
     signal.signal(signal.SIGUSR1, ignore_kick)
     threading.excepthook = end_process
     vm, vcpus = open_guest(args)
+    vm_stats_fd = fcntl.ioctl(vm.fd, KVM_GET_STATS_FD, 0) if args.vm_stats_fd else -1
     about = [{"index": v.index, "vcpu_id": v.vcpu_id, "tid": v.tid, "fd": v.fd, "stats_fd": v.stats_fd} for v in vcpus]
-    answer(event="ready", pid=os.getpid(), vm_fd=vm.fd, creator_tid=vm.creator_tid, vcpus=about)
+    ids = {"pid": os.getpid(), "vm_fd": vm.fd, "creator_tid": vm.creator_tid, "vm_stats_fd": vm_stats_fd}
+    answer(event="ready", **ids, vcpus=about)
     for line in sys.stdin:
         if line.strip() and not obey(line, vcpus):
             break

@@ -116,12 +116,17 @@ struct kvm_arch {
 	__u32 notify_window, notify_vmexit_flags;
 };
 
+/* Its fields are known by the kernel's descriptors only. */
+struct kvm_vm_stat {
+};
+
 struct kvm {
 	struct mm_struct *mm;
 	struct list_head vm_list;
 	struct xarray vcpu_array;
 	atomic_t online_vcpus;
 	struct kvm_arch arch;
+	struct kvm_vm_stat stat;
 	char stats_id[48];
 };
 

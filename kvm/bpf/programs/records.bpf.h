@@ -27,6 +27,10 @@ struct control {
 	__u32 next_vm, unowned;
 	/* how many slots of fd tables were looked at in this read, and how many files called a vCPU's led to none */
 	__u32 slots, strange;
+	/* set by userspace where more statistics are wanted, else 0: how many values of a VM, of all its vCPUs summed and
+	 * of each vCPU; where the vCPUs' values begin; and how many bytes of the kernel's structs hold them */
+	__u32 vm_words, sum_words, vcpu_words, vcpu_values;
+	__u32 vm_stat_bytes, vcpu_stat_bytes;
 };
 struct control control;
 
@@ -75,6 +79,36 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } values SEC(".maps");
+
+/* Which 64-bit words of struct kvm_vm_stat are wanted, and after them which of struct kvm_vcpu_stat; and their values:
+ * a row for each VM, its own and then the sums, and after all rows a column for each of the vCPUs' values. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} wanted_words SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} stat_values SEC(".maps");
+
+/* The statistics of the VM or vCPU that is being read, as they stand in the kernel's memory. */
+struct raw_statistics {
+	__u64 words[STATISTICS_BYTES / sizeof(__u64)];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct raw_statistics);
+} raw_statistics SEC(".maps");
 
 /* From kvm->mm to the first VM of that memory that has no known owner in this round; others follow by vm.next. */
 struct {

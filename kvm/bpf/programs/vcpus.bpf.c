@@ -21,6 +21,7 @@
  * the file system of anonymous inodes, where users cannot name anything.
  */
 #include "walks.bpf.h"
+#include "statistics.bpf.h"
 #include "learn.bpf.h"
 #include "read_files.bpf.h"
 
@@ -62,6 +63,8 @@ static long read_one_vcpu(__u32 index, struct vcpu_walk *walk)
 	identity->vcpu_id = READ(vcpu, vcpu_id);
 	identity->tid = read_tid(vcpu);
 	copy_statistics((__u64)FIELD(vcpu, struct kvm_vcpu, stat), at);
+	if (control.vcpu_stat_bytes)
+		pick_vcpu_statistics((__u64)FIELD(vcpu, struct kvm_vcpu, stat), walk->vm_index, at, at == walk->first);
 	return 0;
 }
 
@@ -100,10 +103,10 @@ static __always_inline __u64 read_files_of(const struct owner *owner)
 }
 
 /* Read a VM of this owner, with its vCPUs unless only the owner is another. */
-static __always_inline void read_vm(struct vm *vm, struct owner *owner)
+static __always_inline void read_vm(struct vm *vm, __u32 vm_index, struct owner *owner)
 {
 	struct kvm *kvm = (void *)vm->kvm;
-	struct vcpu_walk walk = {};
+	struct vcpu_walk walk = { .vm_index = vm_index, .first = control.vcpus };
 	__u64 files = read_files_of(owner);
 	__u32 first = control.vcpus, online;
 
@@ -116,6 +119,8 @@ static __always_inline void read_vm(struct vm *vm, struct owner *owner)
 	if (owner->vm_fd < 0 && (!online || read_files_of(owner) != files))
 		return;
 	if (!vm->tgid) {
+		if (control.vm_stat_bytes)
+			pick_vm_statistics(vm->kvm, vm_index);
 		walk.head = (__u64)READ(kvm, vcpu_array.xa_head);
 		if (online && online <= MAX_VCPUS_OF_VM)
 			bpf_loop(online, read_one_vcpu, &walk, 0);
@@ -172,7 +177,7 @@ static long read_next_vm(__u32 count, const struct batch *batch)
 	known = bpf_map_lookup_elem(&owners, &vm->kvm);
 	if (known && is_owner_still(known, vm->mm)) {
 		owner = *known;
-		read_vm(vm, &owner);
+		read_vm(vm, index, &owner);
 		if (vm->tgid) {
 			known->vm_fd = owner.vm_fd;
 			known->searched = owner.searched;
@@ -208,7 +213,7 @@ static long visit_vm(__u32 count, struct visit *visit)
 		return 1; /* the next look finds the rest */
 	/* A child between vfork() and exec() has the same memory: the process that started first is the owner. */
 	if (!vm->tgid || (vm->tgid != owner.tgid && owner.start_boottime < vm->start_boottime)) {
-		read_vm(vm, &owner);
+		read_vm(vm, visit->index, &owner);
 		if (vm->tgid == owner.tgid)
 			bpf_map_update_elem(&owners, &vm->kvm, &owner, BPF_ANY);
 	}

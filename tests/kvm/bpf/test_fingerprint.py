@@ -12,7 +12,7 @@ from kvm.model import VcpuState, VmCounters
 
 VALUES = {"exits": (0,), "fpu_reload": (101,), "halt_wait_hist": (0, 0)}
 NUMBERS = {name: 0x1000 + n for n, name in enumerate(REGISTERS)}
-OURS = Fingerprint("fpu_reload", 173, 4711, (12345, 1), VALUES, NUMBERS)
+OURS = Fingerprint("fpu_reload", 173, 4711, (12345, 1), VALUES, {"mmu_flooded": (7,)}, NUMBERS)
 COUNTERS = VmCounters((173,), (4711,), {"fpu_reload": (101,)}, {}, 12345, 1)
 STATE = VcpuState(173, 4711, NUMBERS, frozenset(), VALUES)
 

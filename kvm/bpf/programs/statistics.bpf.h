@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * Everything else that KVM counts: a part of vcpus.bpf.c.
+ *
+ * Sums over a VM's vCPUs are made here: to sum 10,000 numbers in Python takes longer than to read them. Where each load
+ * of the kernel's memory is a call of a helper, a struct of statistics is copied whole by one, and the wanted words are
+ * picked from the copy.
+ */
+#ifndef STATISTICS_BPF_H
+#define STATISTICS_BPF_H
+
+#include "records.bpf.h"
+
+struct word_walk {
+	__u64 from;
+	__u32 wanted, at, stride;
+	bool adds;
+};
+
+static __always_inline bool copy_raw(__u64 from, __u32 bytes)
+{
+#ifndef DIRECT_LOADS
+	__u32 zero = 0;
+	struct raw_statistics *raw = bpf_map_lookup_elem(&raw_statistics, &zero);
+
+	if (!raw || bytes > STATISTICS_BYTES || bpf_probe_read_kernel(raw, bytes, (void *)from))
+		return false;
+#endif
+	return true;
+}
+
+static __always_inline __u64 read_word(__u64 from, __u64 word)
+{
+#ifdef DIRECT_LOADS
+	return read_u64((void *)(from + word * sizeof(__u64)));
+#else
+	__u32 zero = 0;
+	struct raw_statistics *raw = bpf_map_lookup_elem(&raw_statistics, &zero);
+
+	return raw && word < STATISTICS_BYTES / sizeof(__u64) ? raw->words[word] : 0;
+#endif
+}
+
+static long pick_word(__u32 number, struct word_walk *walk)
+{
+	__u32 which = walk->wanted + number, at = walk->at + number * walk->stride;
+	__u64 *word = bpf_map_lookup_elem(&wanted_words, &which);
+	__u64 *value = bpf_map_lookup_elem(&stat_values, &at);
+
+	if (!word || !value)
+		return 1;
+	*value = (walk->adds ? *value : 0) + read_word(walk->from, *word);
+	return 0;
+}
+
+/* Put a VM's own statistics into its row. */
+__noinline int pick_vm_statistics(__u64 kvm, __u32 vm_index)
+{
+	struct word_walk walk = { .from = (__u64)FIELD(kvm, struct kvm, stat), .stride = 1 };
+
+	walk.at = vm_index * (control.vm_words + control.sum_words);
+	if (control.vm_words && copy_raw(walk.from, control.vm_stat_bytes))
+		bpf_loop(control.vm_words, pick_word, &walk, 0);
+	return 0;
+}
+
+/* Add a vCPU's statistics to the row of its VM, or put them into the columns of all vCPUs. */
+__noinline int pick_vcpu_statistics(__u64 statistics, __u32 vm_index, __u32 vcpu_index, bool is_first)
+{
+	struct word_walk walk = { .from = statistics, .wanted = control.vm_words };
+
+	if (!copy_raw(statistics, control.vcpu_stat_bytes))
+		return 0;
+	if (control.sum_words) {
+		walk.at = vm_index * (control.vm_words + control.sum_words) + control.vm_words;
+		walk.stride = 1;
+		walk.adds = !is_first;
+		bpf_loop(control.sum_words, pick_word, &walk, 0);
+	} else {
+		walk.at = control.vcpu_values + vcpu_index;
+		walk.stride = control.vcpu_capacity;
+		bpf_loop(control.vcpu_words, pick_word, &walk, 0);
+	}
+	return 0;
+}
+
+#endif
