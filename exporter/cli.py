@@ -23,6 +23,7 @@ from exporter.commands.serve import run_server
 from exporter.flags import (
     add_collector_flags,
     add_drill_flags,
+    add_from_agent_flag,
     add_log_flags,
     add_monitor_flags,
     add_source_flags,
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
             form.add_argument(
                 "--output", metavar="FILE.prom", type=parse_prom_path, help="write metrics to this file, all at once"
             )
+            add_from_agent_flag(command)
     return parser
 
 

@@ -255,6 +255,20 @@ def add_monitor_flags(parser: argparse.ArgumentParser, *, of_this_host: bool) ->
         parser.add_argument("--trigger.function", dest="trigger_function", default=FUNCTION, help=argparse.SUPPRESS)
 
 
+def add_from_agent_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that has the running agent asked, and the host not read."""
+    parser.add_argument(
+        "--from-agent",
+        dest="from_agent",
+        metavar="unix:PATH",
+        nargs="?",
+        type=parse_listen_address,
+        const=SOCKET_ADDRESS,
+        help="print what the running agent knows of vCPUs that take notify exits: their states, owners and since when "
+        f"they are stuck; its socket is {SOCKET_ADDRESS} if none is named",
+    )
+
+
 def add_drill_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a drill."""
     parser.add_argument("--vm", metavar="NAME", required=True, help="name or id of the VM that the drill is about")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from exporter.commands.drill import UnixConnection
+from exporter.commands.agent_socket import UnixConnection
 from exporter.web.listeners import UnixAddress
 from tests.users import HEADERS, write_web_config
 from tests.waiting import wait_until

@@ -48,7 +48,9 @@ DECLARATIONS = {"exporter.__main__", "exporter.monitor.backends", "kvm.counters.
 # Modules whose tests stand in a file of another name, below tests/. A test file of a module's own name takes it out.
 TESTED_IN = {
     "exporter.build_info": "exporter/prometheus/test_collector.py",
+    "exporter.commands.agent_socket": "exporter/commands/test_agent_report.py",
     "exporter.commands.check": "live/test_agent.py",
+    "exporter.commands.columns": "exporter/commands/test_once.py",
     "exporter.commands.drill": "exporter/stalls/test_drill.py",
     "exporter.commands.serve": "live/test_agent.py",
     "exporter.history.changes": "exporter/monitor/test_polling.py",

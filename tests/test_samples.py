@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.build_info import BuildInfo
+from exporter.commands.agent_report import render_report
 from exporter.commands.once import render_table
 from exporter.host_summary import render_check
 from exporter.logs.formatters import build_fields, render_logfmt
@@ -213,3 +215,16 @@ def test_alert() -> None:
         text = re.sub(of_drills, "", rule["annotations"][name], flags=re.DOTALL)
         parts = re.split(r"\{\{.*?\}\}", text, flags=re.DOTALL)
         assert re.fullmatch(".*".join(map(re.escape, parts)), line), line
+
+
+def test_the_table_of_a_running_agent() -> None:
+    sample = find_sample(DOCS / "reading-a-warning.md", "$ kvm-notify-exporter once --from-agent\n")
+    vcpus = []
+    for line in sample.splitlines()[1:]:
+        vm, name, project, vmm, pid, vcpu, state, stuck, rip, exits, reason = re.split(r" {2,}", line)
+        since = None if stuck == "-" else datetime.fromisoformat(stuck).timestamp()
+        who = {"vm": vm, "name": name, "project": project, "vmm": vmm, "pid": int(pid), "vcpu": int(vcpu)}
+        what = {"state": state, "drill": False, "stuck_since_unix_seconds": since, "reason": reason}
+        vcpus.append(who | what | {"rip": None if rip == "-" else rip, "notify_window_exits": int(exits)})
+    whole = {"complete": True, "unread_vms": 0, "problem": None, "details": True}
+    assert render_report({"vcpus": vcpus, **whole}) == sample

@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from exporter.commands.agent_report import is_all_known, read_agent_report, render_report
+from exporter.commands.columns import UNKNOWN, render_columns
 from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
 from exporter.stalls.verdicts import State
+from exporter.web.listeners import Address
 from exporter.wiring import SINGLE_SNAPSHOT_WAIT_SECONDS, build_collector, open_host
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Snapshot, VmReading
 
@@ -24,6 +27,8 @@ MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
 
 def run_once(arguments: argparse.Namespace) -> int:
     """Print one snapshot of the host, or write it to a file; 0 if counters could be read, else 1."""
+    if arguments.from_agent is not None:
+        return print_agent_report(arguments.from_agent, "prometheus" if arguments.output else arguments.format)
     with contextlib.ExitStack() as stack:
         collector = build_collector(open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS), arguments)
         # One snapshot has seen nothing move: what remembers increases would be a 0 for ever.
@@ -40,6 +45,15 @@ def run_once(arguments: argparse.Namespace) -> int:
     return 0 if can_read(snapshot) else 1
 
 
+def print_agent_report(address: Address, form: str | None) -> int:
+    """Print what a running agent knows; 0 if nothing can be missing in that, else 1. Raises OSError, ValueError."""
+    if form == "prometheus":
+        raise ValueError("--from-agent prints a table or JSON; the agent's metrics are at its /metrics")
+    document = read_agent_report(address)
+    sys.stdout.write(json.dumps(document, indent=2) + "\n" if form == "json" else render_report(document))
+    return 0 if is_all_known(document) else 1
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part; raises OSError."""
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # the collector reads *.prom, not this
@@ -53,9 +67,6 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-UNKNOWN = "-"
 
 
 _TABLE_HEADER = (
@@ -140,7 +151,7 @@ def render_table(snapshot: Snapshot) -> str:
             if snapshot.complete
             else f"no VM found, but there may be some: {describe_blind_spots(snapshot)}\n"
         )
-    return render_columns(_TABLE_HEADER, rows)
+    return render_columns(_TABLE_HEADER, rows, _RIGHT)
 
 
 def _build_rows(reading: VmReading) -> Iterable[Sequence[object]]:
@@ -161,21 +172,3 @@ def _build_rows(reading: VmReading) -> Iterable[Sequence[object]]:
 
 def _pick(counters: Mapping[str, int]) -> tuple[object, object]:
     return counters.get(NOTIFY_WINDOW_EXITS, UNKNOWN), counters.get(EXITS, UNKNOWN)
-
-
-def render_columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Render rows under a header, columns aligned; what is not printable shows as ``?``."""
-    cells = [list(header), *([_make_printable(str(cell)) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
-            for cell, width, name in zip(row, widths, header, strict=True)
-        ).rstrip()
-        for row in cells
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _make_printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -151,7 +151,14 @@ def test_output_that_nobody_reads_is_no_error(word: str, unbuffered: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "words", [["--version"], ["once"], ["check"], ["drill", "--vm=x", "--url=unix:/nowhere/agent.sock"]]
+    "words",
+    [
+        ["--version"],
+        ["once"],
+        ["check"],
+        ["drill", "--vm=x", "--url=unix:/nowhere/a"],
+        ["once", "--from-agent=unix:/nowhere/a"],
+    ],
 )
 def test_commands_that_serve_nothing_import_no_server(words: list[str]) -> None:
     run = subprocess.run(

@@ -8,7 +8,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.commands.once import render_columns, render_json, render_table
+from exporter.commands.columns import render_columns
+from exporter.commands.once import render_json, render_table
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VmCounters
 from tests.snapshots import HIDDEN, make_reading, make_snapshot, make_unread
 

@@ -1,0 +1,28 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final
+
+UNKNOWN: Final = "-"
+
+
+def render_columns(
+    header: Sequence[str], rows: Iterable[Sequence[object]], right: Collection[str] = frozenset()
+) -> str:
+    """Render rows under a header, columns aligned, those of ``right`` to the right; not printable shows as ``?``."""
+    cells = [list(header), *([_make_printable(str(cell)) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for cell, width, name in zip(row, widths, header, strict=True)
+        ).rstrip()
+        for row in cells
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _make_printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
