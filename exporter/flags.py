@@ -139,7 +139,8 @@ def add_collector_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_web_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the HTTP server."""
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--web.listen-address",
         dest="listen_addresses",
         metavar="ADDRESS",
@@ -147,6 +148,12 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         type=parse_listen_address,
         help="where to listen: HOST:PORT, [IPV6]:PORT, :PORT or unix:PATH; repeatable "
         f"(default: :9750 with TLS or authentication, else 127.0.0.1:9750; and {SOCKET_ADDRESS})",
+    )
+    where.add_argument(
+        "--web.systemd-socket",
+        dest="systemd_socket",
+        action="store_true",
+        help="listen on the sockets that systemd passes on (a .socket unit) instead",
     )
     add_web_config_flag(parser, "file with TLS, users and limits, in exporter-toolkit's format; SIGHUP reads it anew")
     parser.add_argument(

@@ -52,7 +52,6 @@ TESTED_IN = {
     "exporter.commands.check": "live/test_agent.py",
     "exporter.commands.columns": "exporter/commands/test_once.py",
     "exporter.commands.drill": "exporter/stalls/test_drill.py",
-    "exporter.commands.serve": "live/test_agent.py",
     "exporter.history.changes": "exporter/monitor/test_polling.py",
     "exporter.monitor.attempts": "exporter/monitor/test_polling.py",
     "exporter.monitor.drills": "exporter/monitor/test_stall_monitor.py",

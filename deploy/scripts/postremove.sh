@@ -5,7 +5,7 @@ set -e
 
 case "$1" in
 purge)
-    for unit in kvm-notify-exporter.service kvm-notify-exporter-no-admin.service; do
+    for unit in kvm-notify-exporter.socket kvm-notify-exporter.service kvm-notify-exporter-no-admin.service; do
         if command -v deb-systemd-helper >/dev/null; then
             deb-systemd-helper purge "$unit" >/dev/null
         fi

@@ -11,5 +11,9 @@ remove | 0) ;;
 esac
 
 [ -d /run/systemd/system ] || exit 0
-systemctl --no-reload stop kvm-notify-exporter.service kvm-notify-exporter-no-admin.service
-[ "$1" != 0 ] || systemctl --no-reload disable kvm-notify-exporter.service kvm-notify-exporter-no-admin.service
+# The socket first: it would start the service again.
+units="kvm-notify-exporter.socket kvm-notify-exporter.service kvm-notify-exporter-no-admin.service"
+# shellcheck disable=SC2086 # a list of words
+systemctl --no-reload stop $units
+# shellcheck disable=SC2086
+[ "$1" != 0 ] || systemctl --no-reload disable $units

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,10 @@ from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS
 from exporter.history.recorder import SnapshotRecorder
 from exporter.service.heartbeat import Heartbeat, describe_state
 from exporter.service.manager import open_service_manager
-from exporter.web.listeners import Address, UnixAddress
+from exporter.service.sockets import take_sockets
+from exporter.web.listeners import Address, ListenError, UnixAddress, find_address
+from exporter.web.peer_credentials import TrustedPeers
+from exporter.web.settings import ServerSettings
 from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.counters.bpf import BpfSource
 from kvm.simulated.host import SimulatedHost
@@ -42,26 +46,11 @@ def run_server(arguments: argparse.Namespace) -> int:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()  # a service manager that finds the agent hung sends SIGABRT: then the log says where it hangs
     # Importing aiohttp takes longer than all the rest of what the other commands do.
-    from exporter.web.peer_credentials import TrustedPeers  # noqa: PLC0415
     from exporter.web.server import serve  # noqa: PLC0415
-    from exporter.web.settings import ServerSettings  # noqa: PLC0415
     from exporter.web.web_config_file import WebConfigFile  # noqa: PLC0415
 
     web_config = WebConfigFile(arguments.web_config_file) if arguments.web_config_file else None
-    addresses = choose_addresses(arguments.listen_addresses, is_protected=bool(web_config and web_config.protects))
-    settings = ServerSettings(
-        addresses=tuple(admit_group(address, arguments.details_gid) for address in addresses),
-        # Not for a demo: its socket would stand where the host's own agent is asked.
-        optional_addresses=()
-        if arguments.listen_addresses or arguments.command == "demo"
-        else (admit_group(make_socket_directory(SOCKET_ADDRESS), arguments.details_gid),),
-        is_simulated=arguments.command == "demo",
-        trusted_peers=TrustedPeers(os.geteuid(), arguments.details_gid),
-        telemetry_path=arguments.telemetry_path,
-        max_requests=arguments.max_requests,
-        exporter_metrics=not arguments.disable_exporter_metrics,
-        host_name=platform.node(),
-    )
+    settings = build_settings(arguments, is_protected=bool(web_config and web_config.protects))
     gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(open_service_manager(os.environ, os.getpid()))
@@ -87,6 +76,43 @@ def run_server(arguments: argparse.Namespace) -> int:
         reload = web_config.reload if web_config else tell_nothing_to_reload
         asyncio.run(run_until_signalled(monitor, serve_until, heartbeat, Lifetime(manager, reload)))
     return 0
+
+
+def build_settings(arguments: argparse.Namespace, *, is_protected: bool) -> ServerSettings:
+    """Return how to serve; takes the sockets that systemd has passed on. Raises BadSocket and ListenError."""
+    passed = choose_passed(arguments.systemd_socket, take_sockets(os.environ, os.getpid()))
+    addresses = () if passed else choose_addresses(arguments.listen_addresses, is_protected=is_protected)
+    is_demo = arguments.command == "demo"
+    # Not for a demo: its socket would stand where the host's own agent is asked.
+    has_own_socket = arguments.listen_addresses or is_demo or SOCKET_ADDRESS in map(find_address, passed)
+    return ServerSettings(
+        addresses=tuple(admit_group(address, arguments.details_gid) for address in addresses),
+        optional_addresses=()
+        if has_own_socket
+        else (admit_group(make_socket_directory(SOCKET_ADDRESS), arguments.details_gid),),
+        passed_sockets=passed,
+        is_simulated=is_demo,
+        trusted_peers=TrustedPeers(os.geteuid(), arguments.details_gid),
+        telemetry_path=arguments.telemetry_path,
+        max_requests=arguments.max_requests,
+        exporter_metrics=not arguments.disable_exporter_metrics,
+        host_name=platform.node(),
+    )
+
+
+def choose_passed(wanted: bool, passed: Sequence[socket.socket]) -> tuple[socket.socket, ...]:
+    """Return the sockets of systemd's to serve at; raises ListenError where there ought to be some."""
+    if wanted and not passed:
+        raise ListenError("--web.systemd-socket: no socket was passed on; is a .socket of the agent's unit active?")
+    if wanted or not passed:
+        return tuple(passed)
+    addresses = ",".join(str(find_address(sock)) for sock in passed)
+    remedy = "add --web.systemd-socket, or systemctl disable --now the .socket"
+    fields = {"address": addresses, "remedy": remedy}
+    log.warning("systemd's sockets are not served, and whoever connects there waits", extra={"fields": fields})
+    for sock in passed:
+        sock.close()
+    return ()
 
 
 def choose_addresses(wanted: Sequence[Address] | None, *, is_protected: bool) -> tuple[Address, ...]:

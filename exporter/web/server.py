@@ -98,7 +98,8 @@ async def open_server(
         web_config.on_reload = partial(_cut_untrusted, guard)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(gate))
-        sockets = list(stack.enter_context(open_sockets(settings.addresses)))
+        sockets = [stack.enter_context(sock) for sock in settings.passed_sockets]
+        sockets += stack.enter_context(open_sockets(settings.addresses))
         for address in settings.optional_addresses:
             try:
                 sockets += stack.enter_context(open_sockets((address,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -47,8 +48,8 @@ class ServerSettings:
     ``addresses`` are where to listen, ``telemetry_path`` where the metrics are, ``max_requests`` how many scrapes may
     be under way at once (0: any number), ``exporter_metrics`` whether the process_* and python_* metrics of the agent
     itself are among them, ``host_name`` how the status page calls this machine, ``trusted_peers`` who at the Unix
-    socket sees details. ``optional_addresses`` are listened on where that can be; a host that ``is_simulated`` has no
-    secrets. Raises ValueError for a path that cannot be served.
+    socket sees details. ``optional_addresses`` are listened on where that can be, ``passed_sockets`` listen
+    already; a host that ``is_simulated`` has no secrets. Raises ValueError for a path that cannot be served.
     """
 
     addresses: tuple[Address, ...] = (TcpAddress("", 9750),)
@@ -58,6 +59,7 @@ class ServerSettings:
     host_name: str = ""
     trusted_peers: TrustedPeers = field(default_factory=lambda: TrustedPeers(os.geteuid()))
     optional_addresses: tuple[Address, ...] = ()
+    passed_sockets: tuple[socket.socket, ...] = ()
     is_simulated: bool = False
     write_seconds: float = 30.0
     # Once for requests under way, and once for the snapshot that is: the agent is to end within 2 s.

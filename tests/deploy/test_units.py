@@ -13,7 +13,7 @@ import pytest
 
 from exporter.cli import parse_command_line
 from kvm import abi
-from tests.deploy.unit_file import FULL, NO_ADMIN, SYSTEMD, UNITS, parse_unit, read_unit, read_values
+from tests.deploy.unit_file import FULL, NO_ADMIN, SOCKET, SYSTEMD, UNITS, parse_unit, read_unit, read_values
 
 # What `systemd-analyze security` of systemd 252 gives at most: 0 is locked in, 10 is wide open.
 SCORES = {FULL: 3.0, NO_ADMIN: 2.8}
@@ -28,7 +28,7 @@ def test_both_units_are_there() -> None:
     assert {FULL, NO_ADMIN} == set(UNITS)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, SOCKET])
 def test_each_line_says_what_breaks_without_it(unit: str) -> None:
     bare = [setting.name for setting in read_unit(unit) if setting.section != "Unit" and not setting.comment]
     assert bare == []
@@ -91,13 +91,15 @@ def verify(unit: str, root: Path, text: str) -> subprocess.CompletedProcess[str]
         shutil.copy("/bin/true", root / "usr/bin" / program)
     for target in TARGETS:
         shutil.copy(f"/usr/lib/systemd/system/{target}.target", units)
+    if unit == SOCKET:
+        shutil.copy(SYSTEMD / FULL, units)  # what it starts
     (units / unit).write_text(text)
     words = ["systemd-analyze", "verify", "--man=no", f"--root={root}", unit]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
 @needs_systemd
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, SOCKET])
 def test_systemd_understands_every_line(unit: str, tmp_path: Path) -> None:
     done = verify(unit, tmp_path, (SYSTEMD / unit).read_text())
     assert (done.returncode, done.stdout + done.stderr) == (0, "")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 SYSTEMD = ROOT / "deploy/systemd"
 UNITS = sorted(path.name for path in SYSTEMD.glob("*.service"))
+SOCKET = "kvm-notify-exporter.socket"
 FULL, NO_ADMIN = "kvm-notify-exporter.service", "kvm-notify-exporter-no-admin.service"
 
 
