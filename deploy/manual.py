@@ -26,6 +26,9 @@ A wrong flag is 2. Any other failure is 1.
 .I /etc/default/{NAME}
 The flags of the systemd units.
 .TP
+.I /var/lib/{NAME}/state.json
+Where the units keep the host's total of notify exits over a restart.
+.TP
 .I /usr/share/{NAME}
 Alert rules and recording rules for Prometheus, dashboards for Grafana, and the sysctl file that
 .I {NAME}\-no\-admin.service

@@ -27,6 +27,7 @@ from exporter.flags import (
     add_log_flags,
     add_monitor_flags,
     add_source_flags,
+    add_state_flag,
     add_web_config_flag,
     add_web_flags,
     parse_prom_path,
@@ -72,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name in ("serve", "demo"):
             add_monitor_flags(command, of_this_host=name == "serve")
             add_web_flags(command)
+        if name == "serve":
+            add_state_flag(command)
         if name == "once":
             form = command.add_mutually_exclusive_group()
             form.add_argument("--format", choices=("prometheus", "json", "table"), help="(default: table)")

@@ -137,6 +137,18 @@ def add_collector_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_state_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the file that outlives the agent."""
+    parser.add_argument(
+        "--state.file",
+        dest="state_file",
+        metavar="FILE",
+        type=lambda text: Path(text) if text else None,
+        help="file that keeps kvm_host_notify_window_exits_total over a restart of the agent, not of the host "
+        "(default: none)",
+    )
+
+
 def add_web_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the HTTP server."""
     where = parser.add_mutually_exclusive_group()

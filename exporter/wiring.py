@@ -7,9 +7,10 @@ import contextlib
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from exporter.build_info import BuildInfo, read_version
 from exporter.flags import choose_collectors
@@ -19,6 +20,7 @@ from exporter.monitor.cpu_time import read_cpu_time
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.monitor.vcpu_reader import make_vcpu_reader
 from exporter.prometheus.collector import HostCollector
+from exporter.prometheus.metrics import Metric
 from exporter.prometheus.selection import CollectorSettings
 from exporter.stalls.verdicts import StallRule
 from kvm.bpf.notify_trigger import NotifyCall, NotifyTrigger
@@ -118,9 +120,10 @@ def build_collector(
     reader: SnapshotReader,
     arguments: argparse.Namespace,
     monitor: StallMonitor | None = None,
-    is_web_config_fresh: Callable[[], bool] | None = None,
+    file_states: Mapping[Metric, Callable[[], bool]] = MappingProxyType({}),
+    first_total: int = 0,
 ) -> HostCollector:
-    """Return the collector that the flags ask for; ``is_web_config_fresh`` tells of its last reload."""
+    """Return the collector that the flags ask for; the rest is as HostCollector takes it."""
     settings = CollectorSettings(
         enabled=choose_collectors(arguments),
         vcpu_series=arguments.vcpu_series,
@@ -131,5 +134,5 @@ def build_collector(
     build = BuildInfo(read_version(), "", platform.python_version())
     read_report = monitor.report if monitor else None
     return HostCollector(
-        reader, settings, build, time.perf_counter, read_report, is_web_config_fresh=is_web_config_fresh
+        reader, settings, build, time.perf_counter, read_report, file_states=file_states, first_total=first_total
     )

@@ -5,6 +5,7 @@ set -e
 
 case "$1" in
 purge)
+    rm -rf /var/lib/kvm-notify-exporter
     for unit in kvm-notify-exporter.socket kvm-notify-exporter.service kvm-notify-exporter-no-admin.service; do
         if command -v deb-systemd-helper >/dev/null; then
             deb-systemd-helper purge "$unit" >/dev/null

@@ -20,14 +20,16 @@ from typing import Final
 
 from exporter.commands.lifetime import Lifetime, run_until_signalled
 from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS
+from exporter.history.kept_total import KeptTotal, read_boot_id
 from exporter.history.recorder import SnapshotRecorder
+from exporter.prometheus.metrics import STATE_FILE_SUCCESS, WEB_CONFIG_RELOAD_SUCCESS, Metric
 from exporter.service.heartbeat import Heartbeat, describe_state
 from exporter.service.manager import open_service_manager
 from exporter.service.sockets import take_sockets
 from exporter.web.listeners import Address, ListenError, UnixAddress, find_address
 from exporter.web.peer_credentials import TrustedPeers
 from exporter.web.settings import ServerSettings
-from exporter.wiring import WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
+from exporter.wiring import PROC, WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.counters.bpf import BpfSource
 from kvm.simulated.host import SimulatedHost
 
@@ -62,11 +64,19 @@ def run_server(arguments: argparse.Namespace) -> int:
             bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
             recorder = SnapshotRecorder(open_host(arguments.sources, stack, bpf=bpf))
             monitor = open_stall_monitor(arguments, recorder, bpf)
-        is_fresh = (lambda: web_config.reload_succeeded) if web_config else None
-        collector = build_collector(recorder, arguments, monitor, is_fresh)
+        kept = open_kept_total(arguments)
+        file_states: dict[Metric, Callable[[], bool]] = {}
+        if web_config:
+            file_states[WEB_CONFIG_RELOAD_SUCCESS] = lambda: web_config.reload_succeeded
+        if kept:
+            file_states[STATE_FILE_SUCCESS] = lambda: kept.succeeded
+        first_total = kept.take() if kept else 0
+        collector = build_collector(recorder, arguments, monitor, file_states, first_total)
 
         async def serve_until(stop: asyncio.Event, tell_ready: Callable[[], None]) -> None:
             await serve(collector, recorder, settings, stop, monitor, web_config=web_config, tell_ready=tell_ready)
+            if kept:
+                kept.keep(collector.total)
 
         heartbeat = Heartbeat(
             manager,
@@ -76,6 +86,13 @@ def run_server(arguments: argparse.Namespace) -> int:
         reload = web_config.reload if web_config else tell_nothing_to_reload
         asyncio.run(run_until_signalled(monitor, serve_until, heartbeat, Lifetime(manager, reload)))
     return 0
+
+
+def open_kept_total(arguments: argparse.Namespace) -> KeptTotal | None:
+    """Return what keeps the host's total over a restart, None where nothing is to; raises OSError."""
+    if arguments.command == "demo" or arguments.state_file is None:
+        return None
+    return KeptTotal(arguments.state_file, read_boot_id(PROC))
 
 
 def build_settings(arguments: argparse.Namespace, *, is_protected: bool) -> ServerSettings:

@@ -55,14 +55,15 @@ class _Memory:
 class IncreaseTracker:
     """Tracks the notify counters from snapshot to snapshot; used by one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_total: int = 0) -> None:
+        """``first_total`` is what an agent before this one has counted."""
         self._memories: dict[VmKey, _Memory] = {}
         self.moved_vms: set[VmKey] = set()
         """The VMs of which ``last_moves`` has something to tell: few of a host's."""
         self._zero_after_unix_seconds = math.inf
-        self.increases_total = 0
+        self.increases_total = first_total
         self.readable = False
-        """Whether anything could be counted so far: else ``increases_total`` of 0 would be a claim and no fact."""
+        """Whether anything could be counted so far: else ``increases_total`` would be a claim and no fact."""
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in a snapshot."""

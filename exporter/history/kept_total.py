@@ -10,6 +10,7 @@ The file is taken for hostile: whoever can write it can forge the total, and not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -63,6 +64,8 @@ class KeptTotal:
             self.succeeded = False
             fields = {"file": str(self._path), "err": err.strerror, "remedy": "make its directory the agent's own"}
             log.error("the total of notify exits cannot be kept", extra={"fields": fields})
+            with contextlib.suppress(OSError):  # no total is better than an old one; a disk that is full allows that
+                self._path.unlink(missing_ok=True)
             return False
         return True
 
@@ -75,7 +78,7 @@ def read_boot_id(proc: Path) -> str:
 def read_state(path: Path) -> bytes:
     """Read a small plain file, and no other; raises OSError and BadState."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
+    with os.fdopen(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise BadState("it is no plain file")
         content = file.read(MAX_BYTES + 1)
@@ -105,7 +108,7 @@ def write_state(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)  # left by one that was killed, or put there: it is not written through
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "w") as file:
+    with os.fdopen(fd, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(fd)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Final, TypeVar
 
 from exporter.build_info import BuildInfo
@@ -48,12 +49,13 @@ class HostCollector:
         clock: Callable[[], float],
         read_report: Callable[[], MonitorReport] | None = None,
         *,
-        is_web_config_fresh: Callable[[], bool] | None = None,
+        file_states: Mapping[Metric, Callable[[], bool]] = MappingProxyType({}),
+        first_total: int = 0,
     ) -> None:
         """``clock`` gives seconds for durations, as time.perf_counter does.
 
-        ``read_report`` returns what the stall monitor has found, ``is_web_config_fresh`` whether the last reload of the
-        web configuration succeeded, if there is one.
+        ``read_report`` returns what the stall monitor has found, ``file_states`` tell whether a file of the agent's own
+        is in order. The host's total goes on from ``first_total``.
         """
         self.settings = settings
         self.build = build
@@ -62,9 +64,9 @@ class HostCollector:
         self._reader = reader
         self._clock = clock
         self._read_report = read_report
-        self._is_web_config_fresh = is_web_config_fresh
+        self._file_states = file_states
         self._verdicts: StallSeries | None = None
-        self._increases = IncreaseTracker()
+        self._increases = IncreaseTracker(first_total)
         self._errors = ReadErrors()
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._shown: list[ShownVm] = []
@@ -76,6 +78,11 @@ class HostCollector:
         """Return how each source did at the newest snapshot; empty before the first."""
         return self.snapshot.sources if self.snapshot else ()
 
+    @property
+    def total(self) -> int:
+        """Return the host's total of notify exits, as last counted."""
+        return self._increases.increases_total
+
     def collect(self, selected: Collection[str] | None = None) -> list[Family]:
         """Read the host and return the families of that, in the order of the table, none of them empty."""
         names = self.settings.enabled if selected is None else selected
@@ -83,9 +90,9 @@ class HostCollector:
         build = Family(metrics.BUILD_INFO)
         build.add(order_labels(metrics.BUILD_INFO, **_label_build(self.build)), 1)
         families = {family.metric: family for family in (duration, success, build)}
-        if self._is_web_config_fresh:
-            reload = families[metrics.WEB_CONFIG_RELOAD_SUCCESS] = Family(metrics.WEB_CONFIG_RELOAD_SUCCESS)
-            reload.add((), int(self._is_web_config_fresh()))
+        for metric, is_in_order in self._file_states.items():
+            families[metric] = Family(metric)
+            families[metric].add((), int(is_in_order()))
 
         def run(name: str, collector: Callable[[], list[Family]]) -> bool:
             started = self._clock()

@@ -322,6 +322,12 @@ SCRAPE_SUCCESS = Metric(
     "Whether a collector succeeded.",
     ("collector",),
 )
+STATE_FILE_SUCCESS = Metric(
+    "kvm_exporter_state_file_success",
+    MetricType.GAUGE,
+    "1 if --state.file could be read and written, else 0: kvm_host_notify_window_exits_total then begins at 0 after a "
+    "restart; absent without it.",
+)
 WEB_CONFIG_RELOAD_SUCCESS = Metric(
     "kvm_exporter_web_config_reload_success",
     MetricType.GAUGE,
@@ -382,6 +388,7 @@ METRICS: tuple[Metric, ...] = (
     SCRAPE_DURATION,
     SCRAPE_SUCCESS,
     WEB_CONFIG_RELOAD_SUCCESS,
+    STATE_FILE_SUCCESS,
     BUILD_INFO,
 )
 

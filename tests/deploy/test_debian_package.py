@@ -144,7 +144,7 @@ def test_the_life_of_a_package(container: Container, tree: Path, package: Path, 
 def test_a_wrong_flag_is_told_of_and_not_tried_again(container: Container, tree: Path, package: Path) -> None:
     install(container, package)
     (tree / "etc/default/kvm-notify-exporter").write_text('ARGS="--no-such-flag"\n')
-    container.run("systemctl", "restart", FULL)
+    container.run("systemctl", "restart", FULL, expect=1)
     wait_until(lambda: container.show(FULL, "ActiveState") == "failed", "the unit has failed", pause_seconds=0.2)
     assert container.show(FULL, "ExecMainStatus") == "2"
     assert "--no-such-flag" in container.run("journalctl", "--no-pager", f"--unit={FULL}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from exporter.commands.drill import UnixConnection
+from exporter.commands.agent_socket import UnixConnection
 from tests.agents import ROOT
 from tests.exporter.service.listening_manager import open_manager
 

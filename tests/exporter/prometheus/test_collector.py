@@ -34,7 +34,7 @@ from kvm.model import (
     VmReading,
 )
 from kvm.simulated.host import SimulatedHost
-from tests.snapshots import HIDDEN
+from tests.snapshots import CLOSED, HIDDEN
 
 HOST = Host("6.12", "GenuineIntel", "6", "143", "8", "Xeon", "0x2b", "none", "kvm_intel", True)
 OWNER = Owner("qemu", "web", "uuid-1", project="shop", identity=Identity.LIBVIRT, uid=64055)
@@ -472,3 +472,19 @@ def test_ten_thousand_vcpus() -> None:
     assert sum(name == "kvm_vcpu_notify_window_exits_total" for name, _ in series) == 16 * vms_with_vcpus
     assert sum(name == "kvm_vm_notify_window_exits_total" for name, _ in series) == 625
     assert sum(name == "kvm_vm_notify_protection" for name, _ in series) == 4 * 625
+
+
+def test_the_total_goes_on_from_that_of_the_agent_before() -> None:
+    first, second = make_snapshot(make_reading(notify=(3, 0))), make_snapshot(make_reading(notify=(5, 1)))
+    collector = HostCollector(
+        Script(first, second), CollectorSettings(), BuildInfo("", "", ""), time.perf_counter, first_total=4711
+    )
+    for total in (4711, 4714):
+        assert parse_series(collector)["kvm_host_notify_window_exits_total", frozenset()] == total
+        assert collector.total == total
+    # What was never read is not known, whatever was before.
+    blind = replace(make_snapshot(), blind_spots=HIDDEN, sources=(CLOSED,))
+    collector = HostCollector(
+        Script(blind), CollectorSettings(), BuildInfo("", "", ""), time.perf_counter, first_total=4711
+    )
+    assert ("kvm_host_notify_window_exits_total", frozenset[tuple[str, str]]()) not in parse_series(collector)

@@ -122,7 +122,7 @@ def collect_families(*blind_spots: BlindSpot) -> dict[str, prometheus_client.Met
         build,
         time.perf_counter,
         make_watch_report,
-        is_web_config_fresh=lambda: True,
+        file_states={metrics.WEB_CONFIG_RELOAD_SUCCESS: lambda: True, metrics.STATE_FILE_SUCCESS: lambda: True},
     )
     collector.collect()
     return {family.name: family for family in text_string_to_metric_families(render_text(collector.collect()))}
