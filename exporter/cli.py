@@ -68,8 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
             continue
         if name != "demo":
             add_source_flags(command)
-        if name != "check":
-            add_collector_flags(command)
+        add_collector_flags(command)
         if name in ("serve", "demo"):
             add_monitor_flags(command, of_this_host=name == "serve")
             add_web_flags(command)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from exporter.logs.formatters import LEVELS
 from exporter.monitor.backends import PollMode
-from exporter.patterns import BadPattern, NamePattern, compile_pattern, find_re2
-from exporter.prometheus.selection import COLLECTORS
+from exporter.patterns import BadPattern, NamePattern, choose_names, compile_pattern, find_re2
+from exporter.prometheus.selection import COLLECTORS, DEFAULT_COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from exporter.stalls.verdicts import StallRule
 from exporter.web.listeners import Address, TcpAddress, UnixAddress, parse_address
 from kvm.bpf.notify_trigger import FUNCTION
+from kvm.statistics import StatScope, StatSelection
 
 SOURCES = ("bpf", "stats_fd", "debugfs")
 
@@ -102,8 +103,9 @@ def add_collector_flags(parser: argparse.ArgumentParser) -> None:
             dest=f"collector_{name}",
             action=argparse.BooleanOptionalAction,
             default=None,
-            help=f"switch the collector {name} on or off (default: on)",
+            help=f"switch the collector {name} on or off (default: {'on' if name in DEFAULT_COLLECTORS else 'off'})",
         )
+    add_statistics_flags(parser)
     parser.add_argument(
         "--collector.disable-defaults",
         dest="disable_defaults",
@@ -146,6 +148,28 @@ def add_state_flag(parser: argparse.ArgumentParser) -> None:
         type=lambda text: Path(text) if text else None,
         help="file that keeps kvm_host_notify_window_exits_total over a restart of the agent, not of the host "
         "(default: none)",
+    )
+
+
+def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose among everything else that KVM counts."""
+    for name, what in (("include", "only statistics"), ("exclude", "no statistic")):
+        parser.add_argument(
+            f"--collector.stats.{name}",
+            dest=f"stats_{name}",
+            metavar="REGEX",
+            type=parse_pattern,
+            help=f"collector stats: {what} whose name it matches anywhere; names are like vcpu/halt_exits and "
+            "vm/remote_tlb_flush",
+        )
+    parser.add_argument(
+        "--collector.stats.level",
+        dest="stats_level",
+        type=StatScope,
+        choices=list(StatScope),
+        default=StatScope.VM,
+        help="collector stats: vm sums the statistics of vCPUs over their VM, those that only grow; vcpu has each of "
+        "each vCPU (default: vm)",
     )
 
 
@@ -207,8 +231,15 @@ def add_web_config_flag(parser: argparse.ArgumentParser, text: str) -> None:
 def choose_collectors(arguments: argparse.Namespace) -> frozenset[str]:
     """Return the names of the collectors that are switched on."""
     chosen = {name: getattr(arguments, f"collector_{name}") for name in COLLECTORS}
-    default = not arguments.disable_defaults
-    return frozenset(name for name, wanted in chosen.items() if (default if wanted is None else wanted))
+    defaults = () if arguments.disable_defaults else DEFAULT_COLLECTORS
+    return frozenset(name for name, wanted in chosen.items() if (name in defaults if wanted is None else wanted))
+
+
+def choose_statistics(arguments: argparse.Namespace) -> StatSelection | None:
+    """Return which statistics of KVM are to be read besides the counters, None where none are."""
+    if "stats" not in choose_collectors(arguments):
+        return None
+    return StatSelection(arguments.stats_level, choose_names(arguments.stats_include, arguments.stats_exclude))
 
 
 def parse_count(text: str) -> int:

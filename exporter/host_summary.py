@@ -31,8 +31,13 @@ def can_read(snapshot: Snapshot) -> bool:
     return snapshot.complete and has_counters(snapshot)
 
 
-def render_check(snapshot: Snapshot, privileges: Privileges, vmx_flags: frozenset[str] | None, tracing: str) -> str:
-    """Render a report: a line a fact, sources in order of preference; ``tracing`` says whether exits can be traced."""
+def render_check(
+    snapshot: Snapshot, privileges: Privileges, vmx_flags: frozenset[str] | None, tracing: str, *, series: str
+) -> str:
+    """Render a report: a line a fact, sources in order of preference.
+
+    ``tracing`` says whether exits can be traced, ``series`` how many series there are.
+    """
     host = snapshot.host
     rows = [
         ("host", f"Linux {host.kernel}, {describe_cpu(host)}"),
@@ -46,6 +51,7 @@ def render_check(snapshot: Snapshot, privileges: Privileges, vmx_flags: frozense
         *((f"source {source.source}", _describe_source(source)) for source in snapshot.sources),
         ("stalls", tracing),
         ("VMs", _describe_vms(snapshot)),
+        ("series", series),
         ("complete", describe_blind_spots(snapshot) or "every VM of this host is seen"),
         ("verdict", _describe_verdict(snapshot)),
     ]

@@ -1,4 +1,4 @@
-"""Captures fixtures from the kernel that runs: a vCPU's statistics file, and one processor of /proc/cpuinfo.
+"""Captures fixtures from the kernel that runs: statistics files of a vCPU and a VM, a processor of /proc/cpuinfo.
 
 ``python -m tests.capture_kernel`` writes below tests/fixtures/, the kernel's identity beside each capture. What the
 statistics must say is known without decoding them: the guest made PORT_WRITES port writes, and each is an exit, as
@@ -19,6 +19,7 @@ from tests.live import open_guest_process
 FIXTURES = Path(__file__).parent / "fixtures"
 PORT_WRITES = 23
 KERNEL = platform.release().split("-")[0]
+NAME = f"linux-{'.'.join(KERNEL.split('.')[:2])}"
 
 
 def capture_statistics(directory: Path) -> None:
@@ -32,8 +33,7 @@ def capture_statistics(directory: Path) -> None:
     exits = next(
         number for number in (PORT_WRITES, PORT_WRITES + 1, PORT_WRITES + 2) if struct.pack("=Q", number) in block
     )
-    name = f"linux-{'.'.join(KERNEL.split('.')[:2])}"
-    (directory / f"{name}.bin").write_bytes(block)
+    (directory / f"{NAME}.bin").write_bytes(block)
     said = {
         "kernel": KERNEL,
         "id": f"kvm-{thread}/vcpu-0",
@@ -41,7 +41,18 @@ def capture_statistics(directory: Path) -> None:
         "exits": exits,
         "notify_window_exits": 0,
     }
-    (directory / f"{name}.json").write_text(json.dumps(said, indent=2) + "\n")
+    (directory / f"{NAME}.json").write_text(json.dumps(said, indent=2) + "\n")
+
+
+def capture_vm_statistics(directory: Path) -> None:
+    with open_guest_process(name="captured", vm_stats_fd=True, port_writes=PORT_WRITES) as guest:
+        pidfd = os.pidfd_open(guest.pid)
+        fd = syscalls.pidfd_getfd(pidfd, guest.vm_stats_fd)
+        block = os.pread(fd, 1 << 20, 0)
+        os.close(fd)
+        os.close(pidfd)
+    (directory / f"{NAME}.bin").write_bytes(block)
+    (directory / f"{NAME}.json").write_text(json.dumps({"kernel": KERNEL}) + "\n")
 
 
 def capture_cpuinfo(directory: Path) -> None:
@@ -51,6 +62,7 @@ def capture_cpuinfo(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    for name, capture in (("stats", capture_statistics), ("host", capture_cpuinfo)):
-        (FIXTURES / name).mkdir(parents=True, exist_ok=True)
-        capture(FIXTURES / name)
+    captures = {"stats": capture_statistics, "vm_stats": capture_vm_statistics, "host": capture_cpuinfo}
+    for where, capture in captures.items():
+        (FIXTURES / where).mkdir(parents=True, exist_ok=True)
+        capture(FIXTURES / where)

@@ -154,7 +154,7 @@ def test_check() -> None:
         is_seccomp_filtered=False,
         kvm_is_module=False,
     )
-    assert render_check(snapshot, root, None, lines["stalls"]) == sample
+    assert render_check(snapshot, root, None, lines["stalls"], series=lines["series"]) == sample
 
 
 def parse_warning() -> tuple[str, dict[str, str]]:

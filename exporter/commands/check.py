@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from exporter.flags import choose_statistics
 from exporter.host_summary import can_read, render_check
-from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, WANTED, open_host
+from exporter.prometheus.exposition import Family
+from exporter.prometheus.series_warning import MANY_SERIES, count_series
+from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, WANTED, build_collector, open_host
 from kvm.counters.bpf import BpfSource
 from kvm.errors import SourceUnavailable
 from kvm.host.facts import read_vmx_flags
 from kvm.host.privileges import read_privileges
 from kvm.perf.notify_tracer import NotifyTracer
 
+STATISTIC_NAME: Final = re.compile("kvm_(vm|vcpu)_stat_")
 TOLD_BY_KVM: Final = "can be told: KVM itself tells where notify exits are (kvm/patches), so that nothing is traced"
 
 
@@ -23,13 +29,37 @@ def run_check(arguments: argparse.Namespace) -> int:
     """Print what works on this host; 0 if counters can be read, else 1. With a web configuration, check that alone."""
     if arguments.web_config_file is not None:
         return check_web_config(arguments.web_config_file)
-    bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
+    selection = choose_statistics(arguments)
+    bpf = BpfSource(WANTED, selection=selection) if "bpf" in arguments.sources else None
     with contextlib.ExitStack() as stack:
-        snapshot = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, bpf=bpf).read()
+        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, bpf=bpf, selection=selection)
+        collector = build_collector(host, arguments)
+        families = collector.collect()
         tells_rips = bpf is not None and bpf.tells_rips
+    if collector.snapshot is None:
+        return 1
     tracing = TOLD_BY_KVM if tells_rips else try_tracing(NotifyTracer())
-    sys.stdout.write(render_check(snapshot, read_privileges(PROC, SYSFS), read_vmx_flags(PROC), tracing))
-    return 0 if can_read(snapshot) else 1
+    report = render_check(
+        collector.snapshot,
+        read_privileges(PROC, SYSFS),
+        read_vmx_flags(PROC),
+        tracing,
+        series=describe_series(families, has_statistics=selection is not None),
+    )
+    sys.stdout.write(report)
+    return 0 if can_read(collector.snapshot) else 1
+
+
+def describe_series(families: Sequence[Family], *, has_statistics: bool) -> str:
+    """Say how many series the flags give here."""
+    total = count_series(families)
+    of_statistics = count_series(family for family in families if STATISTIC_NAME.match(family.metric.name))
+    parts = [f"{total:,} with these flags"]
+    if has_statistics:
+        parts.append(f"{of_statistics:,} of them by --collector.stats")
+    if total > MANY_SERIES:
+        parts.append(f"more than {MANY_SERIES:,}: --collector.stats.include and .level make them fewer")
+    return ", ".join(parts)
 
 
 def check_web_config(path: Path) -> int:

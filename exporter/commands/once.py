@@ -14,6 +14,7 @@ from pathlib import Path
 
 from exporter.commands.agent_report import is_all_known, read_agent_report, render_report
 from exporter.commands.columns import UNKNOWN, render_columns
+from exporter.flags import choose_statistics
 from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
@@ -30,7 +31,9 @@ def run_once(arguments: argparse.Namespace) -> int:
     if arguments.from_agent is not None:
         return print_agent_report(arguments.from_agent, "prometheus" if arguments.output else arguments.format)
     with contextlib.ExitStack() as stack:
-        collector = build_collector(open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS), arguments)
+        selection = choose_statistics(arguments)
+        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
+        collector = build_collector(host, arguments)
         # One snapshot has seen nothing move: what remembers increases would be a 0 for ever.
         families = [family for family in collector.collect() if family.metric not in MEMORIES]
         snapshot = collector.snapshot

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from exporter.commands.lifetime import Lifetime, run_until_signalled
-from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS
+from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS, choose_statistics
 from exporter.history.kept_total import KeptTotal, read_boot_id
 from exporter.history.recorder import SnapshotRecorder
 from exporter.prometheus.metrics import STATE_FILE_SUCCESS, WEB_CONFIG_RELOAD_SUCCESS, Metric
@@ -61,8 +61,9 @@ def run_server(arguments: argparse.Namespace) -> int:
             recorder = SnapshotRecorder(simulated)
             monitor = open_simulated_monitor(arguments, recorder, simulated)
         else:
-            bpf = BpfSource(WANTED) if "bpf" in arguments.sources else None
-            recorder = SnapshotRecorder(open_host(arguments.sources, stack, bpf=bpf))
+            selection = choose_statistics(arguments)
+            bpf = BpfSource(WANTED, selection=selection) if "bpf" in arguments.sources else None
+            recorder = SnapshotRecorder(open_host(arguments.sources, stack, bpf=bpf, selection=selection))
             monitor = open_stall_monitor(arguments, recorder, bpf)
         kept = open_kept_total(arguments)
         file_states: dict[Metric, Callable[[], bool]] = {}

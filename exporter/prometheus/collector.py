@@ -1,9 +1,9 @@
 """One snapshot of the host as metric families; never raises.
 
-Four collectors make the families, and each can be chosen: ``host``, ``vm``, ``vcpu``, ``exporter``. They share one
-snapshot, taken first and timed as ``snapshot``, and what the stall monitor has found, timed as ``monitor``. A collector
-that fails loses its own families and nothing else, and says so in ``kvm_exporter_scrape_collector_success``; a VM that
-makes no sense loses its own series and counts in ``kvm_exporter_read_errors_total``.
+Five collectors make the families, and each can be chosen: ``host``, ``vm``, ``vcpu``, ``exporter``, ``stats``. They
+share one snapshot, taken first and timed as ``snapshot``, and what the stall monitor has found, timed as ``monitor``. A
+collector that fails loses its own families and nothing else, and says so in ``kvm_exporter_scrape_collector_success``;
+a VM that makes no sense loses its own series and counts in ``kvm_exporter_read_errors_total``.
 
 ``--vm.include`` and ``--vm.exclude`` decide which VMs have series of their own; the host's sums hold them all.
 """
@@ -22,7 +22,9 @@ from exporter.prometheus import metrics
 from exporter.prometheus.exposition import CounterLines, Family
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.selection import COLLECTORS, CollectorSettings
+from exporter.prometheus.series_warning import SeriesWarning
 from exporter.prometheus.stall_series import StallSeries
+from exporter.prometheus.stat_series import StatSeries, check_statistics
 from exporter.prometheus.vm_series import VCPU_COUNTERS, Rendered, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
@@ -36,6 +38,7 @@ ShownVm = tuple[VmReading, VmSeries]
 
 SNAPSHOT: Final = "snapshot"
 MONITOR: Final = "monitor"
+DECLARED: Final = frozenset(METRICS)
 
 
 class HostCollector:
@@ -72,6 +75,8 @@ class HostCollector:
         self._shown: list[ShownVm] = []
         self._vm_families: tuple[list[Rendered], list[Family]] = ([], [])
         self._counters = {metric: CounterLines() for _, metric in VCPU_COUNTERS}
+        self._statistics = StatSeries()
+        self._series_warning = SeriesWarning()
 
     @property
     def sources(self) -> tuple[SourceReport, ...]:
@@ -111,13 +116,18 @@ class HostCollector:
             "vm": self._collect_vms,
             "vcpu": self._collect_vcpus,
             "exporter": self._collect_sources,
+            "stats": self._collect_statistics,
         }
         for name in (name for name in COLLECTORS if name in names):
             if is_read:
                 run(name, collectors[name])
             else:
                 success.add((name,), 0)
-        return [families[metric] for metric in METRICS if metric in families]
+        made = [families[metric] for metric in METRICS if metric in families]
+        if "stats" in names:
+            made += [family for metric, family in families.items() if metric not in DECLARED]
+            self._series_warning.look(made)
+        return made
 
     def close(self) -> None:
         """Close the reader."""
@@ -225,6 +235,10 @@ class HostCollector:
             if (verdicts and verdicts.concerns(reading)) or (moved and reading.vm.key in moved)
         ]
         return group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
+
+    def _collect_statistics(self) -> list[Family]:
+        shown = self._ask_vms(self._shown, lambda _lines, reading: check_statistics(reading))
+        return self._statistics.collect((lines.vm_label, reading) for (reading, lines), _ in shown)
 
     def _collect_host(self) -> list[Family]:
         snapshot = self._snapshot()

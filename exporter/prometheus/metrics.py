@@ -15,6 +15,7 @@ class MetricType(StrEnum):
 
     COUNTER = "counter"
     GAUGE = "gauge"
+    HISTOGRAM = "histogram"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,6 +207,13 @@ HOST_INTERVAL_MIN = Metric(
     ("window_cycles",),
     "seconds",
 )
+STATISTICS_LEFT_OUT = Metric(
+    "kvm_exporter_statistics_left_out",
+    MetricType.GAUGE,
+    "Statistics of KVM that --collector.stats selects and that cannot be exported, by reason: what the kernel says of "
+    "them is not understood, or another has the same name; absent where there are none.",
+    ("reason",),
+)
 EVIDENCE = Metric(
     "kvm_exporter_evidence_info",
     MetricType.GAUGE,
@@ -372,6 +380,7 @@ METRICS: tuple[Metric, ...] = (
     INCOMPLETE_REASON,
     SOURCE_UP,
     READ_ERRORS,
+    STATISTICS_LEFT_OUT,
     EVIDENCE,
     POLL_PERIOD,
     TRIGGER_MISSED,

@@ -10,7 +10,8 @@ from exporter.patterns import NamePattern
 from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from kvm.model import Vm
 
-COLLECTORS: Final = ("host", "vm", "vcpu", "exporter")
+COLLECTORS: Final = ("host", "vm", "vcpu", "exporter", "stats")
+DEFAULT_COLLECTORS: Final = COLLECTORS[:-1]
 
 
 class BadSelection(ValueError):
@@ -26,7 +27,7 @@ class CollectorSettings:
     do; a VM is shown if the first one (where given) matches and the second one does not.
     """
 
-    enabled: frozenset[str] = frozenset(COLLECTORS)
+    enabled: frozenset[str] = frozenset(DEFAULT_COLLECTORS)
     vcpu_series: VcpuSeries = VcpuSeries.ALL
     vm_labels: VmLabels = VmLabels.FULL
     vm_include: NamePattern | None = None

@@ -15,7 +15,7 @@ import pytest
 from exporter.cli import build_parser, parse_command_line
 from exporter.commands.once import write_whole
 from exporter.flags import choose_collectors
-from exporter.prometheus.selection import COLLECTORS
+from exporter.prometheus.selection import DEFAULT_COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from tests.agents import ROOT, open_agent, run_agent
 from tests.waiting import wait_until
@@ -32,7 +32,9 @@ def test_without_a_command_the_program_serves() -> None:
 @pytest.mark.parametrize(
     ("words", "chosen"),
     [
-        ([], set(COLLECTORS)),
+        ([], set(DEFAULT_COLLECTORS)),
+        (["--collector.stats"], {*DEFAULT_COLLECTORS, "stats"}),
+        (["--collector.disable-defaults", "--collector.stats"], {"stats"}),
         (["--no-collector.vcpu"], {"host", "vm", "exporter"}),
         (["--collector.disable-defaults", "--collector.vm"], {"vm"}),
         (["--collector.disable-defaults"], set()),

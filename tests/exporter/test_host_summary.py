@@ -23,12 +23,13 @@ ROOT = Privileges(
     initial_user_namespace=True,
 )
 TRACING = "can be told: exits can be traced, by tracefs"
+SERIES = "57 with these flags"
 NO_VMX = replace(INTEL, kvm_module="kvm_pvm", notify_supported=False)
 
 
 def test_a_good_host_is_told_so() -> None:
     snapshot = make_snapshot(make_reading(), make_unread())
-    text = render_check(snapshot, ROOT, frozenset({"notify_vm_exiting"}), TRACING)
+    text = render_check(snapshot, ROOT, frozenset({"notify_vm_exiting"}), TRACING, series=SERIES)
     lines = dict(line.split("  ", 1) for line in text.splitlines())
     assert lines["source stats_fd"].strip().startswith("works: every vCPU")
     assert lines["source debugfs"].strip() == "does not work: the kernel's lockdown forbids it -> nothing to do"
@@ -61,7 +62,7 @@ def test_a_good_host_is_told_so() -> None:
     ],
 )
 def test_each_obstacle_is_named(host: object, flags: frozenset[str] | None, words: list[str]) -> None:
-    text = render_check(make_snapshot(host=host), ROOT, flags, TRACING)  # type: ignore[arg-type]
+    text = render_check(make_snapshot(host=host), ROOT, flags, TRACING, series=SERIES)  # type: ignore[arg-type]
     assert [word for word in words if word not in text] == []
 
 
@@ -76,7 +77,7 @@ def test_each_obstacle_is_named(host: object, flags: frozenset[str] | None, word
     ],
 )
 def test_what_confines_the_process_is_named(privileges: Privileges, words: list[str]) -> None:
-    text = render_check(make_snapshot(), privileges, None, TRACING)
+    text = render_check(make_snapshot(), privileges, None, TRACING, series=SERIES)
     assert [word for word in words if word not in text] == []
 
 
@@ -97,15 +98,15 @@ def test_the_verdict(sources: tuple[SourceReport, ...], complete: bool, expected
 def test_a_host_whose_vms_nobody_can_read_is_not_told_that_all_is_well() -> None:
     snapshot = make_snapshot(make_unread(), make_unread(pid=4344))
     assert not can_read(snapshot)
-    text = render_check(snapshot, ROOT, None, TRACING)
+    text = render_check(snapshot, ROOT, None, TRACING, series=SERIES)
     assert "2 of 2 VMs cannot be read: its VMM holds no stats fds (2)" in text
     partly = make_snapshot(make_reading(), make_unread())
     assert can_read(partly)
-    assert "1 of 2 VMs cannot be read" in render_check(partly, ROOT, None, TRACING)
+    assert "1 of 2 VMs cannot be read" in render_check(partly, ROOT, None, TRACING, series=SERIES)
 
 
 def test_root_without_cap_bpf_is_not_told_that_it_lacks_what_it_does_not_need() -> None:
-    text = render_check(make_snapshot(), replace(ROOT, capabilities=ALL & ~(1 << 39)), None, TRACING)
+    text = render_check(make_snapshot(), replace(ROOT, capabilities=ALL & ~(1 << 39)), None, TRACING, series=SERIES)
     assert "with every capability that is needed" in text
 
 
@@ -113,7 +114,7 @@ def test_root_without_cap_bpf_is_not_told_that_it_lacks_what_it_does_not_need() 
 def test_security_modules_that_are_not_known_are_not_said_to_be_absent(
     modules: tuple[str, ...] | None, said: str
 ) -> None:
-    assert said in render_check(make_snapshot(), replace(ROOT, security_modules=modules), None, TRACING)
+    assert said in render_check(make_snapshot(), replace(ROOT, security_modules=modules), None, TRACING, series=SERIES)
 
 
 @pytest.mark.parametrize(
@@ -144,5 +145,5 @@ def test_security_modules_that_are_not_known_are_not_said_to_be_absent(
     ],
 )
 def test_what_each_feature_needs_holds_and_lacks(privileges: Privileges, line: str) -> None:
-    lines = render_check(make_snapshot(), privileges, None, TRACING).splitlines()
+    lines = render_check(make_snapshot(), privileges, None, TRACING, series=SERIES).splitlines()
     assert line in [re.sub(" {2,}", "  ", found) for found in lines]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm import abi
-from kvm.binary_stats import Statistic, decode_descriptors, decode_header
+from kvm.binary_stats import Statistic
 from kvm.statistic_plan import NotUnderstood, describe_statistic, plan_statistics
 from kvm.statistics import StatDescriptor, StatKind, StatScope, StatSelection, StatUnit
+from tests.known_statistics import plan_captured, read_captured
 
-CAPTURE = Path(__file__).parents[1] / "fixtures" / "stats" / "linux-6.18.bin"
 EVERYTHING = StatSelection(StatScope.VCPU, lambda _key: True)
 
 
@@ -22,17 +21,12 @@ def make_raw(name: str = "exits", flags: int = 0, **others: int) -> Statistic:
     return replace(Statistic(name, flags, exponent=0, size=1, offset=0, bucket_size=0), **others)  # type: ignore[arg-type]
 
 
-def read_captured() -> dict[str, Statistic]:
-    block = CAPTURE.read_bytes()
-    header = decode_header(block, "capture")
-    return decode_descriptors(header, block[header.desc_offset :], "capture")
-
-
 def test_a_real_kernels_statistics_are_typed_by_its_own_word() -> None:
-    plan = plan_statistics(EVERYTHING, {}, read_captured(), 4096)
-    found = {descriptor.name: descriptor for descriptor in plan.table.vcpu}
-    assert plan.table.left_out == ()
-    assert found.keys() == read_captured().keys()
+    table = plan_captured(StatScope.VCPU)
+    found = {descriptor.name: descriptor for descriptor in table.vcpu}
+    assert table.left_out == ()
+    assert found.keys() == read_captured(StatScope.VCPU).keys()
+    assert {descriptor.name for descriptor in table.vm} == read_captured(StatScope.VM).keys()
     assert found["exits"] == StatDescriptor(StatScope.VCPU, "exits", StatKind.CUMULATIVE)
     assert found["guest_mode"] == StatDescriptor(StatScope.VCPU, "guest_mode", StatKind.INSTANT, StatUnit.BOOLEAN)
     seconds = (StatUnit.SECONDS, 10, -9)

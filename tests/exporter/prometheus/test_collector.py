@@ -16,7 +16,7 @@ from exporter.build_info import BuildInfo
 from exporter.patterns import compile_pattern, find_re2
 from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
-from exporter.prometheus.selection import COLLECTORS, BadSelection, CollectorSettings, select_collectors
+from exporter.prometheus.selection import DEFAULT_COLLECTORS, BadSelection, CollectorSettings, select_collectors
 from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from kvm.model import (
     EXITS,
@@ -392,7 +392,7 @@ def test_failed_look_costs_one_scrape_and_no_exception(caplog: pytest.LogCapture
     collector = open_collector(make_snapshot(make_reading()), OSError("boom"), make_snapshot(make_reading()))
     assert find(parse_series(collector), "kvm_exporter_scrape_collector_success", collector="snapshot") == 1
     series = parse_series(collector)
-    for name in ("snapshot", *COLLECTORS):
+    for name in ("snapshot", *DEFAULT_COLLECTORS):
         assert find(series, "kvm_exporter_scrape_collector_success", collector=name) == 0
     assert not any(name.startswith(("kvm_vm", "kvm_vcpu", "kvm_host")) for name in names(series))
     assert "kvm_exporter_build_info" in names(series)
@@ -407,7 +407,9 @@ def test_failed_collector_leaves_the_others_whole() -> None:
     errors: Any = {("bpf", "malformed"): "many"}
     collector = open_collector(replace(make_snapshot(make_reading()), errors=errors))
     series = parse_series(collector)
-    successes = {name: find(series, "kvm_exporter_scrape_collector_success", collector=name) for name in COLLECTORS}
+    successes = {
+        name: find(series, "kvm_exporter_scrape_collector_success", collector=name) for name in DEFAULT_COLLECTORS
+    }
     assert successes == {"host": 1, "vm": 1, "vcpu": 1, "exporter": 0}
     assert "kvm_exporter_source_up" not in names(series)
     assert {"kvm_vm_info", "kvm_vcpu_exits_total", "kvm_host_info"} <= names(series)
@@ -416,7 +418,7 @@ def test_failed_collector_leaves_the_others_whole() -> None:
 OF_EXPORTER = ("kvm_exporter_source_up", "kvm_exporter_complete", "kvm_exporter_snapshot")
 
 
-@pytest.mark.parametrize("name", COLLECTORS)
+@pytest.mark.parametrize("name", DEFAULT_COLLECTORS)
 def test_each_collector_can_be_had_alone(name: str) -> None:
     prefixes: dict[str, str | tuple[str, ...]] = {
         "host": "kvm_host_",
@@ -432,7 +434,7 @@ def test_each_collector_can_be_had_alone(name: str) -> None:
         f"kvm_exporter_scrape_collector_{found}" for found in always
     }
     assert {dict(labels).get("collector") for _, labels in series} >= {"snapshot", name}
-    assert set(COLLECTORS) & {dict(labels).get("collector") for _, labels in series} == {name}
+    assert set(DEFAULT_COLLECTORS) & {dict(labels).get("collector") for _, labels in series} == {name}
 
 
 def test_durations_come_from_the_clock() -> None:
@@ -440,14 +442,14 @@ def test_durations_come_from_the_clock() -> None:
     reader = Script(make_snapshot())
     collector = HostCollector(reader, CollectorSettings(), BuildInfo("", "", ""), lambda: float(next(ticks)))
     series = parse_series(collector)
-    for name in ("snapshot", *COLLECTORS):
+    for name in ("snapshot", *DEFAULT_COLLECTORS):
         assert find(series, "kvm_exporter_scrape_collector_duration_seconds", collector=name) == 1
     collector.close()
     assert reader.closed
 
 
 def test_selection() -> None:
-    enabled = frozenset(COLLECTORS) - {"exporter"}
+    enabled = frozenset(DEFAULT_COLLECTORS) - {"exporter"}
     assert select_collectors(enabled, [], []) == enabled
     assert select_collectors(enabled, ["vm", "host"], []) == {"vm", "host"}
     assert select_collectors(enabled, [], ["vm", "exporter"]) == {"host", "vcpu"}

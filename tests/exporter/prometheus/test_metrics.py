@@ -16,10 +16,11 @@ from exporter.prometheus import metrics
 from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.metrics import METRICS, Metric, MetricType, order_labels
-from exporter.prometheus.selection import CollectorSettings
+from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.stalls.verdicts import MonitorReport
 from kvm.model import BlindSpot, Snapshot
 from kvm.simulated.host import SimulatedHost
+from kvm.statistics import LeftOut, StatScope, StatTable, VmStatistics
 from tests.reports import USAGE, make_report
 
 # promtool's own lists (client_golang, prometheus/testutil/promlint).
@@ -97,7 +98,12 @@ class ErringHost:
         self._host = SimulatedHost(lambda: next(clock), lambda: 1_800_000_000.0)
 
     def read(self) -> Snapshot:
-        return replace(self._host.read(), errors={("stats_fd", "malformed"): 2}, blind_spots=self._blind_spots)
+        snapshot = self._host.read()
+        left_out = StatTable(StatScope.VM, left_out=(LeftOut("vcpu/odd", "unit", "unit 7 is not known"),))
+        counters = snapshot.readings[0].counters._replace(statistics=VmStatistics(left_out))
+        readings = (replace(snapshot.readings[0], counters=counters), *snapshot.readings[1:])
+        errors = {("stats_fd", "malformed"): 2}
+        return replace(snapshot, readings=readings, errors=errors, blind_spots=self._blind_spots)
 
     def close(self) -> None:
         self._host.close()
@@ -118,7 +124,7 @@ def collect_families(*blind_spots: BlindSpot) -> dict[str, prometheus_client.Met
     build = BuildInfo("1", "2", "3")
     collector = HostCollector(
         reader,
-        CollectorSettings(),
+        CollectorSettings(enabled=frozenset(COLLECTORS)),
         build,
         time.perf_counter,
         make_watch_report,

@@ -1,0 +1,39 @@
+"""Says it once where one agent has more series than a Prometheus is glad of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Final
+
+from exporter.prometheus.exposition import Family
+
+log = logging.getLogger(__name__)
+
+MANY_SERIES: Final = 50_000
+# The shortest lines have more characters: whoever has less text need not be counted.
+LINE_CHARACTERS: Final = 20
+
+
+def count_series(families: Iterable[Family]) -> int:
+    """Count the sample lines of these families."""
+    return sum(chunk.count("\n") for family in families for chunk in family.chunks)
+
+
+class SeriesWarning:
+    """Warns once of too many series."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def look(self, families: Iterable[Family]) -> None:
+        """Count the series of a scrape, until there was something to say."""
+        families = list(families)
+        characters = sum(len(chunk) for family in families for chunk in family.chunks)
+        if self._has_warned or characters < MANY_SERIES * LINE_CHARACTERS:
+            return
+        series = count_series(families)
+        if series > MANY_SERIES:
+            self._has_warned = True
+            fields = {"series": series, "remedy": "--collector.stats.include, or --collector.stats.level=vm"}
+            log.warning("more series than are good for a Prometheus", extra={"fields": fields})
