@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.live import GuestProcess, GuestVcpu
 
@@ -17,20 +18,45 @@ SYS_PIDFD_GETFD = 438
 NETLINK_KOBJECT_UEVENT = 15
 
 
-def read_statistics(fd: int) -> dict[str, int]:
-    """Returns the first value of each statistic of a stats fd (Documentation/virt/kvm/api.rst, KVM_GET_STATS_FD)."""
+class Described(NamedTuple):
+    """What a stats fd says of itself: where values begin, and the offset of each statistic behind that, in bytes."""
+
+    data_at: int
+    offsets: dict[str, int]
+
+
+def read_descriptors(fd: int) -> Described:
+    """Returns what a stats fd describes (Documentation/virt/kvm/api.rst, KVM_GET_STATS_FD)."""
     _flags, name_size, number, _id, descriptors_at, data_at = struct.unpack("<6I", os.pread(fd, 24, 0))
     descriptors = os.pread(fd, number * (16 + name_size), descriptors_at)
-    statistics = {}
+    offsets = {}
     for start in range(0, len(descriptors), 16 + name_size):
-        offset = struct.unpack_from("<I", descriptors, start + 8)[0]
         name = descriptors[start + 16 : start + 16 + name_size].split(b"\0")[0].decode("ascii")
-        statistics[name] = struct.unpack("<Q", os.pread(fd, 8, data_at + offset))[0]
-    return statistics
+        offsets[name] = struct.unpack_from("<I", descriptors, start + 8)[0]
+    return Described(data_at, offsets)
+
+
+def read_statistics(fd: int) -> dict[str, int]:
+    """Returns the first value of each statistic of a stats fd."""
+    data_at, offsets = read_descriptors(fd)
+    return {name: struct.unpack("<Q", os.pread(fd, 8, data_at + offset))[0] for name, offset in offsets.items()}
 
 
 def read_vcpu_statistics(guest: GuestProcess, vcpu: GuestVcpu) -> dict[str, int]:
     """Returns a vCPU's statistics through the stats fd that its VMM holds."""
+    with borrow_stats_fd(guest, vcpu) as fd:
+        return read_statistics(fd)
+
+
+def read_offsets(guest: GuestProcess, vcpu: GuestVcpu) -> dict[str, int]:
+    """Returns where a vCPU's statistics stand, in bytes behind the first."""
+    with borrow_stats_fd(guest, vcpu) as fd:
+        return read_descriptors(fd).offsets
+
+
+@contextmanager
+def borrow_stats_fd(guest: GuestProcess, vcpu: GuestVcpu) -> Iterator[int]:
+    """Yields a duplicate of the stats fd that a VMM holds for a vCPU."""
     libc = ctypes.CDLL(None, use_errno=True)
     pidfd = os.pidfd_open(guest.pid)
     try:
@@ -38,7 +64,7 @@ def read_vcpu_statistics(guest: GuestProcess, vcpu: GuestVcpu) -> dict[str, int]
         if fd < 0:
             raise OSError(ctypes.get_errno(), f"pidfd_getfd of fd {vcpu.stats_fd} of {guest.pid}")
         try:
-            return read_statistics(fd)
+            yield fd
         finally:
             os.close(fd)
     finally:

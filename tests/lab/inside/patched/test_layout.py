@@ -11,6 +11,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tests.lab.inside.kvm_readers import read_offsets
+from tests.live import GuestProcess
+
 BTF = Path("/sys/kernel/btf")
 KIND_STRUCT = 4
 # Bytes behind a type: for each kind a fixed part, and one for each of its vlen elements.
@@ -70,6 +73,17 @@ def test_statistics_and_vms_have_grown_at_their_tails_only() -> None:
         before = vmlinux[name]
         assert module[name][: len(before)] == before, name
         assert len(module[name]) > len(before)
+
+
+def test_statistics_of_before_are_described_where_they_were(fresh: GuestProcess) -> None:
+    """A reader that takes offsets from the types, and one that takes them from the descriptors, agree."""
+    vmlinux, _ = read_types()
+    places = {name.decode(): bits // 8 for name, bits in vmlinux[b"kvm_vcpu_stat"]}
+    described = read_offsets(fresh, fresh.vcpus[0])
+    known = places.keys() & described.keys()
+    assert {"exits", "irq_exits", "guest_mode", "notify_window_exits"} <= known
+    assert len(known) > 30
+    assert {name: described[name] for name in known} == {name: places[name] for name in known}
 
 
 def test_a_vcpu_is_as_it_was_up_to_its_statistics() -> None:
