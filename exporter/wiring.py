@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from exporter.build_info import BuildInfo, read_version
 from exporter.flags import choose_collectors
@@ -28,6 +29,7 @@ from kvm.counters.bpf import BpfSource
 from kvm.counters.debugfs import DebugfsSource
 from kvm.counters.source import CounterSource
 from kvm.counters.stats_fd import StatsFdSource
+from kvm.counters.vcpu_sources import VcpuSource, VcpuSources
 from kvm.discovery.processes import is_thread_of, open_vm_process
 from kvm.discovery.uevents import open_uevents, read_uevent
 from kvm.discovery.vm_discovery import Discovery
@@ -50,8 +52,15 @@ PROC, SYSFS, KVM_DEBUGFS = Path("/proc"), Path("/sys"), Path("/sys/kernel/debug/
 SINGLE_SNAPSHOT_WAIT_SECONDS = 11.0
 
 
-def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, bpf: BpfSource | None) -> StallMonitor:
-    """Return the stall monitor of this host; ``bpf`` reads registers where it is in use."""
+class OpenHost(NamedTuple):
+    """What reads this host: snapshots, and single vCPUs."""
+
+    reader: HostReader
+    vcpus: VcpuSources
+
+
+def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, vcpus: VcpuSources) -> StallMonitor:
+    """Return the stall monitor of this host; ``vcpus`` reads registers, or what a patched KVM tells."""
 
     def make_trigger(on_call: Callable[[NotifyCall], None]) -> Trigger:
         return NotifyTrigger(on_call, function=arguments.trigger_function)
@@ -59,13 +68,13 @@ def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, bp
     backends = Backends(
         reader=reader,
         tracer=NotifyTracer(),
-        read_vcpu=None if bpf is None else make_vcpu_reader(bpf.read_vcpu),
+        read_vcpu=make_vcpu_reader(vcpus.read_vcpu),
         open_pidfd=open_vm_process,
         is_thread=is_thread_of,
         read_cpu_time=read_cpu_time,
         read_agent_usage=read_agent_usage,
         may_run_tds=partial(may_run_tds, SYSFS),
-        tells_rips=lambda: bpf is not None and bpf.tells_rips,
+        rip_sources=lambda: vcpus.rip_sources,
         make_trigger=make_trigger if arguments.trigger_bpf else None,
     )
     return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
@@ -87,11 +96,10 @@ def open_host(
     sources: Sequence[str],
     stack: contextlib.ExitStack,
     owner_wait_seconds: float = OWNER_WAIT_SECONDS,
-    bpf: BpfSource | None = None,
     *,
     selection: StatSelection | None = None,
-) -> HostReader:
-    """Return the reader of this host; ``stack`` closes what it needs. ``bpf`` is its source of that name, if given.
+) -> OpenHost:
+    """Return what reads this host; ``stack`` closes what it needs.
 
     ``selection`` says which statistics of KVM are to be read besides the counters.
     """
@@ -101,19 +109,19 @@ def open_host(
         uevents = partial(read_uevent, stack.enter_context(open_uevents()))
     except OSError as err:
         log.info("no uevents: new VMs are found by scanning /proc", extra={"fields": {"err": err.strerror}})
-    makers: dict[str, Callable[[], CounterSource]] = {
-        "bpf": lambda: bpf or BpfSource(WANTED, selection=selection),
-        "stats_fd": lambda: StatsFdSource(WANTED, errors.teller("stats_fd"), selection=selection),
-        "debugfs": lambda: DebugfsSource(WANTED, KVM_DEBUGFS, PROC, errors.teller("debugfs"), selection=selection),
-    }
+    bpf = BpfSource(WANTED, selection=selection)
+    stats_fd = StatsFdSource(WANTED, errors.teller("stats_fd"), selection=selection)
+    debugfs = DebugfsSource(WANTED, KVM_DEBUGFS, PROC, errors.teller("debugfs"), selection=selection)
+    counters: dict[str, CounterSource] = {source.name: source for source in (bpf, stats_fd, debugfs)}
+    per_vcpu: tuple[VcpuSource, ...] = (bpf, stats_fd)
     owners = OwnerCache(errors.teller("owners"))
     stack.callback(owners.close)
     discovery = Discovery(PROC, errors.teller("discovery"), uevents=uevents)
     reader = HostReader(
-        [makers[name]() for name in sources], discovery, owners.find, errors, owner_wait_seconds=owner_wait_seconds
+        [counters[name] for name in sources], discovery, owners.find, errors, owner_wait_seconds=owner_wait_seconds
     )
     stack.callback(reader.close)
-    return reader
+    return OpenHost(reader, VcpuSources([source for source in per_vcpu if source.name in sources]))
 
 
 def build_collector(

@@ -43,6 +43,7 @@ class Exit:
 # What a vCPU does at a time, by its behaviour: RIPs, and whether the exit is a notify exit. Others run.
 ACTS: dict[str, list[tuple[int | None, bool]]] = {
     "stuck": [(R, True), (R, False)],
+    "stuck, uninterrupted": [(R, True)],
     "stuck at 0": [(0, True), (0, False)],
     "alternating": [(R, True), (R + 16, True)],
     "others": [(R, True), (R + 2, False)],
@@ -104,7 +105,7 @@ class FakeVcpu:
     exits: int = 0
     rcx: int = 10**6
     until: float = 1000.0
-    untraceable: str = ""
+    untraceable: str | None = ""
     untold: bool = False
     armed: list[FakeArmed] = field(default_factory=list)
     cpu_seconds: float = 0.0
@@ -209,6 +210,7 @@ class FakeVm:
         self.protection = Protection.ARMED
         self.window: int | None = 128_000
         self.is_readable = True
+        self.source = "bpf"
 
     def read(self) -> VmReading:
         if not self.is_readable:
@@ -224,7 +226,7 @@ class FakeVm:
             },
             notify_window_cycles=self.window,
         )
-        return VmReading(self.vm, "bpf", vcpus, len(vcpus), counters, self.protection)
+        return VmReading(self.vm, self.source, vcpus, len(vcpus), counters, self.protection)
 
 
 class FakeHost:
@@ -254,6 +256,11 @@ class FakeHost:
         self.closed = False
         self.is_patched = False
         """Whether KVM itself tells where notify exits are."""
+        self.has_registers = True
+        self.rip_sources: tuple[str, ...] = ("bpf",)
+        """Of which sources' vCPUs it tells then."""
+        self.unread_vms: set[VmKey] = set()
+        """Of which no single vCPU can be read."""
 
     def vcpus(self) -> list[FakeVcpu]:
         return [vcpu for vm in self.vms for vcpu in vm.vcpus]
@@ -292,9 +299,9 @@ class FakeHost:
         self.settle()
         self.reads.append((self.clock(), key, vcpu_id))
         for vm in self.vms:
-            if vm.key == key and vm.is_readable and vcpu_id < 2 * len(vm.vcpus):
+            if vm.key == key and key not in self.unread_vms and vm.is_readable and vcpu_id < 2 * len(vm.vcpus):
                 vcpu = vm.vcpus[vcpu_id // 2]
-                registers = {"rax": 1, "rcx": vcpu.rcx, "rip": 3}
+                registers = {"rax": 1, "rcx": vcpu.rcx, "rip": 3} if self.has_registers else {}
                 kernel = vcpu.statistics.read() if self.is_patched else None
                 return Reading(registers, False, vcpu.notify_exits, vcpu.exits, vcpu.untraceable, kernel)
         return None

@@ -14,8 +14,7 @@ from exporter.flags import choose_statistics
 from exporter.host_summary import can_read, render_check
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.series_warning import MANY_SERIES, count_series
-from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, WANTED, build_collector, open_host
-from kvm.counters.bpf import BpfSource
+from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, build_collector, open_host
 from kvm.errors import SourceUnavailable
 from kvm.host.facts import read_vmx_flags
 from kvm.host.privileges import read_privileges
@@ -30,15 +29,14 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.web_config_file is not None:
         return check_web_config(arguments.web_config_file)
     selection = choose_statistics(arguments)
-    bpf = BpfSource(WANTED, selection=selection) if "bpf" in arguments.sources else None
     with contextlib.ExitStack() as stack:
-        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, bpf=bpf, selection=selection)
-        collector = build_collector(host, arguments)
+        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
+        collector = build_collector(host.reader, arguments)
         families = collector.collect()
-        tells_rips = bpf is not None and bpf.tells_rips
+        told_by_kvm = bool(host.vcpus.rip_sources)
     if collector.snapshot is None:
         return 1
-    tracing = TOLD_BY_KVM if tells_rips else try_tracing(NotifyTracer())
+    tracing = TOLD_BY_KVM if told_by_kvm else try_tracing(NotifyTracer())
     report = render_check(
         collector.snapshot,
         read_privileges(PROC, SYSFS),

@@ -33,7 +33,7 @@ def run_once(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         selection = choose_statistics(arguments)
         host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
-        collector = build_collector(host, arguments)
+        collector = build_collector(host.reader, arguments)
         # One snapshot has seen nothing move: what remembers increases would be a 0 for ever.
         families = [family for family in collector.collect() if family.metric not in MEMORIES]
         snapshot = collector.snapshot

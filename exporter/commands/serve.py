@@ -29,8 +29,7 @@ from exporter.service.sockets import take_sockets
 from exporter.web.listeners import Address, ListenError, UnixAddress, find_address
 from exporter.web.peer_credentials import TrustedPeers
 from exporter.web.settings import ServerSettings
-from exporter.wiring import PROC, WANTED, build_collector, open_host, open_simulated_monitor, open_stall_monitor
-from kvm.counters.bpf import BpfSource
+from exporter.wiring import PROC, build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.simulated.host import SimulatedHost
 
 log = logging.getLogger(__name__)
@@ -61,10 +60,9 @@ def run_server(arguments: argparse.Namespace) -> int:
             recorder = SnapshotRecorder(simulated)
             monitor = open_simulated_monitor(arguments, recorder, simulated)
         else:
-            selection = choose_statistics(arguments)
-            bpf = BpfSource(WANTED, selection=selection) if "bpf" in arguments.sources else None
-            recorder = SnapshotRecorder(open_host(arguments.sources, stack, bpf=bpf, selection=selection))
-            monitor = open_stall_monitor(arguments, recorder, bpf)
+            host = open_host(arguments.sources, stack, selection=choose_statistics(arguments))
+            recorder = SnapshotRecorder(host.reader)
+            monitor = open_stall_monitor(arguments, recorder, host.vcpus)
         kept = open_kept_total(arguments)
         file_states: dict[Metric, Callable[[], bool]] = {}
         if web_config:

@@ -58,7 +58,7 @@ class Backends:
     is_thread: Callable[[int, int], bool] = is_any_thread
     read_cpu_time: Callable[[int, int], float | None] | None = None
     may_run_tds: Callable[[], bool] = bool  # no
-    tells_rips: Callable[[], bool] = bool  # no
+    rip_sources: Callable[[], Collection[str]] = tuple  # none
     make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None
     read_agent_usage: Callable[[], AgentUsage | None] | None = None
 
@@ -112,9 +112,10 @@ class Run(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One vCPU as it was read in one go: its current registers, and KVM's counters.
+    """One vCPU as it was read in one go: its current registers, none where they cannot be had, and KVM's counters.
 
-    ``untraceable`` is why its exits must not be traced or tell nothing; "" where they may be. ``kernel`` is what a KVM
+    ``untraceable`` is why its exits must not be traced or tell nothing; "" where they may be, None where that is not
+    known. ``kernel`` is what a KVM
     with the project's patches says of its notify exits, None where KVM says nothing.
     """
 
@@ -122,5 +123,5 @@ class Reading:
     nested: bool | None
     notify_exits: int
     exits: int
-    untraceable: str = ""
+    untraceable: str | None = ""
     kernel: KernelCounts | None = None

@@ -84,7 +84,7 @@ class StallMonitor:
         if run is None:
             run = self._workers = Workers()
         self._run = run
-        self._single = VcpuReader(backends.read_vcpu, backends.tells_rips)
+        self._single = VcpuReader(backends.read_vcpu, backends.rip_sources)
         self._traces = False
         """Whether anything needs the tracer: all but a KVM that tells where notify exits are."""
         self._poller = Poller(backends.reader, poll, self._run)
@@ -214,7 +214,11 @@ class StallMonitor:
     @property
     def _wants_traces(self) -> bool:
         """Whether there is something that only a trace can tell."""
-        return not self._single.tells_rips or any(vcpu.needs_trace for vcpu in self._tracked.active.values())
+        return not self._single.tells_rips or not all(map(self._is_told, self._tracked.active.values()))
+
+    def _is_told(self, vcpu: TrackedVcpu) -> bool:
+        """Whether KVM itself tells where a vCPU is."""
+        return self._single.tells_rips_of(vcpu.source) and not vcpu.needs_trace
 
     def _find_read_time(self) -> float:
         """Return when vCPUs are next to be read one by one."""
@@ -275,7 +279,8 @@ class StallMonitor:
                 self._some_unread = True
             else:
                 if reading.kernel is not None and not vcpu.in_session:
-                    self._take(vcpu, vcpu.detector.observe_kernel(began, ended, reading.kernel))
+                    vcpu.has_registers = bool(reading.registers)
+                    self._take(vcpu, vcpu.detector.observe_kernel(began, ended, reading.kernel, vcpu.has_registers))
                 self._take(vcpu, vcpu.detector.observe_registers(began, ended, reading.registers, reading.nested))
                 self._take_counts(vcpu, began, ended, reading.notify_exits, reading.exits)
         self._read_at = self._clock()
@@ -330,7 +335,7 @@ class StallMonitor:
 
     def _consider(self, vcpu: TrackedVcpu) -> None:
         """Have a vCPU traced if that is due, and if KVM itself does not tell enough."""
-        vcpu.told_by_kernel = self._single.tells_rips and not vcpu.needs_trace
+        vcpu.told_by_kernel = self._is_told(vcpu)
         self._scheduler.consider(vcpu)
 
     def _take_context_losses(self, now: float) -> None:
@@ -408,7 +413,7 @@ class StallMonitor:
 
     def _find_problem(self, vcpu: TrackedVcpu) -> str:
         """Say why nothing tells where a vCPU's notify exits are, "" where something does."""
-        return "" if self._single.tells_rips and not vcpu.needs_trace else self._scheduler.problem
+        return "" if self._is_told(vcpu) else self._scheduler.problem
 
     def _tell(self, report: VcpuReport, now: float) -> None:
         self._stall_log.tell(report, now, self._unix())

@@ -181,7 +181,7 @@ class TraceScheduler:
     def _find_obstacle(self, key: VcpuKey) -> str:
         """Say why a vCPU must not be armed, "" where it may be; in a worker thread."""
         reading = self._read(key)
-        if reading is not None:
+        if reading is not None and reading.untraceable is not None:
             return reading.untraceable
         return "it may be a TD, whose exits are never traced: nothing can be read of it" if self._may_run_tds() else ""
 

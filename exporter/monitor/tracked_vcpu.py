@@ -36,8 +36,8 @@ class TrackedVcpu:
 
     ``moved`` says that something has happened since the last session began, ``goes_on`` that it was a sign of life of
     a vCPU that was stuck, ``faster`` that notify exits come much faster than in the last session. ``problem`` is why
-    the last session failed. ``told_by_kernel`` says that KVM itself tells where it is, ``read_at`` when it was last
-    read by itself.
+    the last session failed. ``told_by_kernel`` says that KVM itself tells where it is, ``has_registers``
+    that its registers can be read, ``read_at`` when it was last read by itself.
     """
 
     key: VcpuKey
@@ -54,6 +54,7 @@ class TrackedVcpu:
     in_session: bool = False
     problem: str = ""
     told_by_kernel: bool = False
+    has_registers: bool = True
     read_at: float = float("-inf")
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
@@ -110,8 +111,11 @@ class TrackedVcpu:
 
     @property
     def needs_trace(self) -> bool:
-        """Whether only a trace can tell where it is, although KVM tells where its notify exits are."""
-        return self.detector.interruptions >= INTERRUPTIONS
+        """Whether only a trace can tell where it is, although KVM tells where its notify exits are.
+
+        Such as whether a stuck one that takes other exits instead goes on: its registers tell, if they are read.
+        """
+        return self.detector.interruptions >= INTERRUPTIONS or (self.goes_on and not self.has_registers)
 
     @property
     def least_seconds(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from exporter.monitor.backends import Reading
 from exporter.stalls.kernel_evidence import KernelCounts
@@ -18,16 +18,22 @@ class VcpuReader:
     """What reads a vCPU; ``left_out`` while that does not work. ``read_vcpu`` is None where nothing can."""
 
     def __init__(
-        self, read_vcpu: Callable[[VmKey, int], Reading | None] | None, tells_rips: Callable[[], bool] = bool
+        self,
+        read_vcpu: Callable[[VmKey, int], Reading | None] | None,
+        rip_sources: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self.left_out = read_vcpu is None
-        self._read_vcpu, self._tells_rips = read_vcpu, tells_rips
+        self._read_vcpu, self._rip_sources = read_vcpu, rip_sources
         self._problem = ""
 
     @property
     def tells_rips(self) -> bool:
         """Whether KVM itself tells where notify exits are, so that nothing has to be traced."""
-        return not self.left_out and self._tells_rips()
+        return not self.left_out and bool(self._rip_sources())
+
+    def tells_rips_of(self, source: str) -> bool:
+        """Tell whether KVM does so of vCPUs whose counters come from a source: it may be unread for others."""
+        return not self.left_out and source in self._rip_sources()
 
     def try_again(self) -> None:
         """Let the next read be tried, whatever has become of the last ones."""
@@ -48,14 +54,16 @@ class VcpuReader:
             return None
 
 
-def find_obstacle(state: VcpuState) -> str:
-    """Say why a vCPU's exits must not be traced, "" where they may be.
+def find_obstacle(state: VcpuState) -> str | None:
+    """Say why a vCPU's exits must not be traced, "" where they may be, None where it was not read what it is.
 
     To make a record KVM reads the guest's RIP. Of a TD it must not: for one that is debugged, Linux 7.3 warns of that,
     and a host with panic_on_warn ends.
     """
     if state.vm_type == abi.KVM_X86_TDX_VM:
         return "it is a TD: its RIP cannot be known, and its exits are never traced"
+    if not state.registers:
+        return None
     return "KVM cannot read the registers of this guest" if state.state_protected else ""
 
 

@@ -24,7 +24,8 @@ takes them at one RIP, exit after exit, and shows no other sign of life. What co
   the vCPU leaves the guest again.
 - **KVM itself** tells all of this where it has the project's patches, of every exit and without a trace: see
   ``exporter/stalls/kernel_evidence.py``. Observed is then what lies between two of its repeats, as far as no exits of
-  other kinds but interrupts of the host came in between. The rule is the same.
+  other kinds but interrupts of the host came in between. The rule is the same; where the agent cannot read registers,
+  KVM's comparison of them stands in.
 - **Silence** proves nothing. A stuck vCPU whose counter stands still may be paused, and of one whose counter cannot be
   read nothing is known: both are ``unknown``.
 
@@ -223,10 +224,15 @@ class StallDetector:
             self._judge_records(self._suspicion, self._at_rip)
         return self._take_changes()
 
-    def observe_kernel(self, began: float, ended: float, counts: KernelCounts) -> Sequence[Verdict]:
-        """Take in the statistics of a KVM with the project's patches, read between ``began`` and ``ended``."""
+    def observe_kernel(
+        self, began: float, ended: float, counts: KernelCounts, has_registers: bool = True
+    ) -> Sequence[Verdict]:
+        """Take in the statistics of a KVM with the project's patches, read between ``began`` and ``ended``.
+
+        ``has_registers`` where registers were read with them, to be observed next: else KVM's comparison has to do.
+        """
         (before_began, before_ended), self._kernel_read = self._kernel_read, (began, ended)
-        finding = self._kernel.observe(counts)
+        finding = self._kernel.observe(counts, has_registers=has_registers)
         if counts.place is not None:
             self.rip_hidden = False
             self.traced_exits += finding.exits
@@ -245,14 +251,19 @@ class StallDetector:
                 self.end_window()
             case Kind.AT_RIP:
                 self._take_repeats(before_began, before_ended, ended, counts, finding)
+                if self._suspicion and not has_registers:
+                    self._suspicion.take_registers(before_ended, ended, {})  # alike, by KVM's own comparison
+                    self._judge(ended)
         return self._take_changes()
 
     def observe_registers(
         self, began: float, ended: float, registers: Mapping[str, int], nested: bool | None
     ) -> Sequence[Verdict]:
-        """Take in the registers, those that are current, read between ``began`` and ``ended``."""
+        """Take in the registers, those that are current, read between ``began`` and ``ended``; none: not known."""
         self._nested = nested
         self._runs_nested |= bool(nested)
+        if not registers:
+            return ()
         suspicion, run = self._suspicion, self._run
         if began < (suspicion.first_seconds if suspicion else run.first_seconds):
             return ()  # from before it came here

@@ -10,6 +10,8 @@ all exits in between, and none has to be traced:
   there were other exits say that registers changed: a REP instruction goes on, which is progress, too;
 - exits of other kinds than notify exits and interrupts of the host may have been anywhere. They prove nothing, neither
   progress nor a stall: the observation is **interrupted**;
+- where registers are not read beside (stats fds have none), exits of which none is stuck may be those of a REP with
+  an interrupt of the host between any two: they are interrupted, too;
 - all else was **at the RIP**, exit after exit.
 
 A reading may fall into the nanoseconds in which KVM counts an exit. Statistics disagree by one then, and agree in the
@@ -82,8 +84,8 @@ class KernelEvidence:
         self._before: KernelCounts | None = None
         self._in_doubt = False
 
-    def observe(self, now: KernelCounts) -> Finding:
-        """Take in a reading, and say what it shows."""
+    def observe(self, now: KernelCounts, *, has_registers: bool = True) -> Finding:
+        """Take in a reading, and say what it shows; ``has_registers`` where they came with it, to be compared."""
         before = self._before
         if before is None or _began_anew(before, now):
             self._restart(now)
@@ -96,6 +98,8 @@ class KernelEvidence:
             kind, reason = Kind.HIDDEN, _NOT_KNOWN
         else:
             kind, reason = _compare(before, now, delta, repeats)
+            if kind is Kind.AT_RIP and not has_registers and now.stuck_exits == before.stuck_exits:
+                kind = Kind.INTERRUPTED
         if kind is Kind.PROGRESS and now.place == before.place and not self._in_doubt:
             self._in_doubt = True  # what was read last is still what the next reading is compared with
             return Finding(Kind.NOTHING)

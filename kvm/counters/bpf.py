@@ -126,6 +126,11 @@ class BpfSource:
         """Whether ``read_vcpu`` has KVM's own word for where notify exits are: KVM has the project's patches."""
 
     @property
+    def is_open(self) -> bool:
+        """Whether its programs are in the kernel."""
+        return self._programs is not None
+
+    @property
     def doubt(self) -> str:
         """Nothing where it has learnt from a VM of our own; by names alone it has to read a VM first."""
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 from kvm import binary_stats
@@ -19,7 +19,8 @@ Pick = Callable[[bytes], tuple[int, ...]]
 class FileLayout:
     """Where the wanted values stand: in the first ``length`` bytes of a statistics file.
 
-    The counters ``names`` are unpacked by ``values``; ``pick`` takes out what ``table`` describes besides.
+    The counters ``names`` are unpacked by ``values``; ``pick`` takes out what ``table`` describes besides. All that a
+    file has is ``described``; its values begin at ``data_offset`` and end at ``whole_length``.
     """
 
     names: tuple[str, ...]
@@ -27,6 +28,13 @@ class FileLayout:
     values: struct.Struct
     table: StatTable | None = None
     pick: Pick = lambda _block: ()
+    described: Mapping[str, binary_stats.Statistic] = field(default_factory=dict)
+    data_offset: int = 0
+
+    @property
+    def whole_length(self) -> int:
+        """How many bytes a file with all that is described has, at least."""
+        return self.data_offset + binary_stats.measure_values(self.described.values())
 
 
 def plan_layout(header: binary_stats.StatsHeader, offsets: Mapping[str, int]) -> FileLayout:
@@ -70,12 +78,13 @@ def decode_layout(
     if wanted and not offsets:
         raise MalformedData(origin, "this kernel describes none of the wanted statistics")
     layout = plan_layout(header, offsets) if offsets else FileLayout((), 0, struct.Struct("="))
+    layout = replace(layout, described=statistics, data_offset=header.data_offset)
     if selection is None:
         return layout
     of_vm, of_vcpu = (statistics, {}) if scope is StatScope.VM else ({}, statistics)
     plan = plan_statistics(selection, of_vm, of_vcpu, binary_stats.MAX_DATA_BYTES)
     length, pick = plan_picks(header, plan.vm_words + plan.vcpu_words)
-    return FileLayout(layout.names, max(layout.length, length), layout.values, plan.table, pick)
+    return replace(layout, length=max(layout.length, length), table=plan.table, pick=pick)
 
 
 def join_tables(vm: StatTable | None, vcpu: StatTable) -> StatTable:

@@ -218,6 +218,34 @@ def test_the_kernel_tells_of_a_new_vm() -> None:
                 assert tid is None or tid != guest.pid
 
 
+def test_single_vcpus_are_read_where_kvm_tells_more_than_counters_do(
+    discovery: Discovery, stats_fd: StatsFdSource
+) -> None:
+    """On a KVM without the patches: that it says so, and, as if it had them, that what it has is read right."""
+    with open_guest_process(vcpus=2, vcpu_ids=[0, 5], stats_fds=True, port_writes=PORT_WRITES) as guest:
+        (vm,) = find_held(discovery, guest.pid)
+        counters = stats_fd.read([vm])[vm.key]
+        if not stats_fd.tells_rips:
+            with pytest.raises(SourceUnavailable, match="no registers"):
+                stats_fd.read_vcpu(vm.key, 5)
+        stats_fd.tells_rips = True
+        open_before = set(os.listdir("/proc/self/fd"))
+        state = stats_fd.read_vcpu(vm.key, 5)
+        assert len(set(os.listdir("/proc/self/fd")) - open_before) <= 1  # the listing's own
+        assert state is not None
+        assert (state.vcpu_id, state.tid, state.registers, state.vm_type) == (5, None, {}, None)
+        assert state.statistics[EXITS] == (counters.per_vcpu[EXITS][1],)
+        assert len(state.statistics) > 40
+        assert len(state.statistics["halt_poll_success_hist"]) == 32
+        assert stats_fd.read_vcpu(vm.key, 1) is None
+        assert stats_fd.read_vcpu(vm.key._replace(start_ticks=1), 5) is None
+        guest.process.send_signal(signal.SIGKILL)
+        guest.process.wait()
+        assert stats_fd.read_vcpu(vm.key, 5) is None
+    stats_fd.read([])
+    assert stats_fd.read_vcpu(vm.key, 5) is None
+
+
 def test_reading_leaves_no_fd_behind(discovery: Discovery, stats_fd: StatsFdSource) -> None:
     with open_guest_process(vcpus=4, stats_fds=True, port_writes=1) as guest:
         (vm,) = find_held(discovery, guest.pid)

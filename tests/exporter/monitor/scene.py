@@ -76,7 +76,7 @@ def play(
             is_thread=host.is_thread,
             read_cpu_time=host.read_cpu_time if cpu_time else None,
             may_run_tds=lambda: may_run_tds,
-            tells_rips=lambda: host.is_patched,
+            rip_sources=lambda: host.rip_sources if host.is_patched else (),
             make_trigger=open_trigger if trigger else None,
         )
         monitor = StallMonitor(

@@ -76,6 +76,81 @@ def test_an_enclave_is_unknown_and_not_traced() -> None:
     assert play(act, vm, trigger=True, prepare=patch).armed_times == []
 
 
+def bare(host: FakeHost) -> None:
+    """KVM tells, and nothing reads registers: stats fds without BPF."""
+    host.is_patched, host.has_registers = True, False
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "expected"), [("stuck, uninterrupted", State.STALLED), ("rep", State.PROGRESSING)]
+)
+def test_without_registers_kvms_own_comparison_tells_a_stall_from_a_rep(
+    behaviour: str, expected: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    vm = FakeVm("a", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], behaviour)
+        assert await scene.wait_for(vm, expected) < 1.5
+        await asyncio.sleep(20)
+        assert scene.state(vm) is expected
+        assert scene.monitor.report().problem == ""
+
+    assert play(act, vm, trigger=True, prepare=bare).armed_times == []
+    stalls = [line for line in read_lines(caplog) if line["msg"] == "vCPU makes no forward progress"]
+    assert [line["registers"] for line in stalls] == ["unchanged"] * (expected is State.STALLED)
+
+
+def test_without_registers_a_trace_tells_that_a_guest_goes_on_without_notify_exits() -> None:
+    vm = FakeVm("a", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck, uninterrupted")
+        await scene.wait_for(vm, State.STALLED)
+        await asyncio.sleep(30)
+        assert scene.host.armed_times == []
+        scene.host.set(vm.vcpus[0], "working")
+        await scene.wait_for(vm, State.RECOVERED, 5.0)
+
+    assert len(play(act, vm, trigger=True, prepare=bare).armed_times) == 1
+
+
+def test_a_vm_that_another_source_counts_is_traced_beside_those_that_kvm_tells_of() -> None:
+    """Of two VMMs one holds stats fds and one does not: what is known of one VM is not known of all."""
+    told, other = FakeVm("a", 100, 1), FakeVm("b", 200, 1)
+    told.source, other.source = "stats_fd", "debugfs"
+
+    def prepare(host: FakeHost) -> None:
+        bare(host)
+        host.unread_vms.add(other.key)
+        host.rip_sources = ("stats_fd",)
+
+    async def act(scene: Scene) -> None:
+        for vm in (told, other):
+            scene.host.set(vm.vcpus[0], "stuck, uninterrupted")
+        await scene.wait_for(told, State.STALLED)
+        await scene.wait_for(other, State.STALLED)
+        found = [scene.find(vm) for vm in (told, other)]
+        assert [report and report.verdict.evidence for report in found] == [Evidence.KERNEL, Evidence.TRACE]
+
+    host = play(act, told, other, prepare=prepare)
+    assert {tid for tid, _, _ in host.armed_times} == {other.vcpus[0].tid}
+
+
+def test_what_may_be_a_td_is_not_traced_where_nothing_says_that_it_is_none() -> None:
+    vm = FakeVm("a", 100, 1)
+    vm.vcpus[0].untraceable = None
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "others")
+        await scene.wait_for(vm, State.UNKNOWN, 20.0)
+        found = scene.find(vm)
+        assert found
+        assert "may be a TD" in found.verdict.reason
+
+    assert play(act, vm, trigger=True, prepare=bare, may_run_tds=True).armed_times == []
+
+
 @pytest.mark.parametrize(
     ("behaviour", "expected"), [("stuck, with a timer", State.STALLED), ("others", State.PROGRESSING)]
 )

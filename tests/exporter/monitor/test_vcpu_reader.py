@@ -49,6 +49,15 @@ def test_what_must_not_be_traced_says_why(protected: bool | None, vm_type: int |
     assert reading.untraceable == obstacle
 
 
+def test_of_a_vcpu_without_registers_it_is_not_known_what_it_is() -> None:
+    """Its statistics alone were read: it may be a TD."""
+    state = VcpuState(7, None, {}, frozenset(), {NOTIFY_WINDOW_EXITS: (5,), EXITS: (9,)})
+    reading = make_vcpu_reader(lambda key, vcpu_id: state)(KEY, 7)
+    assert reading is not None
+    assert reading.untraceable is None
+    assert not reading.registers
+
+
 def test_what_a_patched_kvm_says_is_known_by_name() -> None:
     counts = dict(zip((*RIP_STATISTICS, NOTIFY_WINDOW_EXITS, EXITS, IRQ_EXITS), range(1, 10), strict=True))
     told = make_vcpu_reader(lambda key, vcpu_id: make_state({name: (value,) for name, value in counts.items()}))(KEY, 7)

@@ -101,6 +101,21 @@ def test_an_interrupt_between_any_two_hides_whether_registers_changed() -> None:
     assert observe(STUCK, now).kind is Kind.AT_RIP  # so the registers themselves have to be compared
 
 
+def observe_bare(*readings: KernelCounts) -> Finding:
+    """As where nobody reads registers beside."""
+    evidence = KernelEvidence()
+    return [evidence.observe(reading, has_registers=False) for reading in readings][-1]
+
+
+def test_without_registers_only_stuck_exits_tell_a_stall_from_a_rep_that_is_interrupted() -> None:
+    now = add(repeat(STUCK), stuck_exits=-10, exits=10, irq_exits=10)
+    assert observe_bare(STUCK, now).kind is Kind.INTERRUPTED
+    assert observe_bare(STUCK, add(now, stuck_exits=1)) == Finding(Kind.AT_RIP, "", 10, 10)
+    assert observe_bare(STUCK, add(STUCK, exits=5, irq_exits=5)).kind is Kind.NOTHING
+    rep = add(repeat(STUCK), stuck_exits=-10)
+    assert observe_bare(STUCK, rep, add(repeat(rep), stuck_exits=-10)).kind is Kind.PROGRESS
+
+
 def test_exits_of_other_kinds_interrupt() -> None:
     assert observe(STUCK, add(repeat(STUCK), exits=1)).kind is Kind.INTERRUPTED
     assert observe(STUCK, add(STUCK, exits=1)).kind is Kind.INTERRUPTED
@@ -175,15 +190,17 @@ def test_what_is_found_is_what_the_guest_did(before: Acts, between: Acts) -> Non
 class Watched:
     """A detector that is shown a reading each 0.1 s."""
 
-    def __init__(self, counts: KernelCounts) -> None:
+    def __init__(self, counts: KernelCounts, *, has_registers: bool = True) -> None:
+        self.has_registers = has_registers
         self.detector = StallDetector(StallRule(), 100.0)
         self.now, self.counts = 100.0, counts
         self.show(counts)
 
     def show(self, counts: KernelCounts, registers: dict[str, int] | None = None) -> State:
         began, ended = self.now, self.now + 0.001
-        self.detector.observe_kernel(began, ended, counts)
-        self.detector.observe_registers(began, ended, registers or REGISTERS, counts.last_guest_mode)
+        self.detector.observe_kernel(began, ended, counts, self.has_registers)
+        registers = (registers or REGISTERS) if self.has_registers else {}
+        self.detector.observe_registers(began, ended, registers, counts.last_guest_mode)
         self.detector.observe_counter(began, ended, counts.notify_exits)
         self.counts, self.now = counts, self.now + 0.1
         return self.detector.state
@@ -200,6 +217,18 @@ def test_a_stall_is_called_after_a_second_and_ten_exits() -> None:
     verdict = watched.detector.verdict
     assert (verdict.evidence, verdict.rip, verdict.streak, verdict.nested) == (Evidence.KERNEL, R, 230, False)
     assert verdict.registers_alike
+
+
+def test_without_registers_the_rule_is_the_same_by_kvms_own_comparison() -> None:
+    watched = Watched(STUCK, has_registers=False)
+    states = list(watched.show_all(repeat, 14))
+    assert states[0] is State.SUSPECT
+    assert states.index(State.STALLED) in (11, 12)
+    assert watched.detector.verdict.registers_alike
+    interrupted = Watched(STUCK, has_registers=False)
+    interrupted.show_all(lambda counts: add(repeat(counts), stuck_exits=-10, exits=10, irq_exits=10), 30)
+    assert interrupted.detector.state is not State.STALLED
+    assert interrupted.detector.interruptions == 30
 
 
 def test_a_second_without_ten_exits_is_no_stall() -> None:

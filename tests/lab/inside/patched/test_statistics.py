@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvm.counters.stats_fd import StatsFdSource
+from kvm.discovery.vm_discovery import Discovery
 from tests.lab.inside.agent import run_once
 from tests.lab.inside.kvm_readers import find_vm_directory, read_vcpu_statistics
 from tests.lab.inside.perf_reader import open_perf_reader
@@ -23,6 +25,10 @@ NAMES = (
 )
 
 pytestmark = pytest.mark.usefixtures("injector")
+
+
+def refuse_trouble(pid: int, kind: str, message: str) -> None:
+    raise AssertionError((pid, kind, message))
 
 
 def read(guest: GuestProcess, index: int = 0) -> dict[str, int]:
@@ -132,6 +138,20 @@ def test_the_agent_reads_right_what_has_grown(fresh: GuestProcess, source: str) 
     seen = [(vcpu["vcpu_id"], vcpu["tid"], vcpu["notify_window_exits"], vcpu["exits"]) for vcpu in vm["vcpus"]]
     own = [read_vcpu_statistics(fresh, vcpu)["exits"] for vcpu in fresh.vcpus]
     assert seen == [(v.vcpu_id, v.tid, n, e) for v, n, e in zip(fresh.vcpus, (321, 0), own, strict=True)]
+
+
+def test_single_vcpus_are_read_by_stats_fds_with_all_that_kvm_tells(fresh: GuestProcess) -> None:
+    make(fresh, exits=321)
+    source, discovery = StatsFdSource(("exits",), refuse_trouble), Discovery(Path("/proc"), refuse_trouble)
+    source.open()
+    assert source.tells_rips
+    (vm,) = (vm for vm in discovery.find_vms() if vm.key.pid == fresh.pid)
+    source.read([vm])
+    for vcpu in fresh.vcpus:
+        state = source.read_vcpu(vm.key, vcpu.vcpu_id)
+        assert state is not None
+        assert {name: values[0] for name, values in state.statistics.items()} == read_vcpu_statistics(fresh, vcpu)
+    discovery.close()
 
 
 def test_parameters_change_nothing_by_default() -> None:

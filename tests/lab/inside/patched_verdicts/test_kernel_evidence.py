@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 
 from tests.agents import run_agent
+from tests.lab.inside.patched_verdicts.conftest import TRACING
 from tests.lab.inside.perf_reader import open_perf_reader
 from tests.lab.inside.verdicts.test_verdicts import (
     COUNT_IN_RCX,
@@ -25,38 +25,19 @@ from tests.lab.inside.verdicts.test_verdicts import (
     open_listener,
     to_seconds,
 )
+from tests.live.tiny_guest import CODE
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("injector")
 
-TRACING = Path("/sys/kernel/tracing")
 OBSERVED_SECONDS = 20.0
 LIVELY = {"rips": {"rips": 4, "rounds": 0}, "rep": {"flags": COUNT_IN_RCX, "rcx": 1 << 62}}
-
-
-@contextmanager
-def count_perf_opens() -> Iterator[Callable[[], int]]:
-    """Have the kernel record each call of perf_event_open, in a trace of our own; yields what counts them."""
-    instance = TRACING / "instances/perf_opens"
-    instance.mkdir()
-    try:
-        (instance / "events/syscalls/sys_enter_perf_event_open/enable").write_text("1")
-        yield lambda: (instance / "trace").read_text().count("sys_perf_event_open(")
-    finally:
-        (instance / "events/syscalls/sys_enter_perf_event_open/enable").write_text("0")
-        instance.rmdir()
 
 
 def wait_until_known(listener: Listener, *vms: str) -> None:
     """Wait until the agent knows whose VMs these are: processes that flood answer nobody here."""
     agent = listener.agent
     wait_until(lambda: all(agent.samples("kvm_vm_info", vm=vm) for vm in vms), f"{vms} are known")
-
-
-@pytest.fixture(scope="module")
-def perf_opens() -> Iterator[Callable[[], int]]:
-    with count_perf_opens() as count:
-        yield count
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +95,20 @@ def test_a_stall_is_told_of_and_no_perf_event_is_opened(
     assert agent.samples("kvm_exporter_trace_armings_total") == {(): 0.0}
     assert count_events(agent.pid) == 0
     assert perf_opens() == 0
-    assert (TRACING / "events/kvm/kvm_exit/enable").read_text().strip() == "0"
+    for name in ("kvm_exit", "kvm_notify_window"):
+        assert (TRACING / f"events/kvm/{name}/enable").read_text().strip() == "0"
+
+
+def test_a_nested_guest_that_is_stuck_is_told_of_as_such(listener: Listener, perf_opens: Callable[[], int]) -> None:
+    with open_guest(67, "nested") as guest:
+        vm = f"{make_uuid(67)}-{guest.pid}"
+        wait_until_known(listener, vm)
+        guest.notify(0, exits=0, nested=1)
+        line = listener.wait_for_line(STALL, vm)
+        assert (line["evidence"], line["nested"]) == ("kernel", "yes")
+        assert "The RIP is that of its nested guest." in line["meaning"]
+        assert line["rip"] == hex(CODE)
+    assert perf_opens() == 0
 
 
 def test_rip_0_is_told_of_and_an_enclave_is_unknown(listener: Listener, perf_opens: Callable[[], int]) -> None:
