@@ -301,6 +301,14 @@ def add_monitor_flags(parser: argparse.ArgumentParser, *, of_this_host: bool) ->
             default=True,
             help="let BPF programs tell of notify exits as they happen (default: on)",
         )
+        parser.add_argument(
+            "--instruction",
+            dest="shows_instruction",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="show in warnings the instruction at which a vCPU is stuck, which is memory of the guest; takes a KVM "
+            "with this project's patches, and traces such a vCPU for a moment (default: off)",
+        )
         # For tests on hosts without handle_notify().
         parser.add_argument("--trigger.function", dest="trigger_function", default=FUNCTION, help=argparse.SUPPRESS)
 

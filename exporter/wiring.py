@@ -37,6 +37,7 @@ from kvm.host.kvm_device import may_run_tds
 from kvm.identity.owner_cache import OwnerCache
 from kvm.identity.vm_ids import OWNER_WAIT_SECONDS
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SnapshotReader
+from kvm.perf.instruction import InstructionReader
 from kvm.perf.notify_tracer import NotifyTracer
 from kvm.read_errors import ReadErrors
 from kvm.simulated.host import SimulatedHost
@@ -76,6 +77,7 @@ def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, vc
         may_run_tds=partial(may_run_tds, SYSFS),
         rip_sources=lambda: vcpus.rip_sources,
         make_trigger=make_trigger if arguments.trigger_bpf else None,
+        read_instruction=InstructionReader().read if arguments.shows_instruction else None,
     )
     return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
 

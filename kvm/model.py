@@ -173,6 +173,15 @@ class NotifyExit:
     idt_vectoring: int
 
 
+class Instruction(NamedTuple):
+    """The bytes at the RIP of ``streak`` notify exits, a nested guest's in ``guest_mode``; none where unreadable."""
+
+    rip: int
+    guest_mode: bool
+    streak: int
+    code: bytes
+
+
 class VmCounters(NamedTuple):
     """What one source read of one VM.
 

@@ -37,6 +37,7 @@ THIRD_PARTY = {
     "exporter.web": {"aiohttp", "bcrypt", "yaml"},
     "exporter.prometheus": {"prometheus_client"},
     "exporter.monitor": {"psutil"},
+    "exporter.stalls": {"capstone"},
 }
 # Calls that one place makes, so that what they need and how they fail is known in one place.
 ONLY_CALLER = {

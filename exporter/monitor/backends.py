@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from exporter.stalls.kernel_evidence import KernelCounts
 from exporter.stalls.verdicts import AgentUsage
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
-from kvm.model import NotifyExit, SnapshotReader, VmKey
+from kvm.model import Instruction, NotifyExit, SnapshotReader, VmKey
 
 
 class PollMode(StrEnum):
@@ -34,6 +34,11 @@ class Trigger(Protocol):
     def close(self) -> None: ...  # noqa: D102
 
 
+# Reads what a vCPU's thread of a process takes its next notify exit at, waiting for so many seconds; None: none came.
+# Raises VmGone and SourceUnavailable.
+ReadInstruction = Callable[[int, int, float], Instruction | None]
+
+
 def is_any_thread(pid: int, tid: int) -> bool:
     """Tell that a thread belongs to its process, where nobody can know."""
     return pid > 0 and tid > 0
@@ -46,9 +51,10 @@ class Backends:
     ``reader`` is read from worker threads, one read at a time. ``read_vcpu`` reads one vCPU of the newest snapshot and
     returns None if it is gone; it raises SourceUnavailable. ``open_pidfd`` opens a pidfd of a VM's process and raises
     VmGone. ``is_thread`` tells whether a thread belongs to a process, ``read_cpu_time`` how many seconds it has run,
-    ``may_run_tds`` whether a vCPU of which nothing can be read may be a TD's, ``tells_rips`` whether ``read_vcpu`` has
-    KVM's own word for where notify exits are. ``make_trigger`` makes a trigger that hands its calls to the given
-    function. ``read_agent_usage`` reads what the agent itself uses.
+    ``may_run_tds`` whether a vCPU whose kind of VM is not known may be a TD's. ``rip_sources`` names the sources of
+    those vCPUs of which ``read_vcpu`` has KVM's own word for where notify exits are. ``make_trigger`` makes a trigger
+    that hands its calls to the given function. ``read_agent_usage`` reads what the agent itself uses,
+    ``read_instruction`` an instruction, None where nobody wants to see any.
     """
 
     reader: SnapshotReader
@@ -61,6 +67,7 @@ class Backends:
     rip_sources: Callable[[], Collection[str]] = tuple  # none
     make_trigger: Callable[[Callable[[NotifyCall], None]], Trigger] | None = None
     read_agent_usage: Callable[[], AgentUsage | None] | None = None
+    read_instruction: ReadInstruction | None = None
 
 
 T = TypeVar("T")

@@ -33,6 +33,7 @@ from exporter.monitor.backends import Backends, PollMode, Reading, Run
 from exporter.monitor.context_losses import ContextLosses, Thread
 from exporter.monitor.cpu_time import bound_failures, observe_cpu_times
 from exporter.monitor.drills import Drills
+from exporter.monitor.instructions import Instructions
 from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Poller
 from exporter.monitor.process_watcher import ProcessWatcher
 from exporter.monitor.read_plan import choose_due, find_next
@@ -113,6 +114,7 @@ class StallMonitor:
         self._some_unread = False
         self._read_at = self._retry_at = -_NEVER
         self._wake = asyncio.Event()
+        self._instructions = Instructions(backends.read_instruction, self._run, self._wake.set)
         self._drills = Drills(rule, self._tell)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -185,7 +187,10 @@ class StallMonitor:
             await self._attempts.take(self._read_singly)
         if not self._traces and self._wants_traces:  # a poll has told whether KVM does without
             self._traces = True
+            if not self._single.tells_rips:
+                self._instructions.tell_that_there_are_none()
             await self._attempts.take(self._scheduler.open)
+        self._instructions.start(self._tracked.active.values(), self._clock())
         await self._attempts.take(self._settle)
         if self._clock() >= self._usage_at:
             await self._attempts.take(self._read_agent_usage)
@@ -393,6 +398,7 @@ class StallMonitor:
         """Forget a VM that is gone: nothing of ours outlives it."""
         self._processes.release(key)
         self._scheduler.forget(key)
+        self._instructions.forget(key)
         for vcpu in self._tracked.drop_vm(key):
             self._note_ended(vcpu)
         self._stall_log.tell_end(key, self._clock())
@@ -420,6 +426,7 @@ class StallMonitor:
 
     async def _close(self) -> None:
         await self._scheduler.close()
+        await self._instructions.close()
         await self._processes.close()
         await self._trigger.close()
         if self._workers is not None:

@@ -8,7 +8,7 @@ from typing import Final
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.interval import SESSION_SECONDS
 from exporter.stalls.verdicts import State, VcpuReport, Verdict
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, Vcpu, VcpuKey, Vm, VmReading
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Instruction, Protection, Vcpu, VcpuKey, Vm, VmReading
 
 # After so many readings in a row in which other exits came between repeats, a trace has to tell what they are.
 INTERRUPTIONS: Final = 5
@@ -36,8 +36,9 @@ class TrackedVcpu:
 
     ``moved`` says that something has happened since the last session began, ``goes_on`` that it was a sign of life of
     a vCPU that was stuck, ``faster`` that notify exits come much faster than in the last session. ``problem`` is why
-    the last session failed. ``told_by_kernel`` says that KVM itself tells where it is, ``has_registers``
-    that its registers can be read, ``read_at`` when it was last read by itself.
+    the last session failed. ``told_by_kernel`` says that KVM itself tells where it is, ``has_registers`` that its
+    registers can be read, ``read_at`` when it was last read by itself. ``instruction`` was read last;
+    ``instruction_tried`` says at which RIP, and from when on again.
     """
 
     key: VcpuKey
@@ -56,6 +57,8 @@ class TrackedVcpu:
     told_by_kernel: bool = False
     has_registers: bool = True
     read_at: float = float("-inf")
+    instruction: Instruction | None = None
+    instruction_tried: tuple[int | None, float] = (None, float("-inf"))
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
     _slowest: float = SESSION_SECONDS
@@ -108,6 +111,12 @@ class TrackedVcpu:
             and self.vcpu.tid is not None
             and not self._idle
         )
+
+    def find_instruction(self, verdict: Verdict) -> Instruction | None:
+        """Return the instruction that a verdict is about; None where another one was read last."""
+        found = self.instruction
+        is_there = found is not None and (found.rip, found.guest_mode) == (verdict.rip, bool(verdict.nested))
+        return found if is_there else None
 
     @property
     def needs_trace(self) -> bool:
@@ -168,10 +177,12 @@ class TrackedVcpu:
 def build_report(vcpu: TrackedVcpu, verdict: Verdict | None, problem: str, now: float) -> VcpuReport:
     """Report a verdict, None for the newest; ``problem`` is why nothing can be traced. From any thread."""
     detector = vcpu.detector
+    verdict = verdict or detector.verdict
     return VcpuReport(
         vm=vcpu.vm,
         vcpu=vcpu.vcpu,
-        verdict=verdict or detector.verdict,
+        verdict=verdict,
+        instruction=vcpu.find_instruction(verdict),
         source=vcpu.source,
         notify_exits=detector.notify_exits,
         moved_seconds=detector.moved_seconds,

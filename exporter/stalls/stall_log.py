@@ -17,8 +17,9 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Final
 
+from exporter.stalls.disassembly import disassemble
 from exporter.stalls.verdicts import Evidence, State, VcpuReport, name_vector, render_rip
-from kvm.model import VmKey
+from kvm.model import Instruction, VmKey
 
 log = logging.getLogger(__name__)
 
@@ -205,11 +206,21 @@ def build_stall_fields(report: VcpuReport, now: float, unix: float) -> dict[str,
         "registers": {None: "not-read", False: "read-once", True: "unchanged"}[verdict.registers_alike],
         "evidence": verdict.evidence or "none",
     }
+    fields |= _describe_instruction(report.instruction)
     if verdict.cpu_percent is not None:
         fields["cpu_percent_of_thread"] = round(verdict.cpu_percent)
     if delivering := name_vector(verdict.idt_vectoring):
         fields["delivering"] = delivering
     return fields | {"meaning": _explain(report), "action": _advise(report)}
+
+
+def _describe_instruction(instruction: Instruction | None) -> dict[str, object]:
+    if instruction is None:
+        return {}
+    fields: dict[str, object] = {"instruction": instruction.code.hex(" ") or "unreadable"}
+    if text := disassemble(instruction.code, instruction.rip):
+        fields["instruction_as_64_bit"] = text
+    return fields
 
 
 def _name(report: VcpuReport) -> dict[str, object]:

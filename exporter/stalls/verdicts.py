@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from kvm.model import Vcpu, VcpuKey, Vm
+from kvm.model import Instruction, Vcpu, VcpuKey, Vm
 
 
 class State(StrEnum):
@@ -80,7 +80,8 @@ class VcpuReport:
     exits whose RIP was seen since the agent runs. ``can_judge`` is False where nothing can be said: RIPs are
     hidden, or the thread is not known.
     ``deferred_reason`` says why a vCPU that has moved is not traced now, "" where it is or need not be.
-    ``drill`` marks a verdict that an operator has asked for to test the alarm.
+    ``drill`` marks a verdict that an operator has asked for to test the alarm. ``instruction`` is what KVM has read at
+    the verdict's RIP, None where nobody asked.
     """
 
     vm: Vm
@@ -94,6 +95,7 @@ class VcpuReport:
     can_judge: bool = True
     deferred_reason: str = ""
     drill: bool = False
+    instruction: Instruction | None = None
 
 
 # Kinds of the agent's threads: the event loop, and its pools of workers.

@@ -76,6 +76,7 @@ def _build_vcpu(report: VcpuReport, offset: float, with_details: bool) -> dict[s
         owner = report.vm.owner
         document |= {
             "rip": None if verdict.rip is None else render_rip(verdict.rip),
+            "instruction": None if report.instruction is None else report.instruction.code.hex(" "),
             "name": owner.name,
             "display_name": owner.display_name,
             "project": owner.project,

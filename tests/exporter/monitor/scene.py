@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from exporter.monitor.backends import Backends, PollMode, Run
+from exporter.monitor.backends import Backends, PollMode, ReadInstruction, Run
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.stalls.verdicts import StallRule, State, VcpuReport
 from tests.fake_host import FakeHost, FakeTrigger, FakeVm
@@ -55,6 +55,7 @@ def play(
     run: Run = run_inline,
     unix: Callable[[], float] | None = None,
     may_run_tds: bool = False,
+    read_instruction: ReadInstruction | None = None,
 ) -> FakeHost:
     """Run a stall monitor in virtual time while something happens; nothing may be left behind."""
 
@@ -78,6 +79,7 @@ def play(
             may_run_tds=lambda: may_run_tds,
             rip_sources=lambda: host.rip_sources if host.is_patched else (),
             make_trigger=open_trigger if trigger else None,
+            read_instruction=read_instruction,
         )
         monitor = StallMonitor(
             backends, rule=rule or StallRule(), poll=poll, unix=unix or (lambda: 1.8e9 + loop.time()), run=run

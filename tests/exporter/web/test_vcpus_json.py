@@ -28,7 +28,7 @@ from tests.snapshots import make_reading, make_snapshot
 from tests.waiting import PATIENCE_SECONDS
 
 Scenario = Callable[[Address], Awaitable[None]]
-DETAILS = {"rip", "name", "display_name", "project", "namespace", "vmm", "pid", "tid"}
+DETAILS = {"rip", "instruction", "name", "display_name", "project", "namespace", "vmm", "pid", "tid"}
 MARKED = f"{DRILL_HEADER}: yes"
 
 
