@@ -44,8 +44,9 @@ class Boot:
     threads: ThreadIndex = ThreadIndex.MULTI
 
 
+VERDICTS = Boot("verdicts", "", ("tests/lab/inside/verdicts",), ThreadIndex.SINGLE)
 BOOTS = (
-    Boot("verdicts", "", ("tests/lab/inside/verdicts",), ThreadIndex.SINGLE),
+    VERDICTS,
     Boot("none", "", ("tests/lab/inside/none",)),
     Boot("integrity", "lockdown=integrity", ("tests/lab/inside/integrity", "tests/lab/inside/confidentiality")),
 )
@@ -63,9 +64,10 @@ PATCHED = Boot(
         "tests/lab/inside/none/test_kvm_interfaces.py",
     ),
 )
-# The agent there; its guests flood.
+# The agent there; its guests flood. VERDICTS has the scenarios that are judged alike on stock kernels.
 PATCHED_VERDICTS = Boot("patched-verdicts", "", ("tests/lab/inside/patched_verdicts",), ThreadIndex.SINGLE)
 PATCHED_BOOTS = (PATCHED, PATCHED_VERDICTS)
+ALL_PATCHED_BOOTS = (VERDICTS, *PATCHED_BOOTS)
 
 
 @dataclass(frozen=True)
