@@ -76,7 +76,6 @@ TESTED_IN = {
     "exporter.web.stall_handlers": "exporter/web/test_vcpus_json.py",
     "exporter.wiring": "exporter/test_cli.py",
     "kvm.bpf.bpf_object": "kvm/bpf/test_libbpf.py",
-    "kvm.bpf.unowned_vms": "live/test_bpf.py",
     "kvm.bpf.notify_trigger": "live/test_bpf_trigger.py",
     "kvm.counters.bpf": "live/test_bpf.py",
     "kvm.counters.retried_source": "kvm/test_snapshot.py",

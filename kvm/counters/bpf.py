@@ -41,7 +41,6 @@ from kvm.bpf.vcpu_decode import (
     decode_state,
     find_owner,
     has_gaps,
-    join_blocks,
 )
 from kvm.bpf.vcpu_programs import (
     ALL,
@@ -407,9 +406,10 @@ class BpfSource:
             return self._assembler.assemble(self._read_files(programs))
         except RoomNeeded as needed:
             return self._read(self._grow(programs, needed.vcpus))
-        if asked := self._unowned.choose(blocks.vms, self._clock()):
-            blocks = join_blocks(blocks, self._unowned.take(asked, self._read_files(programs)))
-        return self._assembler.assemble(blocks)
+        began = self._clock()
+        if asked := self._unowned.choose(blocks.vms, began):
+            self._unowned.take(asked, self._read_files(programs), began, self._clock())
+        return self._assembler.assemble(self._unowned.join(blocks))
 
     def _read_files(self, programs: VcpuPrograms) -> HostBlocks:
         """Read by open files; again if a process was closing its files meanwhile."""

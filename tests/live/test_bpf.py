@@ -22,6 +22,8 @@ from kvm import syscalls
 from kvm.binary_stats import decode_header
 from kvm.bpf.bpf_object import BpfObject
 from kvm.bpf.libbpf import open_library
+from kvm.bpf.unowned_vms import REST_FACTOR
+from kvm.bpf.vcpu_decode import HostBlocks
 from kvm.bpf.vcpu_programs import DIRECT_OBJECT, KEPT_VMS, OBJECT, VcpuPrograms
 from kvm.counters.bpf import BpfSource
 from kvm.errors import SourceUnavailable
@@ -209,6 +211,39 @@ def test_files_that_a_child_holds_too_are_listed_under_the_owner_and_after_its_e
         finally:
             os.kill(child, signal.SIGKILL)
         wait_until(lambda: not read_of(source, child), seconds=10)
+
+
+def test_the_files_of_the_host_are_searched_seldom_for_a_vm_that_a_child_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own, on which a search takes as long as one of 1.2 million files."""
+    now, searches = 0.0, 0
+    read_files = VcpuPrograms.read_files
+
+    def count_searches(programs: VcpuPrograms) -> HostBlocks:
+        nonlocal now, searches
+        searches, now = searches + 1, now + 0.09
+        return read_files(programs)
+
+    monkeypatch.setattr(VcpuPrograms, "read_files", count_searches)
+    source = BpfSource(NAMES, clock=lambda: now)
+    source.open()
+    with open_strange("with_child") as vmm:
+        child = vmm["child"]
+        try:
+            first = read_of(source, vmm["pid"])
+            os.kill(vmm["pid"], signal.SIGKILL)
+            psutil.Process(vmm["pid"]).wait()
+            searches, found = 0, []
+            for _ in range(200):
+                now += 1.0
+                found.append(read_of(source, child))
+        finally:
+            os.kill(child, signal.SIGKILL)
+            source.close()
+    (key,) = found[-1]
+    assert (key.pid, key.vm_fd) == (child, vmm["vm_fd"])
+    assert all(found[2:])
+    assert found[-1][key].per_vcpu == next(iter(first.values())).per_vcpu
+    assert 2 <= searches <= 1 + now / (REST_FACTOR * 0.09)
 
 
 def test_a_vm_whose_leader_thread_has_exited(source: BpfSource) -> None:
