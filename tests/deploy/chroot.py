@@ -36,7 +36,7 @@ INCLUDED = (
 CGROUPS = Path("/sys/fs/cgroup")
 ASK = """
 import http.client, sys
-connection = http.client.HTTPConnection("127.0.0.1", 9750, timeout=60)
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[2]), timeout=60)
 try:
     connection.request("GET", sys.argv[1])
 except ConnectionRefusedError:
@@ -114,9 +114,9 @@ class Container:
         """What systemd says of a unit."""
         return self.run("systemctl", "show", "--value", f"--property={name}", unit).strip()
 
-    def get(self, path: str) -> tuple[int, str]:
+    def get(self, path: str, port: int = 9750) -> tuple[int, str]:
         """Ask the agent, as a client in there does: status and body, 0 and "" where nobody listens."""
-        status, _, body = self.run("python3", "-c", ASK, path).partition("\n")
+        status, _, body = self.run("python3", "-c", ASK, path, str(port)).partition("\n")
         return int(status), body
 
     def list_failed(self) -> str:

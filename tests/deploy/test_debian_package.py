@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.__main__ import make_packages
 from kvm import abi
 from kvm.host.privileges import parse_effective_capabilities
-from tests.deploy.chroot import Container, find_files, has_all_that_it_takes, make_tree, open_container, run_on_host
+from tests.deploy.chroot import Container, find_files, has_all_that_it_takes, run_on_host
+from tests.deploy.installed import find_main_pid, install, wait_for_agent
 from tests.deploy.unit_file import FULL, NO_ADMIN, UNITS, read_values
 from tests.live import open_guest_process
 from tests.waiting import wait_until
@@ -27,45 +27,6 @@ pytestmark = [
     pytest.mark.skipif(not has_all_that_it_takes(), reason="debootstrap, /dev/kvm or Debian's sources are missing"),
 ]
 PORT_WRITES = 1000
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return next(path for path in make_packages(tmp_path_factory.mktemp("packages")) if path.suffix == ".deb")
-
-
-@pytest.fixture(scope="module", params=["bookworm", "trixie"])
-def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, package: Path) -> Path:
-    """A Debian with the package's file in /opt, not installed."""
-    tree = tmp_path_factory.mktemp("debian") / str(request.param)
-    make_tree(tree.name, tree)
-    (tree / "opt" / package.name).write_bytes(package.read_bytes())
-    return tree
-
-
-@pytest.fixture
-def container(tree: Path) -> Iterator[Container]:
-    with open_container(tree) as container:
-        yield container
-
-
-def install(container: Container, package: Path) -> None:
-    container.run("dpkg", "--install", f"/opt/{package.name}")
-
-
-def find_main_pid(container: Container, unit: str) -> str:
-    """The agent's pid, "" where none runs."""
-    return container.show(unit, "MainPID").removeprefix("0")
-
-
-def wait_for_agent(container: Container, unit: str) -> None:
-    def has_seen() -> bool:
-        return find_main_pid(container, unit) != "" and "kvm_exporter_snapshot" in container.get("/metrics")[1]
-
-    def tell_journal() -> str:
-        return container.run("journalctl", "--no-pager", f"--unit={unit}")
-
-    wait_until(has_seen, tell_journal, seconds=60, pause_seconds=0.5)
 
 
 def check_process(container: Container, unit: str) -> None:

@@ -83,11 +83,11 @@ def test_a_flag_that_does_not_exist_is_noticed() -> None:
 
 
 def verify(unit: str, root: Path, text: str) -> subprocess.CompletedProcess[str]:
-    """Let systemd judge the text of a unit, in a root with our program in it, and with kill."""
+    """Let systemd judge the text of a unit, in a root with our program in it, and with a shell."""
     units = root / "usr/lib/systemd/system"
     units.mkdir(parents=True)
     (root / "usr/bin").mkdir()
-    for program in ("kvm-notify-exporter", "kill"):
+    for program in ("kvm-notify-exporter", "sh"):
         shutil.copy("/bin/true", root / "usr/bin" / program)
     for target in TARGETS:
         shutil.copy(f"/usr/lib/systemd/system/{target}.target", units)
