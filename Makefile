@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILD := .cache/build-venv
 
 # libbpf1: the eBPF source works without it being there, but then the next source takes over.
 RUN_PACKAGES := python3-venv libbpf1
@@ -58,12 +59,19 @@ $(GRAFANA_NPM)/.installed: tests/grafana/npm/package.json tests/grafana/npm/pack
 	touch $@
 
 # Wheel and sdist, in dist/.
-dist: $(VENV)/.installed-dev
-	$(BIN)/python -m build --no-isolation --outdir dist
+dist: $(BUILD)/.installed
+	$(BUILD)/bin/python -m build --no-isolation --outdir dist
 
-# A .deb and an .rpm, in dist/.
-packages: $(VENV)/.installed-dev
-	$(BIN)/python -m deploy --outdir=dist
+# A .deb, an .rpm and their bill of materials (CycloneDX), in dist/.
+packages: $(BUILD)/.installed
+	$(BUILD)/bin/python -m deploy --outdir=dist
+
+# What releases are built with: these files and no others, by their hashes. `python -m deploy.locks` renews the list.
+$(BUILD)/.installed: deploy/locks/build.txt | run-packages
+	rm -rf $(BUILD)
+	$(PYTHON) -m venv $(BUILD)
+	$(BUILD)/bin/pip install --quiet --require-hashes --requirement deploy/locks/build.txt
+	touch $@
 
 run-packages:
 	@.ci/install-packages $(RUN_PACKAGES)

@@ -1,15 +1,20 @@
-"""``python -m deploy --outdir=dist`` makes a .deb and an .rpm; the same commit gives the same bytes."""
+"""``python -m deploy --outdir=dist`` makes a .deb, an .rpm and their bill of materials.
+
+The same commit gives the same bytes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from deploy.stage import ROOT, lay_stage
+from deploy.locks import ROOT
+from deploy.stage import lay_stage
 
 FORMATS = ("deb", "rpm")
 
@@ -22,7 +27,7 @@ def read_commit_time() -> str:
 
 
 def make_packages(outdir: Path) -> list[Path]:
-    """Make a package of each format; raises CalledProcessError."""
+    """Make a package of each format, and the bill of materials; raises CalledProcessError."""
     outdir.mkdir(parents=True, exist_ok=True)
     seconds = os.environ.get("SOURCE_DATE_EPOCH") or read_commit_time()
     os.environ["SOURCE_DATE_EPOCH"] = seconds  # also what hatchling and argparse-manpage go by
@@ -35,6 +40,9 @@ def make_packages(outdir: Path) -> list[Path]:
             environment = {**os.environ, "VERSION": version}
             subprocess.run(words, cwd=stage, env=environment, check=True, stdout=subprocess.DEVNULL)
             made.append(target)
+        bill = outdir / f"kvm-notify-exporter_{version}.cdx.json"
+        shutil.copyfile(Path(stage) / "generated/sbom.cdx.json", bill)
+        made.append(bill)
     return made
 
 

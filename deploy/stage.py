@@ -13,10 +13,11 @@ import zipfile
 from email.utils import formatdate
 from pathlib import Path
 
+from deploy.bill import render_bill
+from deploy.locks import ROOT
 from deploy.manual import SHELLS, render_completion, render_manual
 from exporter.build_info import NAME
 
-ROOT = Path(__file__).parents[1]
 # What packages take from the repository as it is.
 TAKEN = ("deploy", "grafana", "README.md", "LICENSE")
 
@@ -68,6 +69,7 @@ def lay_stage(stage: Path, seconds: int) -> str:
     (generated / "CHANGELOG.md.gz").write_bytes(gzip.compress(changes, mtime=0))
     entry = render_debian_changelog(version, seconds).encode()
     (generated / "changelog.Debian.gz").write_bytes(gzip.compress(entry, mtime=0))
+    (generated / "sbom.cdx.json").write_text(render_bill(version, generated / "lib", seconds))
     for shell in SHELLS:
         (generated / f"completion.{shell}").write_text(render_completion(shell))
     for path in [stage, *stage.rglob("*")]:
