@@ -10,8 +10,8 @@ import promql_parser
 from tests.documents import find_blocks_anywhere
 from tests.grafana.dashboard_queries import find_queries
 from tests.grafana.promql import find_selectors, walk
+from tests.live.history_writer import read_groups
 from tests.live.monitored_hosts import Question, find_rule_files
-from tests.live.simulated_history import read_groups
 
 # What somebody may choose in a dashboard: one host, or some of them.
 CHOICES = ("demo:9750", "real:9750", "blind:9750", "(demo:9750|twin:9750)")

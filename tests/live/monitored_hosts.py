@@ -40,7 +40,7 @@ from tests.live.prometheus_server import (
     open_prometheus,
 )
 from tests.live.receiver import Notification, Receiver, open_receiver
-from tests.live.simulated_history import write_history
+from tests.live.simulated_history import write_simulated_history
 from tests.waiting import wait_until
 
 RULES = ROOT / "grafana" / "alerts"
@@ -226,7 +226,7 @@ def _open_historian(stack: ExitStack, directory: Path, questions: Sequence[Quest
     """Start the Prometheus with the history, which scrapes nobody, and ask it."""
     directory.mkdir()
     end = float(int(time.time()))
-    episode.replayed_rules = write_history(directory, find_rule_files(), end)
+    episode.replayed_rules = write_simulated_history(directory, find_rule_files(), end)
     historian = stack.enter_context(open_prometheus(directory, build_prometheus_config([], find_rule_files())))
     episode.history = ask(historian, questions, end - 60, end)
     return historian

@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,10 +253,12 @@ def open_prometheus(directory: Path, config: Mapping[str, Any], *flags: str) -> 
         yield Prometheus(server, path)
 
 
-def create_blocks(directory: Path, openmetrics: str) -> None:
-    """Write history into the data of a Prometheus that is to be opened on this directory."""
+def create_blocks(directory: Path, openmetrics: Iterable[str]) -> None:
+    """Write lines of history into the data of a Prometheus that is to be opened on this directory."""
     source = directory / "history.om"
-    source.write_text(openmetrics)
+    with source.open("w") as file:
+        file.writelines(openmetrics)
+        file.write("# EOF\n")
     # Few blocks are written faster than one for every two hours.
     options = ["--max-block-duration=162h"]
     command = [find_program("promtool"), "tsdb", "create-blocks-from", "openmetrics", *options]

@@ -1,8 +1,6 @@
 """Two days of simulated history, for rules that no test can wait for and for faults that no agent here can have.
 
-``SERIES`` is a table of samples by `exporter.prometheus.metrics`: a name or a label that is not declared there raises.
-It is written into the data of a Prometheus as blocks. What recording rules would have made of it is asked of the
-Prometheus itself, rule by rule, and written beside it. The instances:
+`history_writer` writes ``SERIES`` into the data of a Prometheus. The instances:
 
 ============== ===================================================================================================
 ``fleet-1``... three hosts with a new microcode for 20 hours, since when guests take notify exits; on ``fleet-1`` one
@@ -17,28 +15,16 @@ Prometheus itself, rule by rule, and written beside it. The instances:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from exporter.prometheus import metrics as m
-from exporter.prometheus.exposition import escape_label_value, render_number, render_series
-from exporter.prometheus.metrics import Metric, order_labels
 from grafana.builder.queries import ALERT_ACTIVE_SINCE, ALERTS, UP
 from kvm.model import Protection
-from tests.grafana.promql import find_selectors
-from tests.live.prometheus_server import Prometheus, create_blocks, open_prometheus
+from tests.live.history_writer import ByHour, Sampling, Series, always, between, count_from, write_history
 
-HOURS = 50.0
-STEP_SECONDS = 60
 # The last hour is sampled more often, for the dashboards' short rates.
-LAST_STEP_SECONDS = 15
-_SAMPLED = (*range(int(-HOURS * 3600), -3600, STEP_SECONDS), *range(-3600, 1, LAST_STEP_SECONDS))
-JOB = "kvm-notify-exporter"
+SAMPLING = Sampling(hours=50.0, last_seconds=3600)
 NEW_MICROCODE_HOURS = -20.0
 RISE_HOURS = -0.5
 CHANGE_HOURS = -0.5 / 60
@@ -47,42 +33,6 @@ REBOOT_HOURS = 0.2  # a sample is found for 5 minutes, and so is what is recorde
 VM = "5107a7ed-0000-4000-8000-000000000002"
 CPU = {"cpu_vendor": "GenuineIntel", "cpu_family": "6", "cpu_model": "143", "cpu_stepping": "8"}
 MICROCODES = ("0x2b000643", "0x2b000661")
-UNITS = {"s": 1, "m": 60, "h": 3600}
-
-ByHour = Callable[[float], float | None]
-
-
-@dataclass(frozen=True)
-class Series:
-    """One series: its value by the hours since the end of the history (so they are negative), None for no sample."""
-
-    metric: Metric
-    instance: str
-    value: ByHour
-    labels: dict[str, str]
-
-    def render(self, end: float) -> Iterator[str]:
-        """The samples as lines of OpenMetrics."""
-        target = {"instance": self.instance, "job": JOB if self.instance else ""}
-        metric = replace(self.metric, labels=(*self.metric.labels, *target))
-        series = render_series(metric, (*order_labels(self.metric, **self.labels), *target.values()))
-        for seconds in _SAMPLED:
-            value = self.value(seconds / 3600)
-            if value is not None:
-                yield f"{series} {render_number(value)} {end + seconds:.0f}\n"
-
-
-def always(value: float) -> ByHour:
-    return lambda _hour: value
-
-
-def count_from(start: float, per_hour: float) -> ByHour:
-    """A counter that begins to move at that hour."""
-    return lambda hour: float(int(max(0.0, hour - start) * per_hour))
-
-
-def _between(start: float, end: float) -> ByHour:
-    return lambda hour: 1 if start <= hour < end else None
 
 
 def _make_vm(instance: str, vm: str, name: str) -> Iterator[Series]:
@@ -96,10 +46,10 @@ def _make_vm(instance: str, vm: str, name: str) -> Iterator[Series]:
 
 def _make_host(instance: str, armed_vcpus: int) -> Iterator[Series]:
     for microcode, since, until in zip(
-        MICROCODES, (-HOURS, NEW_MICROCODE_HOURS), (NEW_MICROCODE_HOURS, 1.0), strict=True
+        MICROCODES, (-SAMPLING.hours, NEW_MICROCODE_HOURS), (NEW_MICROCODE_HOURS, 1.0), strict=True
     ):
         info = {**dict.fromkeys(m.HOST_INFO.labels, ""), **CPU, "microcode": microcode}
-        yield Series(m.HOST_INFO, instance, _between(since, until), info)
+        yield Series(m.HOST_INFO, instance, between(since, until), info)
     yield Series(UP, instance, always(1), {})
     yield Series(m.BUILD_INFO, instance, always(1), dict.fromkeys(m.BUILD_INFO.labels, ""))
     yield Series(m.HOST_NOTIFY_SUPPORTED, instance, always(1), {})
@@ -122,15 +72,15 @@ def _make_fleet_host(instance: str, rise: float) -> Iterator[Series]:
         before, since = count_from(NEW_MICROCODE_HOURS, 180), count_from(RISE_HOURS, rise if number == 1 else 0)
         yield Series(m.VM_NOTIFY_WINDOW_EXITS, instance, _add(before, since), {"vm": vm})
         if number == 1 and rise:
-            yield Series(m.VCPU_NO_PROGRESS, instance, _between(RISE_HOURS, 1.0), {"vm": vm, "vcpu": "0"})
+            yield Series(m.VCPU_NO_PROGRESS, instance, between(RISE_HOURS, 1.0), {"vm": vm, "vcpu": "0"})
 
 
 def _make_changed_host(instance: str) -> Iterator[Series]:
     info = {**dict.fromkeys(m.HOST_INFO.labels, ""), **CPU}
     for microcode, since, until in zip(
-        MICROCODES, (-HOURS, CHANGE_HOURS), (CHANGE_HOURS - REBOOT_HOURS, 1.0), strict=True
+        MICROCODES, (-SAMPLING.hours, CHANGE_HOURS), (CHANGE_HOURS - REBOOT_HOURS, 1.0), strict=True
     ):
-        yield Series(m.HOST_INFO, instance, _between(since, until), {**info, "microcode": microcode})
+        yield Series(m.HOST_INFO, instance, between(since, until), {**info, "microcode": microcode})
 
 
 def _make_alert(instance: str, name: str) -> Iterator[Series]:
@@ -151,11 +101,11 @@ def _make_faulty_host(instance: str) -> Iterator[Series]:
     yield from _make_vm(instance, VM, "batch-1")
     invalid = m.VCPU_CONTEXT_INVALID
     yield Series(invalid, instance, count_from(-2.0, 10), {"vm": VM, "vcpu": "0"})
-    yield Series(invalid, instance, _between(-0.5, 1.0), {"vm": VM, "vcpu": "1"})  # born at 1
+    yield Series(invalid, instance, between(-0.5, 1.0), {"vm": VM, "vcpu": "1"})  # born at 1
     yield Series(m.SOURCE_UP, instance, lambda hour: float(hour < RISE_HOURS), {"source": "bpf"})
     yield Series(m.SOURCE_UP, instance, always(1), {"source": "stats_fd"})
-    for source, since, until in (("bpf", -HOURS, RISE_HOURS), ("stats_fd", RISE_HOURS, 1.0)):
-        yield Series(m.VM_SOURCE_INFO, instance, _between(since, until), {"vm": VM, "source": source})
+    for source, since, until in (("bpf", -SAMPLING.hours, RISE_HOURS), ("stats_fd", RISE_HOURS, 1.0)):
+        yield Series(m.VM_SOURCE_INFO, instance, between(since, until), {"vm": VM, "source": source})
     yield Series(m.TRACE_LOST_RECORDS, instance, count_from(-1.0, 600), {})
     yield Series(m.TRACE_BUDGET_EXHAUSTED, instance, count_from(-1.0, 6000), {})
     yield Series(m.SCRAPE_SUCCESS, instance, always(0), {"collector": "vcpu"})
@@ -176,59 +126,6 @@ SERIES: tuple[Series, ...] = (
 )
 
 
-def render_history(end: float) -> str:
-    """The whole table as a document of OpenMetrics."""
-    return "".join(line for series in SERIES for line in series.render(end)) + "# EOF\n"
-
-
-def write_history(directory: Path, rule_files: Sequence[Path], end: float) -> int:
+def write_simulated_history(directory: Path, rule_files: Sequence[Path], end: float) -> int:
     """Fill ``directory/data`` with the table and with what recording rules make of it; returns how many they are."""
-    create_blocks(directory, render_history(end))
-    written = 0
-    for level in order_recording_rules(rule_files):
-        with ExitStack() as stack:  # a Prometheus finds new blocks when it starts
-            prometheus = stack.enter_context(open_prometheus(directory, {}))
-            lines = [line for rule in level for line in _replay(prometheus, rule, end)]
-        create_blocks(directory, "".join(lines) + "# EOF\n")
-        written += len(level)
-    return written
-
-
-def read_groups(rule_files: Iterable[Path]) -> list[dict[str, Any]]:
-    """The groups of all files, in their order."""
-    return [group for path in rule_files for group in yaml.safe_load(path.read_text())["groups"]]
-
-
-def parse_seconds(duration: str) -> int:
-    """The seconds of a duration of one unit, as in ``interval: 2m``."""
-    return int(duration[:-1]) * UNITS[duration[-1]]
-
-
-def order_recording_rules(rule_files: Iterable[Path]) -> list[list[dict[str, Any]]]:
-    """The recording rules, each with its group's ``interval``, in steps: each asks only for what is recorded before."""
-    left = [
-        {**rule, "interval": group.get("interval", "1m")}
-        for group in read_groups(rule_files)
-        for rule in group["rules"]
-        if "record" in rule
-    ]
-    levels = []
-    while left:
-        waited_for = {rule["record"] for rule in left}
-        level = [rule for rule in left if not waited_for & {asked.metric for asked in find_selectors(rule["expr"])}]
-        if not level:
-            raise ValueError(f"recording rules that wait for each other: {sorted(waited_for)}")
-        levels.append(level)
-        left = [rule for rule in left if rule not in level]
-    return levels
-
-
-def _replay(prometheus: Prometheus, rule: dict[str, Any], end: float) -> Iterator[str]:
-    """What a rule would have recorded, as lines of OpenMetrics."""
-    step = max(STEP_SECONDS, parse_seconds(rule["interval"]))
-    for series in prometheus.query_range(rule["expr"], end - HOURS * 3600, end, step):
-        labels = {**series["metric"], **rule.get("labels", {})}
-        labels.pop("__name__", None)
-        text = ",".join(f'{name}="{escape_label_value(value)}"' for name, value in labels.items())
-        for seconds, value in series["values"]:
-            yield f"{rule['record']}{{{text}}} {value} {seconds}\n"
+    return write_history(directory, rule_files, end, SERIES, SAMPLING)

@@ -20,8 +20,8 @@ from tests.live.expressions import (
     find_questions,
     find_rule_questions,
 )
+from tests.live.history_writer import parse_seconds, read_groups
 from tests.live.monitored_hosts import Answer, Episode, Question, find_rule_files
-from tests.live.simulated_history import parse_seconds, read_groups
 
 pytestmark = pytest.mark.live
 
@@ -115,7 +115,7 @@ def test_no_question_errs(episode: Episode, tell: Callable[[str], None]) -> None
 
 
 def test_prometheus_finds_no_error_in_a_rule(episode: Episode) -> None:
-    """Groups that are evaluated more rarely than each minute are only replayed (`simulated_history`)."""
+    """Groups that are evaluated more rarely than each minute are only replayed (`history_writer`)."""
     assert [rule for rule in episode.rules if rule["health"] == "err" or rule.get("lastError")] == []
     groups = [group for group in read_groups(find_rule_files()) if parse_seconds(group["interval"]) <= 60]
     names = {rule.get("alert") or rule["record"] for group in groups for rule in group["rules"]}
