@@ -47,6 +47,7 @@ PROTECTION: Final = map_values(**{state: (state, color) for state, color in PROT
 YES_NO: Final = map_values(_0=("no", WARN), _1=("yes", GOOD))
 IS_BAD: Final = map_values(_0=("no", GOOD), _1=("yes", BAD))
 STALLED: Final = map_values(_0=("not stalled", GOOD), _1=("stalled", BAD))
+SCRAPED: Final = map_values(_0=("down", BAD), _1=("up", GOOD))
 WORKS: Final = map_values(_0=("does not work", WARN), _1=("works", GOOD))
 SEVERITY: Final = map_values(page=("page", BAD), ticket=("ticket", WARN))
 MISSING: Final = map_values(_1=("VMs may be missing", WARN))

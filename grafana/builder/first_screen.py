@@ -14,6 +14,7 @@ from grafana.builder.queries import (
     VM_KEYS,
     call_by_name,
     find_stalled,
+    lead_to_what_is_known,
     name_stalled,
     select,
 )
@@ -63,20 +64,22 @@ def make_alerts_table(number: int) -> Panel:
         f'{ALERTS.name}{{alertname=~"Kvm.*", alertstate="firing", {scope}}}'
         for scope in SCOPES
     )
+    to_host = link_to_host(uid="${__data.fields.host_board}")
+    to_vm = link_to_vm(uid="${__data.fields.vm_board}")
     return make_table(
         number,
         "Firing alerts",
         "Alerts of these rules that fire now, and since when they have had a reason. The runbook says what to do.",
-        {"since": call_by_name(firing, ALERT_KEYS)},
+        {"since": lead_to_what_is_known(call_by_name(firing, ALERT_KEYS))},
         [
             Column(field="severity", title="Severity", width=90, mappings=SEVERITY),
             Column(field="alertname", title="Alert", width=250),
-            Column(field="instance", title="Host", width=240, links=[link_to_host()]),
-            Column(field="who", title="VM", width=160, grows=True, links=[link_to_vm()]),
+            Column(field="where", title="Host", width=240, links=[to_host]),
+            Column(field="who", title="VM", width=160, grows=True, links=[to_vm]),
             Column(field="owner", title="Owner", width=130),
             Column(field="microcode", title="Microcode", width=110),
             Column(field="since", title="Since", width=140, unit="dateTimeFromNow"),
-            hide("vm"),
+            *(hide(field) for field in ("vm", "instance", "host_board", "vm_board")),
             JOB,
         ],
         sort_by=["Severity", "Host"],

@@ -13,7 +13,6 @@ from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION_COLORS, WARN_FROM
 from grafana.builder.first_screen import make_alerts_table, make_stalled_table
 from grafana.builder.fleet_members import make_agents_row, make_hosts_row, make_vms_row
 from grafana.builder.layout import (
-    FLEET_UID,
     Json,
     Row,
     instance_variable,
@@ -25,6 +24,7 @@ from grafana.builder.queries import (
     AGENTS,
     ARMED_VCPUS,
     CPU,
+    FLEET_UID,
     HOST_ARMED_VCPUS,
     HOST_EXIT_RATE,
     HOST_EXITS,
@@ -33,6 +33,7 @@ from grafana.builder.queries import (
     VM_KEYS,
     VM_NOTIFIED,
     count_or_zero,
+    count_stalled,
     increase,
     rate,
     select,
@@ -75,7 +76,8 @@ def _now() -> Row:
         f"sum({selector})" for selector in (select(m.HOST_VMS), select(m.HOST_VMS, protection="armed"))
     )
     hosts = select(m.HOST_INFO)
-    blind = f"max by ({HOST_KEYS}) ({hosts}) unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
+    untold = f"max by ({HOST_KEYS}) ({hosts}) unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
+    blind = f"{untold} or max by ({HOST_KEYS}) ({select(m.COMPLETE)} == 0)"
     return Row(
         1,
         "Now",
@@ -85,13 +87,14 @@ def _now() -> Row:
                 "Stalled vCPUs",
                 "vCPUs that are stuck at one RIP now. Hosts where RIPs cannot be had are not in it: see the next "
                 "panel.",
-                Query(f"sum({select(m.HOST_NO_PROGRESS)})"),
+                Query(f"sum({count_stalled()})"),
                 thresholds=GREEN_UNTIL_ONE,
             ),
             make_stat(
                 3,
                 "Blind to stalls",
-                "Hosts whose agent counts notify exits but cannot have their RIPs; its log says why.",
+                "Hosts where a stall may go unseen: the agent cannot have RIPs, or does not see every VM. Its log says "
+                "why.",
                 Query(count_or_zero(blind, hosts)),
                 thresholds=WARN_FROM_ONE,
             ),
@@ -172,9 +175,10 @@ def _cpus() -> Row:
     armed = f"{group} ({with_cpu(ARMED_VCPUS)})"
     # Samples of both are taken at the same time, so the ratio needs neither their distance nor the age of the history.
     exits_sum, armed_sum = (
-        f"{group} ({with_cpu(f'sum by ({HOST_KEYS}) (sum_over_time({select(metric)}[$__range]))')})"
+        f"sum by ({HOST_KEYS}) (sum_over_time({select(metric)}[$__range]))"
         for metric in (HOST_EXIT_RATE, HOST_ARMED_VCPUS)
     )
+    per_vcpu_day = with_cpu(f"({exits_sum} * 86400 / {armed_sum})")
     vms = f"count by ({VM_KEYS}) (count_over_time({select(VM_EXIT_RATE)}[$__range]))"
     vms_hit = f"count by ({HOST_KEYS}) ({vms})"
     interval = f"max by ({HOST_KEYS}, window_cycles) ({select(m.HOST_INTERVAL_MIN)})"
@@ -187,15 +191,15 @@ def _cpus() -> Row:
                 "Groups of hosts",
                 "Hosts by CPU and microcode, those first of which the most hosts and VMs have exits: one guest that "
                 "floods makes a large sum and proves nothing. Exits of the whole time range count for the microcode "
-                "that a host has now; the graph below shows each at its time. Exits a day are those of the time range, "
-                "or of as much of it as there is history.",
+                "that a host has now; the graph below shows each at its time. The median is that of the hosts' exits "
+                "per armed vCPU and day: as many hosts have more as have less.",
                 {
                     "hosts": f"count by ({CPU}) (max by ({HOST_KEYS}, {CPU}) ({select(m.HOST_INFO)}))",
                     "hosts_hit": f"{group} ({with_cpu(f'({HOST_EXITS} > bool 0)')})",
                     "vms_hit": f"{group} ({with_cpu(vms_hit)})",
                     "armed_vcpus": armed,
                     "exits": f"{group} ({with_cpu(HOST_EXITS)})",
-                    "exits_per_day": f"{exits_sum} * 86400 / {armed_sum}",
+                    "per_vcpu_day": f"quantile by ({CPU}) (0.5, {per_vcpu_day})",
                 },
                 [
                     *CPU_COLUMNS,
@@ -203,7 +207,7 @@ def _cpus() -> Row:
                     count_of("hosts", "Hosts", 70),
                     count_of("hosts_hit", "Hosts with exits", 152),
                     count_of("vms_hit", "VMs with exits", 136),
-                    Column(field="exits_per_day", title="Exits per vCPU-day", width=168, unit=COUNT, decimals=2),
+                    Column(field="per_vcpu_day", title="Median per vCPU-day", width=176, unit=COUNT, decimals=2),
                     count_of("exits", "Notify exits", 120),
                     count_of("armed_vcpus", "vCPUs armed", 112),
                 ],

@@ -16,6 +16,7 @@ from grafana.builder.queries import (
     VM_KEYS,
     VM_NOTIFIED,
     call_by_name,
+    count_stalled,
     increase,
     name_few,
     of_now,
@@ -80,7 +81,7 @@ def make_hosts_row() -> Row:
         "vms": f"sum by ({HOST_KEYS}) ({select(m.HOST_VMS)})",
         "armed_vcpus": ARMED_VCPUS,
         "exits": of_now(HOST_EXITS, HOST_KEYS, m.HOST_INFO),
-        "stalled": f"max by ({HOST_KEYS}) ({select(m.HOST_NO_PROGRESS)})",
+        "stalled": count_stalled(),
     }
     return Row(
         40,
@@ -144,6 +145,7 @@ def make_agents_row() -> Row:
         "errors": of_now(f"sum by ({HOST_KEYS}) ({increase(m.READ_ERRORS)}) > 0", HOST_KEYS, m.BUILD_INFO),
         "failing": f"count by ({HOST_KEYS}) ({select(m.SCRAPE_SUCCESS)} == 0)",
         "lost": of_now(f"sum by ({HOST_KEYS}) ({increase(m.TRACE_LOST_RECORDS)}) > 0", HOST_KEYS, m.BUILD_INFO),
+        "incomplete": f"1 - max by ({HOST_KEYS}) ({select(m.COMPLETE)}) == 1",
     }
     return Row(
         50,
@@ -157,8 +159,9 @@ def make_agents_row() -> Row:
                 "also where the series are not kept: for VMs not read, kvm_vm_info and kvm_vm_source_info.",
                 problems,
                 [
-                    Column(field="instance", title="Host", width=220, grows=True, links=[link_to_host()]),
+                    Column(field="instance", title="Host", width=180, grows=True, links=[link_to_host()]),
                     Column(field="down", title="Down", width=70, mappings=IS_BAD),
+                    Column(field="incomplete", title="VMs may be missing", width=168, mappings=IS_BAD),
                     Column(field="sourceless", title="No source works", width=144, mappings=IS_BAD),
                     count_of("unread", "VMs not read", 120),
                     count_of("errors", "Read errors", 112),

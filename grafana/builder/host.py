@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from exporter.prometheus import metrics as m
 from grafana.builder.annotations import change_annotation, stall_annotation
-from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION, PROTECTION_COLORS, WARN_FROM_ONE, YES_NO
+from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION, PROTECTION_COLORS, SCRAPED, WARN_FROM_ONE, YES_NO
 from grafana.builder.first_screen import make_stalled_table
 from grafana.builder.host_agent import make_agent_row, make_tracing_row
 from grafana.builder.layout import (
-    HOST_UID,
     Json,
     Row,
     instance_variable,
@@ -19,13 +18,17 @@ from grafana.builder.layout import (
 from grafana.builder.panels import COUNT, PER_HOUR, Query, make_graph, make_stat
 from grafana.builder.queries import (
     HOST_KEYS,
+    HOST_UID,
+    UP,
     VM_KEYS,
     call_by_name,
     count_or_zero,
+    count_stalled,
     increase,
     name_few,
     of_now,
     rate,
+    seen_agents,
     select,
     vm_seconds_lost,
 )
@@ -88,15 +91,16 @@ def _what_it_is() -> Row:
             make_stat(
                 3,
                 "Stalled vCPUs",
-                "vCPUs that are stuck at one RIP now; not known where RIPs cannot be had.",
-                Query(f"sum({select(m.HOST_NO_PROGRESS)})"),
+                "vCPUs that are stuck at one RIP now; not known where RIPs cannot be had, or VMs may be missing.",
+                Query(f"sum({count_stalled()})"),
                 thresholds=GREEN_UNTIL_ONE,
             ),
             make_stat(
                 4,
                 "Notify exits",
-                "Notify VM exits in the time range, those of VMs that are gone among them.",
-                Query(f"sum({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"),
+                "Notify VM exits in the time range, those of VMs that are gone among them; not known of a host that "
+                "does not answer.",
+                Query(f"sum({of_now(increase(m.HOST_NOTIFY_WINDOW_EXITS), HOST_KEYS, m.HOST_INFO)})"),
                 unit=COUNT,
                 decimals=0,
             ),
@@ -115,11 +119,12 @@ def _what_it_is() -> Row:
                 thresholds=WARN_FROM_ONE,
             ),
             make_stat(
-                7,
-                "Poll period",
-                "How often counters are polled for notify exits; 0 where an exit itself tells of it.",
-                Query(f"max({select(m.POLL_PERIOD)})"),
-                unit="s",
+                9,
+                "Agent",
+                "Whether Prometheus can scrape the host's agent; if not, everything here is of the time before, or not "
+                "known.",
+                Query(f"min({seen_agents(select(UP))})"),
+                mappings=SCRAPED,
             ),
             make_stat(
                 8,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from exporter.prometheus import metrics as m
-from grafana.builder.queries import select
+from grafana.builder.queries import FLEET_UID, HOST_UID, VM_UID, select
 
 Json = dict[str, Any]
 
@@ -19,9 +19,6 @@ COLUMNS: Final = 24
 GRID_GAP: Final = 8
 GRID_UNIT: Final = 30 + GRID_GAP
 
-FLEET_UID: Final = "kvm-notify-fleet"
-HOST_UID: Final = "kvm-notify-host"
-VM_UID: Final = "kvm-notify-vm"
 # What the three of them have, and no other dashboard.
 TAG: Final = "kvm-notify"
 
@@ -60,14 +57,14 @@ def link_to(uid: str, title: str, **variables: str) -> Json:
     return {"title": title, "url": f"/d/{uid}?var-datasource=${{datasource}}{values}&${{__url_time_range}}"}
 
 
-def link_to_host(place: str = "__data.fields") -> Json:
+def link_to_host(place: str = "__data.fields", uid: str = HOST_UID) -> Json:
     """Return a link to the host's dashboard, from a table's row or (``__field.labels``) a line of a graph."""
-    return link_to(HOST_UID, "Host", job=f"{place}.job", instance=f"{place}.instance")
+    return link_to(uid, "Host", job=f"{place}.job", instance=f"{place}.instance")
 
 
-def link_to_vm(place: str = "__data.fields") -> Json:
+def link_to_vm(place: str = "__data.fields", uid: str = VM_UID) -> Json:
     """Return a link to the VM's dashboard, from a table's row or (``__field.labels``) a line of a graph."""
-    return link_to(VM_UID, "VM", job=f"{place}.job", instance=f"{place}.instance", vm=f"{place}.vm")
+    return link_to(uid, "VM", job=f"{place}.job", instance=f"{place}.instance", vm=f"{place}.vm")
 
 
 def render_dashboard(

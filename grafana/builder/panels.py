@@ -19,6 +19,12 @@ PADDING: Final = 2 * 8
 LEGEND_LINE_HEIGHT: Final = 24
 LEGEND_SHARE: Final = 0.35
 FEW_LINES: Final = 3
+# In units of the grid: what is below the numbers is on a small screen, too.
+STAT_HEIGHT: Final = 3
+# Grafana writes a number below 0 on a logarithmic axis that begins at 0. Of what is shown nothing is below 0.
+NO_NEGATIVE: Final[Mappings] = [
+    {"options": {"from": -1e9, "to": -1e-9, "result": {"index": 0, "text": ""}}, "type": "range"}
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ def make_stat(
         },
         "targets": [render_target("A", query, instant=True)],
     }
-    return Panel(number, "stat", title, description, width, 4, body)
+    return Panel(number, "stat", title, description, width, STAT_HEIGHT, body)
 
 
 def make_graph(
@@ -102,12 +108,12 @@ def make_graph(
     if linear_below:
         custom["scaleDistribution"] = {"type": "symlog", "log": 10, "linearThreshold": linear_below}
     if unit != "s":  # where nothing happens Grafana draws an axis up to 100, or 10,000 %
-        custom["axisSoftMax"] = 1
+        custom["axisSoftMax"] = 10 if unit == PER_HOUR and not linear_below else 1  # 0.2 an hour would be "200 m/h"
     defaults: Json = {
         "color": {"mode": "palette-classic"},
         "custom": custom,
         "links": list(links),
-        "mappings": [],
+        "mappings": NO_NEGATIVE if linear_below else [],
         "min": 0,
         "noValue": no_value,
         "thresholds": render_thresholds(PLAIN),

@@ -38,6 +38,11 @@ AGENT_SCRAPED: Final = Metric(
     "instance:kvm_exporter_scraped:bool", MetricType.GAUGE, "Whether an agent is scraped; also 0 if it is lost."
 )
 
+# The dashboards.
+FLEET_UID: Final = "kvm-notify-fleet"
+HOST_UID: Final = "kvm-notify-host"
+VM_UID: Final = "kvm-notify-vm"
+
 HOST_KEYS: Final = "job, instance"
 VM_KEYS: Final = "job, instance, vm"
 OWNER: Final = "name, display_name, project, vm_namespace"
@@ -93,6 +98,26 @@ def call_by_name(expr: str, keys: str) -> str:
     return f"max by ({keys}, who, owner) ({expr})"
 
 
+def lead_to_what_is_known(expr: str) -> str:
+    """Return a query that says where its rows are, and bears which dashboard that leads to, for links.
+
+    ``where`` is a host or, of what is about many, a text that sorts before them. Then the host's link, and so that of a
+    VM where there is none, leads to the fleet's dashboard, with all of it chosen: Grafana takes "All" for that.
+    """
+    for label, value, source, pattern in (
+        ("where", "(many hosts)", "instance", ""),
+        ("where", "$1", "instance", "(.+)"),
+        ("host_board", FLEET_UID, "instance", ""),
+        ("host_board", HOST_UID, "instance", ".+"),
+        ("vm_board", "$1", "host_board", "(.+)"),
+        ("vm_board", VM_UID, "vm", ".+"),
+        ("instance", "All", "instance", ""),
+        ("job", "All", "job", ""),
+    ):
+        expr = f'label_replace({expr}, "{label}", "{value}", "{source}", "{pattern}")'
+    return expr
+
+
 def count_or_zero(found: str, known: str) -> str:
     """Return how many series there are in ``found``: 0 if ``known`` has any, and nothing if it has none."""
     return f"count({found}) or 0 * count({known})"
@@ -121,6 +146,12 @@ def guest_seconds_lost(exits: str, **equal: str) -> str:
 def vm_seconds_lost(exits: str, **equal: str) -> str:
     """Return the guest time lost by VM; ``exits`` is rate() or increase() of the VM's counter."""
     return guest_seconds_lost(f"sum by ({VM_KEYS}) ({exits})", **equal)
+
+
+def count_stalled() -> str:
+    """Return how many vCPUs of each host are stalled now; no 0 of a host whose agent does not see every VM."""
+    counted = f"max by ({HOST_KEYS}) ({select(m.HOST_NO_PROGRESS)})"
+    return f"({counted} > 0 or {counted} unless on ({HOST_KEYS}) {select(m.COMPLETE)} == 0)"
 
 
 def find_stalled() -> str:

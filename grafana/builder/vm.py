@@ -11,7 +11,6 @@ from exporter.prometheus.metrics import Metric
 from grafana.builder.annotations import stall_annotation
 from grafana.builder.colors import GREEN_UNTIL_ONE, STALLED
 from grafana.builder.layout import (
-    VM_UID,
     Json,
     Row,
     instance_variable,
@@ -23,6 +22,7 @@ from grafana.builder.layout import (
 from grafana.builder.panels import PER_HOUR, Query, make_graph, make_timeline
 from grafana.builder.queries import (
     VM_KEYS,
+    VM_UID,
     guest_seconds_lost,
     increase,
     rate,

@@ -44,7 +44,7 @@ def test_what_is_not_known_is_neutral(uid: str, panel: str, title: str, field: J
         (FLEET, "Hosts", "vCPUs stalled", 3, Shown("3", BAD)),
         (FLEET, "Notify exits", "Notify exits", 36_933_157, Shown("36,933,157", "text")),
         (FLEET, "Hosts", "Notify exits", 22_932_038.4, Shown("22,932,038", "text")),
-        (FLEET, "Groups of hosts", "Exits per vCPU-day", 240_992.614, Shown("240,992.61", "text")),
+        (FLEET, "Groups of hosts", "Median per vCPU-day", 240_992.614, Shown("240,992.61", "text")),
         (HOST, "VMs", "Notify exits", 0, Shown("0", "text")),
         (FLEET, "Stalled now", "Stalled for", None, Shown("-", NEUTRAL)),
         (FLEET, "Stalled now", "Stalled for", 1, Shown("1", BAD)),

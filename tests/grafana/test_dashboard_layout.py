@@ -75,8 +75,8 @@ def test_the_job_is_not_shown_and_is_there_for_links(uid: str, table: Json) -> N
     assert "job" not in organize["excludeByName"], uid
 
 
-# What Grafana has above a dashboard: navigation, and the choice of variables.
-CHROME_HEIGHT = 40 + 50
+# What Grafana 11 has above a dashboard: two bars, and the choice of variables with the space around it.
+CHROME_HEIGHT = 2 * 40 + 16 + 32 + 8
 SCREEN_HEIGHT = 768
 
 

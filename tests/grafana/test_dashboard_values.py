@@ -182,20 +182,20 @@ CASES: Final = (
         [INFO_A, samples(m.HOST_VCPUS, still(0), **ARMED), samples(m.HOST_NOTIFY_WINDOW_EXITS, still(0))],
     ),
     # The time range is an hour, and there are ten minutes of history.
+    # Of three hosts, one takes none, and on one a guest floods.
     Case(
         "exits a day with a short history",
         FLEET,
         "Groups of hosts",
         5,
         [
-            INFO_A,
-            INFO_B,
+            *(samples(m.HOST_INFO, still(1), host, **CPU) for host in "abc"),
+            *(samples(HOST_ARMED_VCPUS, "_x29 4x10", host) for host in "abc"),
             samples(HOST_EXIT_RATE, "_x29 0.5x10"),
-            samples(HOST_ARMED_VCPUS, "_x29 4x10"),
             samples(HOST_EXIT_RATE, "_x29 0x10", "b"),
-            samples(HOST_ARMED_VCPUS, "_x29 4x10", "b"),
+            samples(HOST_EXIT_RATE, "_x29 9000x10", "c"),
         ],
-        {CPU_SERIES: 5_400},
+        {CPU_SERIES: 10_800},
     ),
     # Three minutes with 2 exits a second, then none: the rule records no 0.
     Case(
@@ -350,8 +350,10 @@ CASES: Final = (
             samples(ALERT_ACTIVE_SINCE, still(90), "", "", alertname="KvmMicrocodeX", microcode="0x2b"),
         ],
         {
-            '{alertname="KvmNotifyExporterDown", instance="a", job="kvm", severity="ticket"}': 60_000,
-            '{alertname="KvmMicrocodeX", microcode="0x2b"}': 90_000,
+            '{alertname="KvmNotifyExporterDown", instance="a", job="kvm", severity="ticket", where="a", '
+            'host_board="kvm-notify-host", vm_board="kvm-notify-host"}': 60_000,
+            '{alertname="KvmMicrocodeX", microcode="0x2b", instance="All", job="All", where="(many hosts)", '
+            'host_board="kvm-notify-fleet", vm_board="kvm-notify-fleet"}': 90_000,
         },
     ),
     Case(
@@ -415,6 +417,25 @@ CASES: Final = (
         0,
         [INFO_A, samples(m.HOST_NO_PROGRESS, still(0))],
         {"{}": 0},
+    ),
+    Case(
+        "a host whose agent does not see every VM",
+        FLEET,
+        "Blind to stalls",
+        0,
+        [INFO_A, samples(m.HOST_NO_PROGRESS, still(0)), samples(m.COMPLETE, still(0))],
+        {"{}": 1},
+    ),
+    *(
+        Case(
+            f"{stalled} stalled, of those that are seen",
+            HOST,
+            "Stalled vCPUs",
+            0,
+            [samples(m.HOST_NO_PROGRESS, still(stalled)), samples(m.COMPLETE, still(0))],
+            wanted,
+        )
+        for stalled, wanted in ((0, {}), (2, {"{}": 2.0}))
     ),
     Case("no hosts", FLEET, "Blind to stalls", 0, [samples(m.HOST_NO_PROGRESS, still(0))]),
     Case("hosts", FLEET, "Hosts", 0, [INFO_A, INFO_B], {"{}": 2}),
