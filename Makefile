@@ -13,7 +13,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm man-db lintian
 
-.PHONY: run demo test unit lab bench bpf kernel dist packages deploy-test display-test clean test-packages run-packages
+.PHONY: run demo test unit lab bench bpf kernel dist packages deploy-test display-test pictures clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve
@@ -49,13 +49,26 @@ deploy-test: $(VENV)/.installed-dev test-packages
 # What a person reads on the dashboards, by Grafana's own library; needs node and npm (Debian: nodejs, npm).
 GRAFANA_NPM := .cache/grafana-npm
 display-test: $(VENV)/.installed-dev test-packages $(GRAFANA_NPM)/.installed
-	DISPLAY_TESTS=1 $(BIN)/python -m pytest -m display tests/grafana
+	DISPLAY_TESTS=1 $(BIN)/python -m pytest -m display tests/grafana tests/pictures
 
 $(GRAFANA_NPM)/.installed: tests/grafana/npm/package.json tests/grafana/npm/package-lock.json tests/grafana/npm/.npmrc
 	rm -rf $(GRAFANA_NPM)
 	mkdir -p $(GRAFANA_NPM)
 	cp $^ $(GRAFANA_NPM)
 	cd $(GRAFANA_NPM) && npm ci
+	touch $@
+
+# docs/pictures: the dashboards on a simulated day, the status page, a terminal; six minutes; needs node and npm, too.
+PICTURES_NPM := .cache/pictures-npm
+pictures: $(VENV)/.installed-dev test-packages $(PICTURES_NPM)/.installed
+	@.ci/install-packages pngquant optipng fonts-dejavu-core
+	$(BIN)/python -m tests.pictures $(PICTURES)
+
+$(PICTURES_NPM)/.installed: $(addprefix tests/pictures/npm/,package.json package-lock.json .npmrc build.mjs)
+	rm -rf $(PICTURES_NPM)
+	mkdir -p $(PICTURES_NPM)
+	cp $^ $(PICTURES_NPM)
+	cd $(PICTURES_NPM) && npm ci
 	touch $@
 
 # Wheel and sdist, in dist/.

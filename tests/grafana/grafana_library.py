@@ -24,6 +24,8 @@ INSTALLED: Final = HERE.parents[2] / ".cache" / "grafana-npm" / "node_modules"
 RELEASES: Final = tuple(
     name for name in json.loads((HERE / "package.json").read_text())["dependencies"] if name.startswith("grafana-data-")
 )
+# Of an hour, scraped every 15 s.
+LAST_HOUR: Final = {"__rate_interval": "1m", "__range": "3600s", "__range_s": "3600"}
 
 
 class Cell(NamedTuple):
@@ -49,11 +51,17 @@ class Reading:
 
 
 def read_dashboard(
-    release: str, dashboard: Json, prometheus: Prometheus, now: float, variables: Mapping[str, str]
+    release: str,
+    dashboard: Json,
+    prometheus: Prometheus,
+    now: float,
+    variables: Mapping[str, str],
+    *,
+    ranges: Mapping[str, str] = LAST_HOUR,
 ) -> dict[str, Reading]:
     """Return what the stats and tables of a dashboard show at ``now``, by title (tables: ``table TITLE``)."""
     panels = [panel for panel in find_panels(dashboard) if panel["type"] in ("stat", "table")]
-    values = {**variables, "__rate_interval": "1m", "__interval": "15s", "__range": "3600s", "__range_s": "3600"}
+    values = {**variables, "__interval": "15s", **ranges}
     task = {
         "library": str(INSTALLED / release),
         "variables": {**variables, "__url_time_range": "from=now-1h&to=now"},
@@ -85,18 +93,19 @@ def make_frames(panel: Json, prometheus: Prometheus, now: float, values: Mapping
 
 def _make_table(ref: str, result: Sequence[Json], *, many: bool) -> Json:
     labels = sorted({label for series in result for label in series["metric"]})
-    fields = [_make_field("Time", "time", [series["value"][0] * 1000 for series in result])]
-    fields += [_make_field(name, "string", [series["metric"].get(name, "") for series in result]) for name in labels]
-    fields.append(_make_field(f"Value #{ref}" if many else "Value", "number", [_read(series) for series in result]))
+    fields = [make_field("Time", "time", [series["value"][0] * 1000 for series in result])]
+    fields += [make_field(name, "string", [series["metric"].get(name, "") for series in result]) for name in labels]
+    fields.append(make_field(f"Value #{ref}" if many else "Value", "number", [_read(series) for series in result]))
     return {"refId": ref, "length": len(result), "fields": fields}
 
 
 def _make_series(ref: str, series: Json) -> Json:
-    value = {**_make_field("Value", "number", [_read(series)]), "labels": series["metric"]}
-    return {"refId": ref, "length": 1, "fields": [_make_field("Time", "time", [series["value"][0] * 1000]), value]}
+    value = {**make_field("Value", "number", [_read(series)]), "labels": series["metric"]}
+    return {"refId": ref, "length": 1, "fields": [make_field("Time", "time", [series["value"][0] * 1000]), value]}
 
 
-def _make_field(name: str, kind: str, values: Sequence[float | str]) -> Json:
+def make_field(name: str, kind: str, values: Sequence[float | str | None]) -> Json:
+    """Return a field of a frame; ``kind`` is ``time`` (in milliseconds), ``number`` or ``string``."""
     return {"name": name, "type": kind, "config": {}, "values": list(values)}
 
 

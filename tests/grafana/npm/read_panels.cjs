@@ -20,58 +20,14 @@ define("document", {
 define("addEventListener", () => {});
 define("removeEventListener", () => {});
 
+const { register, makeInterpolate } = require("./grafana_setup.cjs");
 const task = JSON.parse(require("fs").readFileSync(0, "utf8"));
 const grafana = require(task.library);
 const { lastValueFrom } = require(require.resolve("rxjs", { paths: [require.resolve(task.library)] }));
 const theme = grafana.createTheme({ colors: { mode: "dark" } });
 
-// Grafana registers these when it starts: as they are, and from release 13 on as functions that load them.
-function load(one) {
-  const loader = async () => one;
-  for (const name of Object.keys(one)) Object.defineProperty(loader, name, { value: one[name] });
-  return loader;
-}
-const transformers = new Map(Object.values(grafana.standardTransformers).map((one) => [one.id, one]));
-grafana.standardTransformersRegistry.setInit(() =>
-  [...transformers.values()].map((one) => ({ id: one.id, name: one.name, transformation: load(one) })));
-const option = (path, process = (value) => value, settings = {}) => ({
-  id: path, path: path.replace("custom.", ""), name: path, process, override: process, settings, isCustom: path.startsWith("custom."),
-  shouldApply: () => true, getItemsCount: () => 0,
-});
-const CUSTOM = ["width", "minWidth", "align", "cellOptions", "filterable", "inspect", "hidden", "hideFrom"];
-const options = new grafana.FieldConfigOptionsRegistry(() => [
-  option("displayName", grafana.displayNameOverrideProcessor, { expandTemplateVars: true }),
-  option("unit", grafana.unitOverrideProcessor),
-  option("min", grafana.numberOverrideProcessor),
-  option("max", grafana.numberOverrideProcessor),
-  option("decimals", grafana.numberOverrideProcessor, { integer: true }),
-  option("noValue"),
-  option("description"),
-  option("links", grafana.dataLinksOverrideProcessor),
-  option("color"),
-  option("mappings", grafana.valueMappingsOverrideProcessor),
-  option("thresholds", grafana.thresholdsOverrideProcessor),
-  ...CUSTOM.map((name) => option(`custom.${name}`)),
-]);
-grafana.standardFieldConfigEditorRegistry.setInit(() => options.list());
-
-// Grafana's scenes replace variables; what is left unresolved stays to be seen.
-function interpolate(text, scoped) {
-  const context = scoped?.__dataContext?.value;
-  return String(text).replace(/\$\{([^}:]+)(?::(\w+))?\}|\$(\w+)/g, (whole, braced, format, bare) => {
-    const name = braced || bare;
-    let value = task.variables[name];
-    if (name.startsWith("__data.fields.") && context) {
-      const wanted = name.slice("__data.fields.".length).replace(/^\["?|"?\]$/g, "");
-      const field = context.frame.fields.find((one) =>
-        one.name === wanted || grafana.getFieldDisplayName(one, context.frame) === wanted);
-      value = field?.values[context.rowIndex] ?? (field && "");
-    }
-    if (value === undefined) return whole;
-    if (format === "queryparam") return `var-${name}=${encodeURIComponent(value)}`;
-    return format === "percentencode" ? encodeURIComponent(value) : String(value);
-  });
-}
+const options = register(grafana);
+const interpolate = makeInterpolate(grafana, task.variables);
 
 // A colour of "" is that of text.
 const toHex = (color) => color.replace(/^rgb\((\d+), (\d+), (\d+)\)$/, (_, ...parts) =>
