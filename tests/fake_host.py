@@ -47,6 +47,7 @@ ACTS: dict[str, list[tuple[int | None, bool]]] = {
     "stuck at 0": [(0, True), (0, False)],
     "alternating": [(R, True), (R + 16, True)],
     "others": [(R, True), (R + 2, False)],
+    "notified now and then": [(R + 4 * number, number % 100 == 0) for number in range(200)],
     "rep": [(R, True)],
     "enclave": [(None, True)],
     "stuck, with a timer": [(R, True), (R, False)],

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, Evidence, State, VcpuReport, Verdict
+from exporter.stalls.verdicts import (
+    THREAD_KINDS,
+    AgentUsage,
+    Evidence,
+    MonitorReport,
+    State,
+    VcpuFigures,
+    VcpuReport,
+    Verdict,
+)
 from kvm.model import Owner, Vcpu, Vm, VmKey
 
 RIP = 0xFFFFFFFF81012345
@@ -31,6 +41,18 @@ def make_verdict(state: State = State.STALLED, since: float = 100.0, **fields: A
         "evidence": Evidence.TRACE,
     }
     return Verdict(state, since, **(values | fields))
+
+
+def with_figures(report: MonitorReport) -> MonitorReport:
+    """Give a report the figures that the stall monitor would have of its vCPUs, drills apart."""
+    figures: dict[VmKey, dict[int, VcpuFigures]] = {}
+    for found in report.vcpus:
+        if not found.drill:
+            stuck_since = found.verdict.stuck_since_seconds if found.verdict.state is State.STALLED else None
+            figures.setdefault(found.vm.key, {})[found.vcpu.vcpu_id] = VcpuFigures(
+                found.verdict.state, stuck_since, found.traced_exits, found.same_rip_exits, found.can_judge
+            )
+    return replace(report, figures=figures)
 
 
 def make_report(

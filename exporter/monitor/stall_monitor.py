@@ -2,7 +2,7 @@
 
 Three ways lead here, and none costs a guest anything while nothing happens:
 
-- the **trigger**, BPF programs at handle_notify(), reports each vCPU that takes a notify exit, a few times a second;
+- the **trigger**, BPF programs at handle_notify(), reports each vCPU that takes a notify exit, at most once a second;
 - counters are **polled**, but only while there are VMs whose counter can move, and slowly while a trigger is attached
   that has told of all that they have counted;
 - vCPUs that were seen to take notify exits are **tracked**: their counters and registers are read each second, until
@@ -47,17 +47,29 @@ from exporter.monitor.vcpu_reader import VcpuReader
 from exporter.monitor.workers import Workers
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.stall_log import StallLog
-from exporter.stalls.verdicts import AgentUsage, Evidence, MonitorReport, StallRule, State, VcpuReport, Verdict
+from exporter.stalls.verdicts import (
+    AgentUsage,
+    Evidence,
+    MonitorReport,
+    StallRule,
+    State,
+    VcpuFigures,
+    VcpuReport,
+    Verdict,
+)
 from kvm.bpf.notify_trigger import NotifyCall
 from kvm.model import Vcpu, VcpuKey, VmKey, VmReading
 
 log = logging.getLogger(__name__)
 
 TRACK_SECONDS: Final = 1.0
+RECONSIDER_SECONDS: Final = 5.0
 # More active vCPUs than this are read with the whole host at once.
 SINGLE_READS: Final = 32
 # With more vCPUs than this, reading the whole host each second for a few of them is too much.
 SNAPSHOT_VCPUS: Final = 4000
+# But whoever has just begun to take notify exits is read twice as soon: that tells which of them do little else.
+NEWS_SECONDS: Final = 2.5
 _NEVER: Final = float("inf")
 
 
@@ -102,6 +114,8 @@ class StallMonitor:
         self._processes = ProcessWatcher(backends.open_pidfd, self._run, self._end_process)
         self._trigger = ManagedTrigger(backends.make_trigger, self._run, self.take_call)
         self._threads = ThreadIndex()
+        # By process, thread and vcpu_id: the vCPUs that the trigger has told of since the newest snapshot.
+        self._heard: dict[tuple[int, ...], TrackedVcpu] = {}
         self._losses = ContextLosses()
         self._rate_limited_log = RateLimitedLog()
         self._tracked = TrackedVcpus()
@@ -111,6 +125,7 @@ class StallMonitor:
         self._ended: set[tuple[int, ...]] = set()
         self.busy_since: float | None = None
         """Since when what is due has been done, by the event loop's clock; None while nothing is due."""
+        self._news_until = -_NEVER
         self._some_unread = False
         self._read_at = self._retry_at = -_NEVER
         self._wake = asyncio.Event()
@@ -133,12 +148,13 @@ class StallMonitor:
             stopping.cancel()
             await self._close()
 
-    def report(self) -> MonitorReport:
-        """Return what is known now; from any thread."""
+    def report(self, *, with_verdicts: bool = True) -> MonitorReport:
+        """Return what is known now; from any thread. Without verdicts it costs little, however many vCPUs there are."""
         scheduler, period = self._scheduler, self._poller.period_seconds
         tells_rips = self._single.tells_rips
         return MonitorReport(
-            vcpus=(*[self._report(vcpu) for vcpu in self._tracked], *self._drills.report()),
+            vcpus=(*[self._report(vcpu) for vcpu in self._tracked if with_verdicts], *self._drills.report()),
+            figures=self._find_figures(),
             problem="" if tells_rips else scheduler.problem,
             evidence=Evidence.KERNEL if tells_rips else Evidence.TRACE,
             trigger_problem=self._trigger.problem,
@@ -167,9 +183,11 @@ class StallMonitor:
 
     def take_call(self, call: NotifyCall) -> None:
         """Take in what the trigger reports; a thread that is not known waits for the next snapshot."""
-        found = self._threads.find(call)
-        if found is not None:
-            self._take_exit(found)
+        vcpu = self._heard.get(call[1:])
+        if vcpu is None and (found := self._threads.find(call)) is not None:
+            vcpu = self._heard[call[1:]] = self._track(found.reading, found.vcpu)
+        if vcpu is not None:
+            self._take_exit(vcpu)
         elif self._threads.defer(call, self._clock()):
             self._poller.wanted = True
             self._wake.set()
@@ -237,7 +255,8 @@ class StallMonitor:
         """Return when the next poll is due."""
         at_most = _NEVER
         if self._tracked.active and (self._some_unread or not self._reads_singly):
-            at_most = TRACK_SECONDS * max(1.0, self._poller.vcpu_count / SNAPSHOT_VCPUS)
+            seldom = max(1.0, self._poller.vcpu_count / SNAPSHOT_VCPUS)
+            at_most = TRACK_SECONDS * (1.0 if self._clock() < self._news_until else seldom)
         elif self._tracked.any_missing:
             at_most = IDLE_SECONDS
         return self._poller.find_next(at_most)
@@ -260,8 +279,9 @@ class StallMonitor:
                 self._take(vcpu, vcpu.detector.observe_unread(poll.ended))
             else:
                 self._take_counts(vcpu, poll.began, poll.ended, *counts)
+        self._heard.clear()
         for found in self._threads.observe(poll.snapshot, poll.ended):
-            self._take_exit(found)
+            self._take_exit(self._track(found.reading, found.vcpu))
 
     async def _read_singly(self) -> None:
         """Read the active vCPUs one by one; those that cannot be read are looked up with the whole host."""
@@ -324,12 +344,16 @@ class StallMonitor:
         ended, self._ended = self._ended, set()
         await self._trigger.forget(ended)
 
-    def _take_exit(self, found: Found) -> None:
+    def _take_exit(self, vcpu: TrackedVcpu) -> None:
         """Take in that a vCPU has just taken a notify exit."""
-        vcpu = self._track(found.reading, found.vcpu)
-        self._take(vcpu, vcpu.detector.observe_trigger(self._clock()))
-        vcpu.moved = True
-        self._consider(vcpu)
+        now = self._clock()
+        if changes := vcpu.detector.observe_trigger(now):
+            self._take(vcpu, changes)
+        # With all vCPUs of a host notifying, calls come by the ten thousand a second; whoever waits for a trace session
+        # goes on waiting.
+        if not vcpu.moved or changes or now - vcpu.considered_at >= RECONSIDER_SECONDS:
+            vcpu.moved = True
+            self._consider(vcpu)
 
     def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
         self._take(vcpu, vcpu.detector.observe_counter(began, ended, notify_exits))
@@ -340,6 +364,7 @@ class StallMonitor:
 
     def _consider(self, vcpu: TrackedVcpu) -> None:
         """Have a vCPU traced if that is due, and if KVM itself does not tell enough."""
+        vcpu.considered_at = self._clock()
         vcpu.told_by_kernel = self._is_told(vcpu)
         self._scheduler.consider(vcpu)
 
@@ -368,6 +393,8 @@ class StallMonitor:
         for verdict in changes:
             if verdict.state is State.SUSPECT:
                 self._poller.wanted = True  # so that, if it comes to a warning, the VM has its newest name
+            if verdict.state is State.NOTIFYING:
+                self._news_until = now + NEWS_SECONDS
             if verdict.state is State.QUIET:
                 self._tracked.active.pop(vcpu.key, None)
             else:
@@ -399,6 +426,7 @@ class StallMonitor:
         self._processes.release(key)
         self._scheduler.forget(key)
         self._instructions.forget(key)
+        self._heard.clear()
         for vcpu in self._tracked.drop_vm(key):
             self._note_ended(vcpu)
         self._stall_log.tell_end(key, self._clock())
@@ -406,6 +434,7 @@ class StallMonitor:
 
     def _drop(self, key: VcpuKey) -> None:
         vcpu = self._tracked.drop(key)
+        self._heard.clear()
         if vcpu is not None:
             self._note_ended(vcpu)
 
@@ -416,6 +445,15 @@ class StallMonitor:
 
     def _report(self, vcpu: TrackedVcpu, verdict: Verdict | None = None) -> VcpuReport:
         return build_report(vcpu, verdict, self._find_problem(vcpu), self._clock())
+
+    def _find_figures(self) -> dict[VmKey, dict[int, VcpuFigures]]:
+        figures = self._tracked.find_figures()
+        if self._scheduler.problem and self._single.tells_rips:
+            # KVM tells of all but the few that only a trace could judge.
+            for vcpu in self._tracked:
+                if not self._is_told(vcpu) and vcpu.key.vcpu_id in figures.get(vcpu.key.vm, {}):
+                    figures[vcpu.key.vm][vcpu.key.vcpu_id] = vcpu.figures._replace(can_judge=False)
+        return figures
 
     def _find_problem(self, vcpu: TrackedVcpu) -> str:
         """Say why nothing tells where a vCPU's notify exits are, "" where something does."""

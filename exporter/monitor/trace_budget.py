@@ -1,10 +1,10 @@
 """Who may be traced now: a guest that provokes trace sessions can neither slow its host nor hide its neighbours.
 
 An armed thread pays for a trace record at each of its exits, and each session costs the agent something. So only a few
-threads are armed at once, VMs are served round-robin, and each vCPU has a duty cycle: its first session is free, and
-all others together may take a quota of each time window. A session asks for a part of the quota, so that something is
-left for the one that matters. vCPUs that make progress, session after session, are traced in rotation: the more there
-are, the longer each waits. Sessions that are deferred are counted.
+threads are armed at once, VMs are served round-robin, urgent vCPUs first, and each vCPU has a duty cycle: its first
+session is free, and all others together may take a quota of each time window. A session asks for a part of the quota,
+so that something is left for the one that matters. vCPUs that make progress, session after session, are traced in
+rotation: the more there are, the longer each waits. Sessions that are deferred are counted.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class TraceBudget:
         self.deferred = 0
         self._limits = limits
         # Sessions that wait for room, with the part of the quota that they may use: by VM, the one next in line first.
+        self._urgent: dict[VmKey, dict[VcpuKey, float]] = {}
         self._waiting: dict[VmKey, dict[VcpuKey, float]] = {}
         # When the sessions under way began; None where the VM has been forgotten since.
         self._running: dict[VcpuKey, float | None] = {}
@@ -64,24 +65,29 @@ class TraceBudget:
         """How many sessions are under way."""
         return len(self._running)
 
-    def want(self, key: VcpuKey, now: float, seconds: float = SHORTEST_SECONDS, part: float = 1.0) -> float:
+    def want(
+        self, key: VcpuKey, now: float, seconds: float = SHORTEST_SECONDS, part: float = 1.0, *, urgent: bool = False
+    ) -> float:
         """Ask for a session of at least so many seconds, which may use up that part of the vCPU's quota.
 
-        Returns when the quota allows it: if that is later than now, ask again then. While one waits or is under way,
-        asking again changes nothing.
+        Returns when the quota allows it: if that is later than now, ask again then. While one is under way, asking
+        again changes nothing; one that waits may become urgent.
         """
         if key in self._running:
             return now
-        waiting = self._waiting.get(key.vm, {})
-        if key in waiting:
-            waiting[key] = max(part, waiting[key])
-            return now
+        for queue in (self._urgent, self._waiting):
+            waiting = queue.get(key.vm, {})
+            if key in waiting:
+                waiting[key] = max(part, waiting[key])
+                if urgent and queue is self._waiting:
+                    self._urgent.setdefault(key.vm, {})[key] = waiting.pop(key)
+                return now
         longest = min(SESSION_SECONDS, self._find_quota(part))
         free = self._find_free(key, now, min(max(seconds, SHORTEST_SECONDS), longest), part)
         if free > now:
             self._count(key)
             return free
-        self._waiting.setdefault(key.vm, {})[key] = part
+        (self._urgent if urgent else self._waiting).setdefault(key.vm, {})[key] = part
         self._new.add(key)
         return now
 
@@ -89,14 +95,10 @@ class TraceBudget:
         """Return the sessions that begin now, with how many seconds each may take."""
         begun: list[tuple[VcpuKey, float]] = []
         while len(self._running) < self._limits.host:
-            vm = next((vm for vm in self._waiting if self._has_room(vm)), None)
-            if vm is None:
+            found = self._take_next()
+            if found is None:
                 break
-            waiting = self._waiting.pop(vm)
-            key = next(iter(waiting))
-            part = waiting.pop(key)
-            if waiting:
-                self._waiting[vm] = waiting  # behind the others
+            key, part = found
             begun.append((key, self._find_seconds(key, now, part)))
             self._running[key] = now
             self._new.discard(key)
@@ -105,6 +107,21 @@ class TraceBudget:
             self._count(key)
         self._new.clear()
         return begun
+
+    def _take_next(self) -> tuple[VcpuKey, float] | None:
+        """Take the next vCPU out of its queue, with its part of the quota; None if none may start."""
+        for queue in (self._urgent, self._waiting):
+            for vm in list(queue):
+                if not queue[vm]:
+                    del queue[vm]  # its vCPUs have become urgent
+                elif self._has_room(vm):
+                    waiting = queue.pop(vm)
+                    key = next(iter(waiting))
+                    part = waiting.pop(key)
+                    if waiting:
+                        queue[vm] = waiting  # behind the others
+                    return key, part
+        return None
 
     def end(self, key: VcpuKey, now: float) -> None:
         """Take in that a session has ended."""
@@ -124,6 +141,7 @@ class TraceBudget:
 
     def forget(self, vm: VmKey) -> None:
         """Forget a VM that has ended; sessions under way still have to end, and leave nothing."""
+        self._urgent.pop(vm, None)
         self._waiting.pop(vm, None)
         self._running = {key: None if key.vm == vm else began for key, began in self._running.items()}
         self._past = {key: past for key, past in self._past.items() if key.vm != vm}

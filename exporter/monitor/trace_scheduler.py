@@ -97,7 +97,7 @@ class TraceScheduler:
         if self.problem or self._closing or not vcpu.wants_session(now):
             return
         self._vcpus[vcpu.key] = vcpu
-        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.quota_part)
+        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.quota_part, urgent=vcpu.urgent)
         if free > now:
             vcpu.next_session_at = free
             self._consider_later(vcpu)

@@ -7,7 +7,7 @@ from typing import Final
 
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.interval import SESSION_SECONDS
-from exporter.stalls.verdicts import State, VcpuReport, Verdict
+from exporter.stalls.verdicts import State, VcpuFigures, VcpuReport, Verdict
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Instruction, Protection, Vcpu, VcpuKey, Vm, VmReading
 
 # After so many readings in a row in which other exits came between repeats, a trace has to tell what they are.
@@ -19,6 +19,8 @@ FIRST_PAUSE_SECONDS: Final = 5.0
 LONGEST_PAUSE_SECONDS: Final = 40.0
 # Exits that come so much faster than before are news, if one session can tell what that is.
 FASTER: Final = 3
+# A vCPU whose notify exits are so large a part of all its exits does little else: it may be stuck.
+OTHER_EXITS: Final = 50
 # Two exits this far apart do not fall into one session, even if the estimate is a second too long.
 TOO_SLOW_SECONDS: Final = SESSION_SECONDS / 2 + 1.0
 # How much of the vCPU's quota a session may use up: the more there is to see, the more of it.
@@ -35,10 +37,11 @@ class TrackedVcpu:
     """A vCPU with what is known of it.
 
     ``moved`` says that something has happened since the last session began, ``goes_on`` that it was a sign of life of
-    a vCPU that was stuck, ``faster`` that notify exits come much faster than in the last session. ``problem`` is why
-    the last session failed. ``told_by_kernel`` says that KVM itself tells where it is, ``has_registers`` that its
-    registers can be read, ``read_at`` when it was last read by itself. ``instruction`` was read last;
-    ``instruction_tried`` says at which RIP, and from when on again.
+    a vCPU that was stuck, ``faster`` that notify exits come much faster than in the last session, ``urgent`` that it
+    takes hardly any other exits: it is traced before others. ``problem`` is why the last session failed.
+    ``told_by_kernel`` says that KVM itself tells where it is, ``has_registers`` that its registers can be read,
+    ``read_at`` when it was last read by itself. ``instruction`` was read last; ``instruction_tried`` says at which RIP,
+    and from when on again.
     """
 
     key: VcpuKey
@@ -50,6 +53,7 @@ class TrackedVcpu:
     moved: bool = True
     goes_on: bool = False
     faster: bool = False
+    urgent: bool = False
     next_session_at: float = 0.0
     pause: float = FIRST_PAUSE_SECONDS
     in_session: bool = False
@@ -59,9 +63,11 @@ class TrackedVcpu:
     read_at: float = float("-inf")
     instruction: Instruction | None = None
     instruction_tried: tuple[int | None, float] = (None, float("-inf"))
+    considered_at: float = float("-inf")
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
     _slowest: float = SESSION_SECONDS
+    _figures: tuple[tuple[int, int | None], VcpuFigures] | None = None
 
     def renew(self, reading: VmReading, position: int | None) -> Counts | None:
         """Take in a newer reading of the VM, in which the vCPU stands at ``position``; returns its counters, if any."""
@@ -77,6 +83,25 @@ class TrackedVcpu:
             return None
         return notify[position], exits[position] if position < len(exits) else None
 
+    @property
+    def figures(self) -> VcpuFigures:
+        """What metrics tell of it; the same object until that changes. From any thread."""
+        stamp = (self.detector.stamp, self.vcpu.tid)
+        if self._figures is None or self._figures[0] != stamp:
+            self._figures = (stamp, self._build_figures())
+        return self._figures[1]
+
+    def _build_figures(self) -> VcpuFigures:
+        detector = self.detector
+        verdict = detector.verdict
+        return VcpuFigures(
+            verdict.state,
+            verdict.stuck_since_seconds if verdict.state is State.STALLED else None,
+            detector.traced_exits,
+            detector.same_rip_exits,
+            not detector.rip_hidden and self.vcpu.tid is not None,
+        )
+
     def see_counts(self, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
         """Take in the counters, read between ``began`` and ``ended``, once the detector has.
 
@@ -91,6 +116,8 @@ class TrackedVcpu:
         detector, interval = self.detector, self.detector.interval_seconds or 0.0
         if notify_exits != before[0]:
             self.moved = True
+            if exits is not None and before[1] is not None:
+                self.urgent = exits - before[1] < OTHER_EXITS * (notify_exits - before[0])
             self._slowest = max(self._slowest, interval)
             in_one_session = detector.verdict_seconds <= SESSION_SECONDS
             self.faster |= in_one_session and not detector.suspected and interval * FASTER < self._slowest

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu
+from exporter.stalls.verdicts import VcpuFigures
 from kvm.model import VcpuKey, VmKey, VmReading
 
 # A VM or a vCPU that is missing from a snapshot may be back in the next.
@@ -32,6 +33,13 @@ class TrackedVcpus:
     def get(self, key: VcpuKey) -> TrackedVcpu | None:
         """Return a tracked vCPU, None where it is not tracked."""
         return self._by_vm.get(key.vm, {}).get(key.vcpu_id)
+
+    def find_figures(self) -> dict[VmKey, dict[int, VcpuFigures]]:
+        """Return what metrics tell of all that are tracked now, by VM and vcpu_id; from any thread."""
+        return {
+            vm: {vcpu_id: vcpu.figures for vcpu_id, vcpu in list(vcpus.items())}
+            for vm, vcpus in list(self._by_vm.items())
+        }
 
     def add(self, vcpu: TrackedVcpu) -> None:
         """Begin to track a vCPU."""

@@ -71,6 +71,8 @@ class StallDetector:
         self.proofs = 0
         """How often progress has been proved, so that a session can tell whether it was in its time."""
         self.rip_hidden = False
+        self.stamp = 0
+        """Another number whenever the state, ``rip_hidden`` or a count of records may be another."""
         self.evidence: Evidence | None = None
         """What told of RIPs last."""
         self._rule = rule
@@ -235,6 +237,7 @@ class StallDetector:
         finding = self._kernel.observe(counts, has_registers=has_registers)
         if counts.place is not None:
             self.rip_hidden = False
+            self.stamp += 1
             self.traced_exits += finding.exits
             self.same_rip_exits += finding.repeats
             self._runs_nested |= counts.last_guest_mode
@@ -320,6 +323,7 @@ class StallDetector:
 
     def _take_record(self, record: NotifyExit, trusted: bool) -> None:
         seconds = record.time_ns / _NS
+        self.stamp += 1
         self.traced_exits += 1
         self.rip_hidden = False
         if record.rip is None:
@@ -359,6 +363,7 @@ class StallDetector:
 
     def _hide(self, seconds: float, reason: str) -> None:
         self.rip_hidden = True
+        self.stamp += 1
         self._run = RecordRun()
         if self._window:
             self._window.interrupt()
@@ -465,8 +470,11 @@ class StallDetector:
         self._reason = reason
         if state is not self.state:
             self.state, self._since = state, max(now, self._since)
+            self.stamp += 1
             self._changes.append(self.verdict)
 
     def _take_changes(self) -> Sequence[Verdict]:
+        if not self._changes:
+            return ()
         changes, self._changes = self._changes, []
         return changes

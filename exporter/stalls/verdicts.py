@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
-from kvm.model import Instruction, Vcpu, VcpuKey, Vm
+from kvm.model import Instruction, Vcpu, VcpuKey, Vm, VmKey
 
 
 class State(StrEnum):
@@ -98,6 +98,19 @@ class VcpuReport:
     instruction: Instruction | None = None
 
 
+class VcpuFigures(NamedTuple):
+    """What metrics tell of a vCPU that has taken a notify exit: the few words of a VcpuReport that change seldom.
+
+    ``stuck_since_seconds`` is None unless it is stalled.
+    """
+
+    state: State
+    stuck_since_seconds: float | None
+    traced_exits: int
+    same_rip_exits: int
+    can_judge: bool
+
+
 # Kinds of the agent's threads: the event loop, and its pools of workers.
 THREAD_KINDS: Final = ("main", "monitor", "scrape", "status", "other")
 
@@ -119,7 +132,8 @@ class AgentUsage:
 class MonitorReport:
     """What the stall monitor has found, and how it works.
 
-    ``vcpus`` are those that have taken a notify exit in the agent's time; every other one is quiet. ``problem`` says
+    ``vcpus`` are those that have taken a notify exit in the agent's time, unless only ``figures`` of these were asked
+    for, by VM and vcpu_id, and always those of drills; every other one is quiet. ``problem`` says
     why RIPs cannot be had ("" where they can), ``evidence`` what tells them on this host. ``trigger`` is what
     tells of notify exits: "bpf", "poll", or "" where none can happen; ``trigger_problem`` is why no BPF trigger is
     attached ("" where one is, or where none is wanted), ``trigger_missed`` how often a counter had moved of which the
@@ -129,6 +143,7 @@ class MonitorReport:
     """
 
     vcpus: tuple[VcpuReport, ...] = ()
+    figures: Mapping[VmKey, Mapping[int, VcpuFigures]] = field(default_factory=dict)
     problem: str = ""
     evidence: Evidence = Evidence.TRACE
     trigger: str = ""

@@ -11,8 +11,10 @@ import pytest
 
 from exporter.monitor.backends import Backends, PollMode, ReadInstruction, Run
 from exporter.monitor.stall_monitor import StallMonitor
+from exporter.monitor.trace_budget import Limits
 from exporter.stalls.verdicts import StallRule, State, VcpuReport
 from tests.fake_host import FakeHost, FakeTrigger, FakeVm
+from tests.reports import with_figures
 from tests.virtual_time import run_inline, run_virtual
 
 
@@ -29,7 +31,11 @@ class Scene:
         return found.verdict.state if found else State.QUIET
 
     def find(self, vm: FakeVm, vcpu: int = 0) -> VcpuReport | None:
-        reports = [r for r in self.monitor.report().vcpus if r.vm.key == vm.key and r.vcpu.index == vcpu]
+        report = self.monitor.report()
+        if not report.problem:
+            # What metrics are made of is what the verdicts say.
+            assert with_figures(report).figures == report.figures
+        reports = [r for r in report.vcpus if r.vm.key == vm.key and r.vcpu.index == vcpu]
         return reports[-1] if reports else None
 
     async def wait_for(self, vm: FakeVm, state: State, seconds: float = 10.0, vcpu: int = 0) -> float:
@@ -52,6 +58,7 @@ def play(
     prepare: Callable[[FakeHost], None] = lambda host: None,
     make_trigger: Callable[[FakeTrigger], None] = lambda trigger: None,
     rule: StallRule | None = None,
+    limits: Limits | None = None,
     run: Run = run_inline,
     unix: Callable[[], float] | None = None,
     may_run_tds: bool = False,
@@ -82,7 +89,12 @@ def play(
             read_instruction=read_instruction,
         )
         monitor = StallMonitor(
-            backends, rule=rule or StallRule(), poll=poll, unix=unix or (lambda: 1.8e9 + loop.time()), run=run
+            backends,
+            rule=rule or StallRule(),
+            limits=limits,
+            poll=poll,
+            unix=unix or (lambda: 1.8e9 + loop.time()),
+            run=run,
         )
         stop = asyncio.Event()
         running = asyncio.create_task(monitor.run(stop))

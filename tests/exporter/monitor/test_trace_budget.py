@@ -21,6 +21,30 @@ def find_names(begun: list[tuple[VcpuKey, float]]) -> list[tuple[int, int]]:
     return [(key.vm.pid, key.vcpu_id) for key, _ in begun]
 
 
+def test_urgent_vcpus_go_first_also_those_that_have_waited_already() -> None:
+    budget = TraceBudget(Limits(host=2, vm=2))
+    for vm in range(1, 6):
+        budget.want(make_key(vm), NOW)
+    budget.want(make_key(6), NOW, urgent=True)
+    budget.want(make_key(4), NOW, urgent=True)
+    budget.want(make_key(4), NOW)
+    assert find_names(budget.start(0.0)) == [(6, 0), (4, 0)]
+    budget.end(make_key(6), 1.0)
+    budget.end(make_key(4), 1.0)
+    budget.forget(make_key(1).vm)
+    assert find_names(budget.start(1.0)) == [(2, 0), (3, 0)]
+    assert budget.deferred == 4
+
+
+def test_urgent_vcpus_of_one_vm_leave_room_for_others() -> None:
+    budget = TraceBudget(Limits(host=4, vm=2))
+    for vcpu in range(4):
+        budget.want(make_key(1, vcpu), NOW, urgent=True)
+    budget.want(make_key(2), NOW)
+    budget.want(make_key(3), NOW, urgent=True)
+    assert find_names(budget.start(0.0)) == [(1, 0), (3, 0), (1, 1), (2, 0)]
+
+
 def test_vms_take_turns() -> None:
     budget = TraceBudget(Limits(host=4, vm=4))
     for vcpu in range(4):

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from exporter.monitor.trace_budget import Limits
 from exporter.monitor.tracked_vcpu import OTHERS_FIRST
 from exporter.stalls.verdicts import StallRule, State
 from kvm.errors import SourceUnavailable
@@ -83,6 +84,20 @@ def test_a_flood_of_64_vcpus_hides_nobodys_stall_and_stays_in_its_budget(behavio
     host = play(act, flood, victim, trigger=True)
     assert host.most_armed <= 4 + 1
     check_duty_cycle(host)
+
+
+def test_who_does_nothing_else_is_called_among_many_who_take_notify_exits_now_and_then() -> None:
+    """After a bad microcode update every vCPU takes them; and registers, which show progress at once, may be hidden."""
+    vms = [FakeVm(f"vm{number}", 1000 * (number + 1), 4) for number in range(15)]
+
+    async def act(scene: Scene) -> None:
+        for vcpu in (vcpu for vm in vms for vcpu in vm.vcpus):
+            scene.host.set(vcpu, "notified now and then", interval=1.0)
+        await asyncio.sleep(3)
+        scene.host.set(vms[-1].vcpus[-1], "stuck", interval=0.025)
+        assert await scene.wait_for(vms[-1], State.STALLED, vcpu=3, seconds=100) < 5
+
+    play(act, *vms, trigger=True, registers=False, limits=Limits(host=1))
 
 
 def test_no_more_than_16_threads_are_armed_at_once() -> None:

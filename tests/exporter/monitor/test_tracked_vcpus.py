@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from exporter.monitor.tracked_vcpu import TrackedVcpu
 from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
 from exporter.stalls.detector import StallDetector
-from exporter.stalls.verdicts import StallRule
+from exporter.stalls.verdicts import StallRule, State, VcpuFigures
 from kvm.model import VcpuKey, VmKey, VmReading
 from tests.fake_host import FakeVm
 
@@ -32,6 +34,20 @@ def test_each_vcpu_is_renewed_with_its_own_counters() -> None:
         vcpu.notify_exits, vcpu.exits = number, 10 * number
     found = {(vcpu.key.vm, vcpu.vcpu.index): counts for vcpu, counts in tracked.renew(read(vm, other), 1.0)}
     assert found == {(vm.key, 0): (0, 0), (vm.key, 1): (1, 10), (vm.key, 2): (2, 20), (other.key, 0): (3, 30)}
+
+
+def test_figures_are_the_same_object_until_they_change() -> None:
+    vm = FakeVm("web", 100, 2)
+    tracked = track(vm)
+    vcpu = next(iter(tracked))
+    before = tracked.find_figures()[vm.key]
+    assert before[0] == VcpuFigures(State.QUIET, None, 0, 0, can_judge=True)
+    vcpu.detector.observe_trigger(1.0)
+    now = tracked.find_figures()[vm.key]
+    assert now[0].state is State.NOTIFYING
+    assert now[2] is before[2]
+    vcpu.vcpu = replace(vcpu.vcpu, tid=None)
+    assert not tracked.find_figures()[vm.key][0].can_judge
 
 
 def test_a_vcpu_that_a_snapshot_lacks_is_gone_after_a_minute_and_one_that_comes_back_is_not() -> None:

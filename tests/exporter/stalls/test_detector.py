@@ -597,6 +597,7 @@ class Guest:
         self.story = Story(rule=rule)
         self.seconds, self.exits = 0.0, 0
         self.held: list[NotifyExit] = []
+        self.told: dict[int, tuple[object, ...]] = {}
         self.watched_rip: int | None = None
 
     def live(self, behaviour: str, watched: bool, fate: str) -> None:
@@ -633,7 +634,16 @@ class Guest:
             progress.end_window()
         self.watched_rip = wanted
         story.read()
+        self.check_stamp()
         self.judge(story.changes[before:], visible, behaviour, other_rip)
+
+    def check_stamp(self) -> None:
+        """What metrics tell is the same as long as the stamp is."""
+        detector = self.story.detector
+        verdict = detector.verdict
+        stuck_since = verdict.stuck_since_seconds if verdict.state is State.STALLED else None
+        told = (verdict.state, stuck_since, detector.traced_exits, detector.same_rip_exits, detector.rip_hidden)
+        assert self.told.setdefault(detector.stamp, told) == told
 
     def judge(self, changes: Sequence[Verdict], visible: bool, behaviour: str, other_rip: bool) -> None:
         rule = self.story.rule
