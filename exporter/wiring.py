@@ -142,7 +142,7 @@ def build_collector(
         vm_exclude=arguments.vm_exclude,
     )
     build = BuildInfo(read_version(), "", platform.python_version())
-    read_report = monitor.report if monitor else None
+    read_report = partial(monitor.report, with_verdicts=False) if monitor else None
     return HostCollector(
         reader, settings, build, time.perf_counter, read_report, file_states=file_states, first_total=first_total
     )

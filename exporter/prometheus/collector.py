@@ -25,7 +25,7 @@ from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.stat_series import StatSeries, check_statistics
-from exporter.prometheus.vm_series import VCPU_COUNTERS, Rendered, VcpuSeries, VmSeries
+from exporter.prometheus.vm_series import Column, Rendered, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
 from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
@@ -74,7 +74,7 @@ class HostCollector:
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._shown: list[ShownVm] = []
         self._vm_families: tuple[list[Rendered], list[Family]] = ([], [])
-        self._counters = {metric: CounterLines() for _, metric in VCPU_COUNTERS}
+        self._counters: defaultdict[Metric, CounterLines] = defaultdict(CounterLines)
         self._statistics = StatSeries()
         self._series_warning = SeriesWarning()
 
@@ -196,25 +196,28 @@ class HostCollector:
             for family in families:
                 family.join()
             self._vm_families = rendered, families
-        return families
+        sums = (taken for _, taken in self._ask_vms(self._shown, VmSeries.take_sum))
+        return families + self._render_columns([taken] for taken in sums if taken is not None)
 
     def _collect_vcpus(self) -> list[Family]:
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         if not with_series:
             return self._collect_verdicts(self._shown) if verdicts else []
         found = list(self._ask_vms(self._shown, VmSeries.take_columns))
-        templates: dict[Metric, list[str]] = {metric: [] for metric in self._counters}
-        columns: dict[Metric, list[tuple[int, ...]]] = {metric: [] for metric in self._counters}
-        for _, taken in found:
+        families = self._render_columns(taken for _, taken in found)
+        return families + self._collect_verdicts([shown for shown, _ in found])
+
+    def _render_columns(self, vms: Iterable[Iterable[Column]]) -> list[Family]:
+        """Render the counters of all VMs, metric by metric."""
+        templates: defaultdict[Metric, list[str]] = defaultdict(list)
+        columns: defaultdict[Metric, list[tuple[int, ...]]] = defaultdict(list)
+        for taken in vms:
             for metric, template, column in taken:
                 templates[metric].append(template)
                 columns[metric].append(column)
-        families = [
-            Family(metric, [lines.render(templates[metric], columns[metric])])
-            for metric, lines in self._counters.items()
-            if templates[metric]
+        return [
+            Family(metric, [self._counters[metric].render(templates[metric], columns[metric])]) for metric in templates
         ]
-        return families + self._collect_verdicts([shown for shown, _ in found])
 
     def _collect_verdicts(self, vms: Iterable[ShownVm]) -> list[Family]:
         """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any."""
@@ -226,7 +229,7 @@ class HostCollector:
             if reading.vm.key in moved:
                 rendered += lines.render_last_moves(self._increases.last_moves(reading.vm.key))
             if verdicts:
-                rendered += verdicts.render_vcpus(reading, with_series)
+                rendered += verdicts.render_vcpus(reading, lines, with_series)
             return rendered
 
         concerned = [

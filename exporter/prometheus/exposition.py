@@ -13,7 +13,7 @@ import gzip
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, generate_latest
@@ -77,10 +77,10 @@ class CounterLines:
         return self._text
 
 
-def make_template(metric: Metric, label_sets: Iterable[Sequence[str]]) -> str:
-    """Make the sample lines of fixed label sets, each with a place for an integer."""
+def make_template(metric: Metric, label_sets: Iterable[Sequence[str]], place: str = "%d") -> str:
+    """Make the sample lines of fixed label sets, each with a place for an integer, or for what ``place`` is."""
     series = (render_series(metric, label_values) for label_values in label_sets)
-    return "".join(f"{name.replace('%', '%%')} %d\n" for name in series)
+    return "".join(f"{name.replace('%', '%%')} {place}\n" for name in series)
 
 
 def escape_label_value(value: str) -> str:
@@ -111,6 +111,10 @@ def render_sample(metric: Metric, label_values: Sequence[str], value: float) -> 
     return f"{render_series(metric, label_values)} {render_number(value)}\n"
 
 
+# Many vCPUs have the same number: the time of the snapshot in which they were seen to move, or 0.
+render_number_again = lru_cache(maxsize=1024, typed=True)(render_number)
+
+
 @cache
 def render_metadata(metric: Metric, openmetrics: bool) -> str:
     """Render the comment lines before a metric's samples."""
@@ -124,24 +128,29 @@ def render_metadata(metric: Metric, openmetrics: bool) -> str:
 
 def render_text(families: Iterable[Family], openmetrics: bool = False) -> str:
     """Render families, those without samples left out; OpenMetrics still lacks its last line, ``# EOF``."""
-    pieces: list[str] = []
-    for family in families:
-        if family.chunks:
-            pieces.append(render_metadata(family.metric, openmetrics))
-            pieces.extend(family.chunks)
-    return "".join(pieces)
+    return "".join(_render_pieces(families, openmetrics))
 
 
 def render_document(families: Iterable[Family], self_metrics: CollectorRegistry, form: Format) -> bytes:
     """Render the whole answer to a scrape: our families, then what ``self_metrics`` holds, in one valid document."""
-    ours = render_text(families, form.openmetrics)
+    pieces = _render_pieces(families, form.openmetrics)
     encode: Callable[[CollectorRegistry], bytes] = generate_openmetrics if form.openmetrics else generate_latest
     try:
         theirs = encode(self_metrics)
     except Exception as err:  # noqa: BLE001 - a fault in the agent's own figures must not cost the VMs' series
         log.error("the agent's own process metrics are left out", extra={"fields": {"err": repr(err)}})
         theirs = encode(CollectorRegistry())
-    return (ours + theirs.decode()).encode()
+    pieces.append(theirs.decode())
+    return "".join(pieces).encode()
+
+
+def _render_pieces(families: Iterable[Family], openmetrics: bool) -> list[str]:
+    pieces: list[str] = []
+    for family in families:
+        if family.chunks:
+            pieces.append(render_metadata(family.metric, openmetrics))
+            pieces.extend(family.chunks)
+    return pieces
 
 
 def open_self_metrics(enabled: bool) -> CollectorRegistry:

@@ -1,19 +1,21 @@
 """What the stall monitor has found, as sample lines: of one VM's vCPUs, of the host, of the monitor itself.
 
-Few vCPUs ever take a notify exit, so nothing is kept here from snapshot to snapshot.
+Few vCPUs ever take a notify exit. But after a bad microcode update all may do: so lines are kept by ``VmSeries`` until
+they change.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final, NamedTuple
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import Family, render_sample
+from exporter.prometheus.exposition import Family
 from exporter.prometheus.metrics import Metric
-from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VcpuReport
-from kvm.model import NOTIFY_WINDOW_EXITS, Vcpu, VcpuKey, VmKey, VmReading
+from exporter.prometheus.vm_series import Rendered, VmSeries
+from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VcpuFigures
+from kvm.model import NOTIFY_WINDOW_EXITS, VmKey, VmReading
 
 _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
     (metrics.POLL_PERIOD, "poll_period_seconds"),
@@ -27,6 +29,28 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
     (metrics.WARNINGS_SUPPRESSED, "warnings_suppressed"),
 )
 
+NOT_KNOWN: Final = (State.UNKNOWN, State.CONTEXT_LOST)
+
+
+class _Known(NamedTuple):
+    """All that the lines about one VM's vCPUs follow from; vCPUs are told by their positions in the reading.
+
+    ``traced`` says that counts of traces are to be shown, ``judged`` that something can tell who is stuck; ``missed``
+    are those of whose notify exits the trigger tells nothing, ``starts`` tells since when, in Unix seconds, those are
+    stuck that are. ``invalid`` counts exits with an invalid context by thread and vcpu_id of the VM's process, None
+    where nobody counts, and ``is_alone`` says that the process has no other VM.
+    """
+
+    traced: bool
+    judged: bool
+    figures: list[VcpuFigures | None]
+    notified: list[int]
+    missed: list[int]
+    drilled: list[int]
+    starts: list[tuple[int, float]]
+    invalid: Mapping[tuple[int, int], int] | None
+    is_alone: bool
+
 
 class StallSeries:
     """Renders one report of the stall monitor, for one snapshot."""
@@ -37,11 +61,14 @@ class StallSeries:
         self._vms: Counter[tuple[int, int]] = Counter()
         if report.context_invalid:
             self._vms.update(reading.vm.key[:2] for reading in readings)
-        self._found: dict[VmKey, dict[int, VcpuReport]] = {}
-        self._drills: dict[VmKey, dict[int, VcpuReport]] = {}
+        self._found = report.figures
+        self._missed: dict[VmKey, set[int]] = {}
+        for missed in report.missed_vcpus:
+            self._missed.setdefault(missed.vm, set()).add(missed.vcpu_id)
+        self._drills: dict[VmKey, set[int]] = {}
         for vcpu in report.vcpus:
-            place = self._drills if vcpu.drill else self._found
-            place.setdefault(vcpu.vm.key, {})[vcpu.vcpu.vcpu_id] = vcpu
+            if vcpu.drill and vcpu.verdict.state is State.STALLED:
+                self._drills.setdefault(vcpu.vm.key, set()).add(vcpu.vcpu.vcpu_id)
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
@@ -53,36 +80,43 @@ class StallSeries:
         key = reading.vm.key
         return key in self._found or key in self._drills
 
-    def render_vcpus(self, reading: VmReading, with_counters: bool) -> Iterator[tuple[Metric, str]]:
-        """Yield what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""
-        found, drills = self._found.get(reading.vm.key, {}), self._drills.get(reading.vm.key, {})
+    def render_vcpus(self, reading: VmReading, lines: VmSeries, with_counters: bool) -> Rendered:
+        """Render what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""
+        known = self._find_known(reading, with_counters)
+        before, rendered = lines.verdicts
+        if before != known:
+            rendered = _render_known(known, reading, lines)
+            lines.verdicts = known, rendered
+        return rendered
+
+    def _find_known(self, reading: VmReading, with_counters: bool) -> _Known:
+        key, report = reading.vm.key, self._report
+        of_vm, drills = self._found.get(key, {}), self._drills.get(key, ())
+        figures = [of_vm.get(vcpu.vcpu_id) for vcpu in reading.vcpus]
         column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
-        notified = [vcpu for vcpu, count in zip(reading.vcpus, column, strict=False) if count]
-        if with_counters and not self._report.problem:
-            yield from _render_traces(reading, found)
-        if self._report.context_invalid is not None:
-            for vcpu in notified:
-                count = self._count_invalid(reading.vm.key, vcpu)
-                # Of a vCPU whose exits go past the trigger, none counted is not none.
-                if count or VcpuKey(reading.vm.key, vcpu.vcpu_id) not in self._report.missed_vcpus:
-                    yield _render(metrics.VCPU_CONTEXT_INVALID, reading, vcpu, count)
-        for vcpu in reading.vcpus:
-            report, drill = found.get(vcpu.vcpu_id), drills.get(vcpu.vcpu_id)
-            stuck = self._judge(vcpu, report, vcpu in notified)
-            if stuck is not None:
-                yield _render(metrics.VCPU_NO_PROGRESS, reading, vcpu, int(stuck))
-            if stuck and report is not None and report.verdict.stuck_since_seconds is not None:
-                start = round(report.verdict.stuck_since_seconds + self._unix_offset, 3)
-                yield _render(metrics.VCPU_STALL_START, reading, vcpu, start)
-            if drill is not None and drill.verdict.state is State.STALLED:
-                yield _render(metrics.VCPU_DRILL, reading, vcpu, 1)
+        starts = [
+            (at, round(found.stuck_since_seconds + self._unix_offset, 3))
+            for at, found in enumerate(figures)
+            if found is not None and found.stuck_since_seconds is not None
+        ]
+        return _Known(
+            traced=with_counters and not report.problem,
+            judged=not report.problem,
+            figures=figures,
+            notified=[at for at, count in enumerate(column[: len(figures)]) if count],
+            missed=_find_positions(reading, self._missed.get(key, ())),
+            drilled=_find_positions(reading, drills),
+            starts=starts,
+            invalid=None if report.context_invalid is None else self._invalid.get(key[:2], {}),
+            is_alone=self._vms[key[:2]] <= 1,
+        )
 
     def build_host_families(self) -> list[Family]:
         """Return what is known of the whole host."""
         stuck, interval = Family(metrics.HOST_NO_PROGRESS), Family(metrics.HOST_INTERVAL_MIN)
         if not self._report.problem:
-            reports = [vcpu for vcpus in self._found.values() for vcpu in vcpus.values()]
-            stuck.add((), sum(report.verdict.state is State.STALLED for report in reports))
+            figures = (found for vcpus in self._found.values() for found in vcpus.values())
+            stuck.add((), sum(found.state is State.STALLED for found in figures))
         for window, seconds in sorted(self._report.interval_min_seconds.items()):
             interval.add((str(window),), seconds)
         return [stuck, interval]
@@ -101,21 +135,57 @@ class StallSeries:
             families += _build_usage_families(self._report.agent_usage)
         return families
 
-    def _judge(self, vcpu: Vcpu, found: VcpuReport | None, has_notified: bool) -> bool | None:
-        """Tell whether a vCPU is stuck, None where that is not known or not asked; of drills this knows nothing."""
-        if self._report.problem:
-            return None
-        if found is None:
-            return False if has_notified and vcpu.tid is not None else None
-        if found.verdict.state is State.STALLED:
-            return True
-        return False if found.can_judge and found.verdict.state not in (State.UNKNOWN, State.CONTEXT_LOST) else None
 
-    def _count_invalid(self, key: VmKey, vcpu: Vcpu) -> int:
-        """Count by process and vcpu_id; where a process has several VMs, only the thread tells them apart."""
-        is_alone = self._vms[key[:2]] <= 1
-        counts = self._invalid.get(key[:2], {}).items()
-        return sum(n for (tid, vcpu_id), n in counts if vcpu_id == vcpu.vcpu_id and (is_alone or tid == vcpu.tid))
+def _find_positions(reading: VmReading, vcpu_ids: Collection[int]) -> list[int]:
+    return [at for at, vcpu in enumerate(reading.vcpus) if vcpu.vcpu_id in vcpu_ids] if vcpu_ids else []
+
+
+def _render_known(known: _Known, reading: VmReading, lines: VmSeries) -> Rendered:
+    traced = [(at, found) for at, found in enumerate(known.figures) if found is not None and known.traced]
+    stuck = _judge(known, reading)
+    values: tuple[tuple[Metric, Mapping[int, float]], ...] = (
+        (metrics.VCPU_TRACED_EXITS, {at: found.traced_exits for at, found in traced}),
+        (metrics.VCPU_SAME_RIP_EXITS, {at: found.same_rip_exits for at, found in traced}),
+        (metrics.VCPU_CONTEXT_INVALID, _count_invalid(known, reading)),
+        (metrics.VCPU_NO_PROGRESS, stuck),
+        (metrics.VCPU_STALL_START, {at: start for at, start in known.starts if at in stuck}),
+        (metrics.VCPU_DRILL, dict.fromkeys(known.drilled, 1)),
+    )
+    rendered: Rendered = []
+    for metric, numbers in values:
+        rendered += lines.render_values(metric, list(numbers), list(numbers.values()))
+    return rendered
+
+
+def _judge(known: _Known, reading: VmReading) -> dict[int, int]:
+    """Tell which vCPUs are stuck, by position; those of which it is not known, or not asked, are left out."""
+    if not known.judged:
+        return {}
+    # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
+    stuck = {at: 0 for at in known.notified if known.figures[at] is None and reading.vcpus[at].tid is not None}
+    for at, found in enumerate(known.figures):
+        if found is not None and found.state is State.STALLED:
+            stuck[at] = 1
+        elif found is not None and found.can_judge and found.state not in NOT_KNOWN:
+            stuck[at] = 0
+    return dict(sorted(stuck.items()))
+
+
+def _count_invalid(known: _Known, reading: VmReading) -> dict[int, int]:
+    """Count exits with an invalid context, by position, of the vCPUs that have taken notify exits.
+
+    They are counted by process and vcpu_id; where a process has several VMs, only the thread tells them apart.
+    """
+    if known.invalid is None:
+        return {}
+    counts = dict.fromkeys(known.notified, 0)
+    for (tid, vcpu_id), count in known.invalid.items():
+        for at in known.notified:
+            vcpu = reading.vcpus[at]
+            if vcpu_id == vcpu.vcpu_id and (known.is_alone or tid == vcpu.tid):
+                counts[at] += count
+    # Of a vCPU whose exits go past the trigger, none counted is not none.
+    return {at: count for at, count in counts.items() if count or at not in known.missed}
 
 
 def _build_usage_families(usage: AgentUsage) -> list[Family]:
@@ -126,15 +196,3 @@ def _build_usage_families(usage: AgentUsage) -> list[Family]:
     switches.add(("involuntary",), usage.involuntary_switches)
     switches.add(("voluntary",), usage.voluntary_switches)
     return [threads, cpu, switches]
-
-
-def _render_traces(reading: VmReading, found: Mapping[int, VcpuReport]) -> Iterator[tuple[Metric, str]]:
-    for vcpu in reading.vcpus:
-        report = found.get(vcpu.vcpu_id)
-        if report is not None:
-            yield _render(metrics.VCPU_TRACED_EXITS, reading, vcpu, report.traced_exits)
-            yield _render(metrics.VCPU_SAME_RIP_EXITS, reading, vcpu, report.same_rip_exits)
-
-
-def _render(metric: Metric, reading: VmReading, vcpu: Vcpu, value: float) -> tuple[Metric, str]:
-    return metric, render_sample(metric, (str(vcpu.index), reading.vm.id), value)

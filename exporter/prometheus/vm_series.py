@@ -7,15 +7,15 @@ whole host need not be put together anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import escape_label_value, make_template, render_sample
+from exporter.prometheus.exposition import escape_label_value, make_template, render_number_again, render_sample
 from exporter.prometheus.metrics import Metric, order_labels
 from kvm.errors import MalformedData
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmReading
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
 
 Rendered = list[tuple[Metric, str]]
 """Lines of any number of metrics, those of one metric in one text."""
@@ -64,6 +64,12 @@ class VmSeries:
         self._vm_lines: Rendered = []
         self._positions: Sequence[int] = range(len(reading.vcpus))
         self._templates: dict[Metric, str] = {}
+        self._summed: VmCounters | None = None
+        self._sum: int | None = None
+        self._sum_template = ""
+        self._kept: dict[Metric, _KeptLines] = {}
+        self.verdicts: tuple[object, Rendered] = (None, [])
+        """What ``StallSeries`` rendered last, and from what."""
 
     def fits(self, reading: VmReading) -> bool:
         """Tell whether these lines are about this reading's VM and vCPUs."""
@@ -75,20 +81,24 @@ class VmSeries:
         return True
 
     def render_vm(self, reading: VmReading) -> Rendered:
-        """Render what is told of the VM as a whole: who it is, how it is protected, the sum of its notify exits."""
+        """Render what is told of the VM as a whole and changes seldom: who it is, and how it is protected."""
         counters = reading.counters
-        state = (
-            reading.source,
-            reading.vcpu_count,
-            reading.protection,
-            counters.notify_window_cycles,
-            counters.per_vcpu.get(NOTIFY_WINDOW_EXITS),
-            counters.totals.get(NOTIFY_WINDOW_EXITS),
-        )
+        state = (reading.source, reading.vcpu_count, reading.protection, counters.notify_window_cycles)
         if state != self._state:
             self._vm_lines = _render_vm(reading, self._vm_labels)
             self._state = state
         return self._vm_lines
+
+    def take_sum(self, reading: VmReading) -> Column | None:
+        """Take the sum of the VM's notify exits, None where it is not known."""
+        if self._summed is not reading.counters:
+            self._summed, self._sum = reading.counters, reading.notify_exits
+        if self._sum is None:
+            return None
+        metric = metrics.VM_NOTIFY_WINDOW_EXITS
+        if not self._sum_template:
+            self._sum_template = make_template(metric, [(self._vm.id,)])
+        return metric, self._sum_template, (self._sum,)
 
     def take_columns(self, reading: VmReading) -> list[Column]:
         """Take the counters of the VM's vCPUs that are to be shown, one column for each metric that was read.
@@ -111,7 +121,10 @@ class VmSeries:
                 )
             if len(self._positions) < len(column):
                 column = tuple([column[position] for position in self._positions])
-            columns.append((metric, self._templates.get(metric) or self._make_template(metric), column))
+            template = self._templates.get(metric)
+            if template is None:
+                template = self._templates[metric] = self._make_template(metric, self._positions)
+            columns.append((metric, template, column))
         return columns
 
     def _choose_active(self, notify_exits: Sequence[int]) -> None:
@@ -120,21 +133,40 @@ class VmSeries:
             self._positions = positions
             self._templates = {}
 
-    def _make_template(self, metric: Metric) -> str:
+    def _make_template(self, metric: Metric, positions: Iterable[int], place: str = "%d") -> str:
         if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
             raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
-        label_sets = [(str(self._vcpus[position].index), self._vm.id) for position in self._positions]
-        self._templates[metric] = make_template(metric, label_sets)
-        return self._templates[metric]
+        return make_template(metric, [(str(self._vcpus[at].index), self._vm.id) for at in positions], place)
+
+    def render_values(self, metric: Metric, positions: Sequence[int], values: Sequence[float]) -> Rendered:
+        """Render a number of each of those of the VM's vCPUs that stand at these positions; nothing for none."""
+        if not positions:
+            return []
+        kept = self._kept.get(metric)
+        if kept is None or kept.positions != positions:
+            kept = self._kept[metric] = _KeptLines(positions, self._make_template(metric, positions, "%s"))
+        if kept.values != values:
+            kept.values = values
+            kept.text = kept.template % tuple([render_number_again(value) for value in values])
+        return [(metric, kept.text)]
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
-        metric = metrics.VCPU_LAST_NOTIFY_EXIT
-        return [
-            (metric, render_sample(metric, (str(vcpu.index), self._vm.id), last_moves[vcpu.vcpu_id]))
-            for vcpu in self._vcpus
-            if vcpu.vcpu_id in last_moves
-        ]
+        ids = [vcpu.vcpu_id for vcpu in self._vcpus]
+        positions = [position for position, vcpu_id in enumerate(ids) if vcpu_id in last_moves]
+        times = [last_moves[ids[position]] for position in positions]
+        return self.render_values(metrics.VCPU_LAST_NOTIFY_EXIT, positions, times)
+
+
+class _KeptLines:
+    """The lines of one metric for some of a VM's vCPUs, kept until a number changes."""
+
+    __slots__ = ("positions", "template", "text", "values")
+
+    def __init__(self, positions: Sequence[int], template: str) -> None:
+        self.positions, self.template = positions, template
+        self.values: Sequence[float] = ()
+        self.text = ""
 
 
 def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:
@@ -173,7 +205,6 @@ def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:
     ]
     if reading.protection is Protection.ARMED:
         samples.append((metrics.VM_NOTIFY_WINDOW, (vm.id,), reading.counters.notify_window_cycles))
-    samples.append((metrics.VM_NOTIFY_WINDOW_EXITS, (vm.id,), reading.notify_exits))
     lines = [(metric, render_sample(metric, labels, value)) for metric, labels, value in samples if value is not None]
     states = [
         render_sample(metrics.VM_NOTIFY_PROTECTION, (state, vm.id), int(state is reading.protection))

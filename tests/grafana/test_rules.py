@@ -32,7 +32,7 @@ from kvm.model import NOTIFY_WINDOW_EXITS, Protection, Snapshot, SourceReport
 from kvm.simulated.host import SimulatedHost
 from tests.documents import ALL_DOCUMENTS, DOCS, find_anchors, find_blocks, find_blocks_anywhere, find_table
 from tests.grafana.promql import TARGET_LABELS, find_joins, find_labels, find_selectors, walk
-from tests.reports import USAGE, make_report
+from tests.reports import USAGE, make_report, with_figures
 
 ROOT: Final = Path(__file__).parents[2]
 DIRECTORY: Final = ROOT / "grafana" / "alerts"
@@ -654,9 +654,10 @@ def test_series_of_one_agent(mode: str, of_vcpu: int, of_notified: int, tell: Ca
     reports: list[VcpuReport] = []
 
     def read_report() -> MonitorReport:
-        return MonitorReport(
+        report = MonitorReport(
             vcpus=tuple(reports), interval_min_seconds={0: 0.001}, context_invalid={}, agent_usage=USAGE
         )
+        return with_figures(report)
 
     host = HostOfArmedVms(vms, vcpus, iter([0.0, 1.0, 100.0, 101.0]))
     settings = CollectorSettings(vcpu_series=VcpuSeries(mode))

@@ -18,7 +18,7 @@ from exporter.stalls.verdicts import MonitorReport, VcpuReport
 from kvm.model import Snapshot
 from kvm.simulated.host import SimulatedHost
 from tests.grafana.test_rules import DIRECTORY, run_promtool
-from tests.reports import USAGE, make_report
+from tests.reports import USAGE, make_report, with_figures
 
 SAMPLE = re.compile(r"^(kvm_\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 STALLED = 2
@@ -30,7 +30,7 @@ def export(vm_labels: VmLabels) -> tuple[str, Snapshot]:
     host = SimulatedHost(lambda: 1000.0, lambda: 1_800_000_000.0)
     snapshot = host.read()
     stalled: tuple[VcpuReport, ...] = tuple(make_report(vm=reading.vm) for reading in snapshot.readings[:STALLED])
-    report = MonitorReport(vcpus=stalled, interval_min_seconds={}, context_invalid={}, agent_usage=USAGE)
+    report = with_figures(MonitorReport(vcpus=stalled, interval_min_seconds={}, context_invalid={}, agent_usage=USAGE))
     settings = CollectorSettings(vm_labels=vm_labels)
     collector = HostCollector(host, settings, BuildInfo("1", "2", "3"), lambda: 0.0, lambda: report)
     return render_text(collector.collect()), snapshot

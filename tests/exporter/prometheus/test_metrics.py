@@ -21,7 +21,7 @@ from exporter.stalls.verdicts import MonitorReport
 from kvm.model import BlindSpot, Snapshot
 from kvm.simulated.host import SimulatedHost
 from kvm.statistics import LeftOut, StatScope, StatTable, VmStatistics
-from tests.reports import USAGE, make_report
+from tests.reports import USAGE, make_report, with_figures
 
 # promtool's own lists (client_golang, prometheus/testutil/promlint).
 NOT_BASE_UNITS = {"milliseconds", "microseconds", "nanoseconds", "minutes", "hours", "days", "weeks", "kelvin", "bits"}
@@ -114,8 +114,10 @@ def make_watch_report() -> MonitorReport:
     reading = next(r for r in SimulatedHost().read().readings if r.vm.owner.name == "batch-1")
     report = replace(make_report(vm=reading.vm), vcpu=reading.vcpus[0])
     drill = replace(report, drill=True)
-    return MonitorReport(
-        vcpus=(report, drill), interval_min_seconds={128_000: 0.025}, context_invalid={}, agent_usage=USAGE
+    return with_figures(
+        MonitorReport(
+            vcpus=(report, drill), interval_min_seconds={128_000: 0.025}, context_invalid={}, agent_usage=USAGE
+        )
     )
 
 

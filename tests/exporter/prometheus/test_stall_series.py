@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.build_info import BuildInfo
@@ -16,7 +18,7 @@ from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import THREAD_KINDS, Evidence, MonitorReport, State, VcpuReport
 from kvm.model import Snapshot, VcpuKey, VmReading
-from tests.reports import USAGE, make_report
+from tests.reports import USAGE, make_report, with_figures
 from tests.snapshots import make_reading, make_snapshot
 
 NO_PROGRESS = "kvm_vcpu_no_forward_progress"
@@ -37,7 +39,8 @@ class Fixed:
 def collect(watch: MonitorReport | None, *readings: VmReading, series: VcpuSeries = VcpuSeries.ALL) -> Series:
     chosen = CollectorSettings(vcpu_series=series)
     reader, build = Fixed(make_snapshot(*readings)), BuildInfo("", "", "")
-    collector = HostCollector(reader, chosen, build, time.perf_counter, (lambda: watch) if watch else None)
+    read_report = (lambda: with_figures(watch)) if watch else None
+    collector = HostCollector(reader, chosen, build, time.perf_counter, read_report)
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(render_text(collector.collect()))
@@ -242,3 +245,56 @@ def test_figures_of_the_monitor() -> None:
     name = "kvm_host_notify_interval_min_seconds"
     assert series[name, frozenset({("window_cycles", "0")})] == 0.001
     assert series[name, frozenset({("window_cycles", "128000")})] == 0.025
+
+
+VCPUS = 3
+STATES = st.lists(st.sampled_from([None, *State]), min_size=VCPUS, max_size=VCPUS)
+# Of one VM at one moment: notify exits, states, which vCPUs are in a drill, exits with an invalid context and more.
+MOMENTS = st.tuples(
+    st.lists(st.sampled_from([0, 0, 5, 2**63]), min_size=VCPUS, max_size=VCPUS),
+    STATES,
+    st.sets(st.integers(0, VCPUS - 1)),
+    st.sampled_from([None, {}, {(4242, 77, 5001, 2): 3}]),
+    st.sampled_from(["", "no CAP_PERFMON"]),
+    st.sets(st.sampled_from([VcpuKey(make_reading().vm.key, vcpu_id) for vcpu_id in (0, 2, 4)])),
+)
+Moment = tuple[
+    list[int], list[State | None], set[int], Mapping[tuple[int, int, int, int], int] | None, str, set[VcpuKey]
+]
+
+
+@given(st.lists(MOMENTS, min_size=2, max_size=5), st.sampled_from(VcpuSeries))
+def test_lines_that_are_kept_from_scrape_to_scrape_are_those_that_would_be_made_anew(
+    moments: list[Moment], mode: VcpuSeries
+) -> None:
+    host, reports, settings = Changing(), [MonitorReport()], CollectorSettings(vcpu_series=mode)
+
+    def open_collector() -> HostCollector:
+        return HostCollector(host, settings, BuildInfo("", "", ""), lambda: 0.0, lambda: reports[-1])
+
+    keeps = open_collector()
+    for notify, states, drills, invalid, problem, missed in moments:
+        reading = make_reading(notify=tuple(notify))
+        host.snapshot = make_snapshot(reading)
+        found = [make_found(reading, at, state) for at, state in enumerate(states) if state is not None]
+        found += [make_found(reading, at, State.STALLED, drill=True) for at in sorted(drills)]
+        watch = MonitorReport(tuple(found), problem=problem, context_invalid=invalid, missed_vcpus=frozenset(missed))
+        reports.append(with_figures(watch))
+        made_anew = render_text(open_collector().collect())
+        kept = render_text(keeps.collect())
+        assert drop_history(kept) == drop_history(made_anew)
+
+
+class Changing(Fixed):
+    def __init__(self) -> None:
+        super().__init__(make_snapshot())
+        self.snapshot = make_snapshot()
+
+    def read(self) -> Snapshot:
+        return self.snapshot
+
+
+def drop_history(text: str) -> list[str]:
+    """The lines but those about what only a collector with a past can know."""
+    history = ("kvm_host_notify_window_exits_total", "kvm_vcpu_last_notify_exit_timestamp_seconds")
+    return [line for line in text.splitlines() if not any(name in line for name in history)]
