@@ -1,0 +1,153 @@
+"""``python -m tests.bench.bench_flood``: every vCPU of a host takes notify exits at once; what does the monitor cost?
+
+For each shape of the same number of vCPUs: the CPU time of the stall monitor in percent of a core, in microseconds a
+call of the trigger, when it called the one vCPU that is stuck, what was lost, and a scrape beside one of the same host
+in quiet. The shapes take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+from exporter.build_info import BuildInfo
+from exporter.commands.serve import GC_THRESHOLD
+from exporter.monitor.backends import Backends
+from exporter.monitor.stall_monitor import StallMonitor
+from exporter.prometheus.collector import HostCollector
+from exporter.prometheus.exposition import render_text
+from exporter.prometheus.selection import CollectorSettings
+from exporter.stalls.verdicts import StallRule
+from kvm.bpf.notify_trigger import NotifyCall
+from tests.bench.flooded_host import FloodedHost, FloodedTracer, FloodedTrigger
+
+SCRAPE_SECONDS = 1.0
+QUIET_SECONDS = 4.0
+NO_PROGRESS = "kvm_vcpu_no_forward_progress{"
+
+
+@dataclass
+class Figures:
+    """What one run has shown; times in seconds, of CPU but for ``called_after``."""
+
+    monitor: float = 0.0
+    seconds: float = 0.0
+    told: int = 0
+    lost: int = 0
+    deferred: int = 0
+    called_after: float | None = None
+    called: list[str] = field(default_factory=list)
+    quiet_scrapes: list[float] = field(default_factory=list)
+    scrapes: list[float] = field(default_factory=list)
+    of_bench: float = 0.0
+
+
+def build_collector(host: FloodedHost, monitor: StallMonitor) -> HostCollector:
+    """Build what answers scrapes."""
+    read_report = partial(monitor.report, with_verdicts=False)
+    return HostCollector(host, CollectorSettings(), BuildInfo("0", "", "3"), time.perf_counter, read_report)
+
+
+async def run(vms: int, vcpus: int, seconds: float) -> Figures:
+    """Run the monitor on a quiet host and then through a flood of so many seconds."""
+    gc.set_threshold(GC_THRESHOLD)
+    host, figures = FloodedHost(vms, vcpus), Figures()
+    triggers: list[FloodedTrigger] = []
+
+    def make_trigger(on_call: Callable[[NotifyCall], None]) -> FloodedTrigger:
+        triggers.append(FloodedTrigger(host, on_call))
+        return triggers[0]
+
+    monitor = StallMonitor(
+        Backends(reader=host, tracer=FloodedTracer(host), make_trigger=make_trigger), rule=StallRule()
+    )
+    collector = build_collector(host, monitor)
+    warning = FirstWarning()
+    logging.getLogger().addHandler(warning)
+    stop = asyncio.Event()
+    task = asyncio.create_task(monitor.run(stop))
+    with ExitStack() as stack:
+        worker = stack.enter_context(ThreadPoolExecutor(1))
+
+        def scrape() -> float:
+            started = time.thread_time()
+            text = render_text(collector.collect())
+            seconds = time.thread_time() - started
+            figures.called = find_called(text) if host.began is not None else []
+            figures.of_bench += time.thread_time() - started - seconds
+            return seconds
+
+        async def live(until: float, scrapes: list[float]) -> None:
+            loop, next_scrape = asyncio.get_running_loop(), 0.0
+            while time.monotonic() < until:
+                if time.monotonic() >= next_scrape:
+                    next_scrape = time.monotonic() + SCRAPE_SECONDS
+                    scrapes.append(await loop.run_in_executor(worker, scrape))
+                await asyncio.sleep(0.05)
+
+        await live(time.monotonic() + QUIET_SECONDS, figures.quiet_scrapes)
+        host.begin()
+        began, cpu = time.monotonic(), time.process_time() - triggers[0].cpu_seconds
+        await live(began + seconds, figures.scrapes)
+        figures.seconds = time.monotonic() - began
+        figures.monitor = time.process_time() - triggers[0].cpu_seconds - cpu - sum(figures.scrapes) - figures.of_bench
+        report = monitor.report()
+        figures.told, figures.lost, figures.deferred = triggers[0].told, report.lost_records, report.budget_exhausted
+        if warning.at is not None:
+            figures.called_after = warning.at - began
+        stop.set()
+        await task
+    logging.getLogger().removeHandler(warning)
+    if figures.called not in ([], [f'{NO_PROGRESS}vcpu="{host.stuck.vcpu_id}",vm="{host.stuck_vm}"}} 1']):
+        raise RuntimeError(f"called stuck: {figures.called}")
+    return figures
+
+
+def find_called(text: str) -> list[str]:
+    """Find the vCPUs that a scrape calls stuck."""
+    return [line for line in text.splitlines() if line.startswith(NO_PROGRESS) and line.endswith(" 1")]
+
+
+class FirstWarning(logging.Handler):
+    """Notes when the first vCPU was called in the log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.at: float | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line."""
+        if record.getMessage() == "vCPU makes no forward progress" and self.at is None:
+            self.at = time.monotonic()
+
+
+def main() -> None:
+    """Print a row for each shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", default="625x16,10x1000")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    arguments = parser.parse_args()
+    print("shape       core   us/call   called after  lost  deferred  scrape  quiet")
+    for shape in arguments.shapes.split(","):
+        vms, vcpus = map(int, shape.split("x"))
+        got = asyncio.run(run(vms, vcpus, arguments.seconds))
+        after = "never" if got.called_after is None else f"{got.called_after:.1f} s"
+        print(
+            f"{shape:10} {100 * got.monitor / got.seconds:5.1f} %  {1e6 * got.monitor / max(1, got.told):6.1f}"
+            f"  {after:>12}  {got.lost:4}  {got.deferred:8}"
+            f"  {1e3 * statistics.median(got.scrapes):.1f} ms  {1e3 * statistics.median(got.quiet_scrapes):.1f} ms",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
