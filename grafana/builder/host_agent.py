@@ -72,6 +72,22 @@ def make_agent_row() -> Row:
                 Query(f"min by ({HOST_KEYS}) ({select(m.WEB_CONFIG_RELOAD_SUCCESS)})", "{{instance}}"),
                 mappings=WORKS,
             ),
+            make_timeline(
+                395,
+                "State file",
+                "Whether --state.file could be read and written. If not, the host's total begins at 0 after a restart.",
+                Query(f"min by ({HOST_KEYS}) ({select(m.STATE_FILE_SUCCESS)})", "{{instance}}"),
+                mappings=WORKS,
+            ),
+            make_graph(
+                396,
+                "Statistics left out",
+                "Statistics of KVM that --collector.stats selects and that cannot be exported, by reason.",
+                [Query(f"max by ({HOST_KEYS}, reason) ({select(m.STATISTICS_LEFT_OUT)})", "{{instance}} {{reason}}")],
+                unit=COUNT,
+                lines=4,
+                no_value="none is known",
+            ),
             make_graph(
                 34,
                 "Read errors",

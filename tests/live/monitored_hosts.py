@@ -198,7 +198,8 @@ def _open_monitored_hosts(stack: ExitStack, directory: Path, receiver: Receiver)
     for number, uuid in enumerate(REAL_UUIDS):
         guest = open_guest_process(name=f"tiny-{number}", uuid=uuid, vcpus=2, stats_fds=True, port_writes=1)
         stack.enter_context(guest).run(1000)
-    agents = {"real": stack.enter_context(open_agent()), "blind": stack.enter_context(open_blind_agent())}
+    real = open_agent(f"--state.file={directory / 'state.json'}")
+    agents = {"real": stack.enter_context(real), "blind": stack.enter_context(open_blind_agent())}
     leaving = stack.enter_context(ExitStack())
     agents["gone"] = leaving.enter_context(open_agent(command="demo"))
     web_config = directory / "web.yml"

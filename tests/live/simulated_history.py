@@ -109,6 +109,7 @@ def _make_faulty_host(instance: str) -> Iterator[Series]:
     yield Series(m.TRACE_LOST_RECORDS, instance, count_from(-1.0, 600), {})
     yield Series(m.TRACE_BUDGET_EXHAUSTED, instance, count_from(-1.0, 6000), {})
     yield Series(m.SCRAPE_SUCCESS, instance, always(0), {"collector": "vcpu"})
+    yield Series(m.STATISTICS_LEFT_OUT, instance, always(2), {"reason": "unknown_type"})
     yield Series(m.READ_ERRORS, instance, count_from(-1.0, 60), {"source": "stats_fd", "kind": "malformed"})
 
 
