@@ -47,25 +47,27 @@ bpf: $(VENV)/.installed-dev test-packages
 deploy-test: $(VENV)/.installed-dev test-packages
 	DEPLOY_TESTS=1 $(BIN)/python -m pytest -m deploy tests/deploy
 
-# What a person reads on the dashboards, by Grafana's own library; needs node and npm (Debian: nodejs, npm).
+# What a person reads on the dashboards, by Grafana's own library.
 GRAFANA_NPM := .cache/grafana-npm
 display-test: $(VENV)/.installed-dev test-packages $(GRAFANA_NPM)/.installed
 	DISPLAY_TESTS=1 $(BIN)/python -m pytest -m display tests/grafana tests/pictures
 
 $(GRAFANA_NPM)/.installed: tests/grafana/npm/package.json tests/grafana/npm/package-lock.json tests/grafana/npm/.npmrc
+	@command -v npm >/dev/null || .ci/install-packages nodejs npm
 	rm -rf $(GRAFANA_NPM)
 	mkdir -p $(GRAFANA_NPM)
 	cp $^ $(GRAFANA_NPM)
 	cd $(GRAFANA_NPM) && npm ci
 	touch $@
 
-# docs/pictures: the dashboards on a simulated day, the status page, a terminal; six minutes; needs node and npm, too.
+# docs/pictures: the dashboards on a simulated day, the status page, a terminal; six minutes.
 PICTURES_NPM := .cache/pictures-npm
 pictures: $(VENV)/.installed-dev test-packages $(PICTURES_NPM)/.installed
 	@.ci/install-packages pngquant optipng fonts-dejavu-core
 	$(BIN)/python -m tests.pictures $(PICTURES)
 
 $(PICTURES_NPM)/.installed: $(addprefix tests/pictures/npm/,package.json package-lock.json .npmrc build.mjs)
+	@command -v npm >/dev/null || .ci/install-packages nodejs npm
 	rm -rf $(PICTURES_NPM)
 	mkdir -p $(PICTURES_NPM)
 	cp $^ $(PICTURES_NPM)

@@ -95,6 +95,21 @@ def test_no_0_of_a_host_is_green_that_may_be_blind(fleet: dict[str, Reading]) ->
     assert problems.find_row(Host="kvm14.fra1:9750")["VMs may be missing"] == Cell("yes", BAD)
 
 
+def test_a_healthy_host_looks_healthy(prometheus: Prometheus) -> None:
+    shown = read(prometheus, "kvm-notify-fleet", "kvm06.fra1:9750")
+    for title in ("Stalled vCPUs", "Blind to stalls", "Agents down"):
+        assert shown[title].cells == (Cell("0", GOOD),)
+    empty = {title: shown[title].no_value for title in shown if title.startswith("table") and not shown[title].rows}
+    assert empty == {
+        "table Stalled now": "no vCPU is known to be stalled",
+        "table Shortest interval between notify exits": "no interval has been seen",
+        "table Top VMs": "no VM is known to take notify exits",
+        "table Agents with problems": "no problem is known",
+    }
+    # Alerts about many hosts are shown with whatever host is chosen.
+    assert {row["Host"].text for row in shown["table Firing alerts"].rows} == {"(many hosts)"}
+
+
 def test_a_dead_host_says_that_its_agent_is_down(prometheus: Prometheus) -> None:
     shown = read(prometheus, "kvm-notify-host", day.DEAD_HOST, 6 * 3600)
     assert shown["Agent"].cells == (Cell("down", BAD),)
