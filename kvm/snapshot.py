@@ -161,11 +161,12 @@ class HostReader:
         self._discovery.close()
 
     def _follow_kvm(self) -> None:
-        """Let every source be tried at once where the kvm module or its device has come, gone or been replaced."""
+        """Try every source anew, at once, where the kvm module or its device has come, gone or been replaced."""
         marks = tuple(_read_mark(path) for path in (self._kvm_module, self._kvm_device))
         if marks != self._kvm_marks:
             for kept in self._sources:
-                kept.retry_now()
+                kept.start_anew()
+            self._all_tried = False
             self._host_read_at = float("-inf")
         self._kvm_marks = marks
 

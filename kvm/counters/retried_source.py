@@ -41,8 +41,11 @@ class RetriedSource:
                 log.info("source works", extra={"fields": {"source": self.source.name}})
         return self.open
 
-    def retry_now(self) -> None:
-        """Let a source that does not work be tried at the next occasion."""
+    def start_anew(self) -> None:
+        """Take nothing for known any more, and let the source be tried at the next occasion."""
+        if self.open:
+            self.source.close()
+            self.open = False
         self._tried_at = float("-inf")
 
     @property

@@ -302,6 +302,22 @@ def test_a_module_that_comes_is_noticed_at_once(tmp_path: Path) -> None:
     assert scene.look().sources[0].up
 
 
+def test_where_kvm_comes_and_goes_every_source_is_tried_anew_also_behind_one_that_reads_all(tmp_path: Path) -> None:
+    module, no_kvm = tmp_path / "kvm", "KVM is not loaded"
+    sources = [ToldSource("bpf", finds_vms=True, unavailable=no_kvm), ToldSource("stats_fd", unavailable=no_kvm)]
+    scene = Scene(*sources, kvm_module=module)
+    for works in (False, True, False, True):
+        if works:
+            module.mkdir()
+        elif module.exists():
+            module.rmdir()
+        for source in sources:
+            source.unavailable = "" if works else no_kvm
+        assert [source.up for source in scene.look().sources] == [works, works]
+        assert [source.up for source in scene.look().sources] == [works, works]
+    assert [source.opened for source in sources] == [1, 1]  # closed in between, and opened once
+
+
 def test_a_cpu_that_is_not_known_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene(read_host=partial(read_host, tmp_path))
     for _ in range(3):
