@@ -106,6 +106,17 @@ class AgentProcess:
             answer = connection.getresponse()
             return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
 
+    def has_answer(self, path: str, seconds: float) -> bool:
+        """Whether it answers within so many seconds, as a Prometheus would ask."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        with contextlib.closing(connection):
+            try:
+                connection.request("GET", path)
+                connection.getresponse().read()
+            except TimeoutError:
+                return False
+            return True
+
     def scrape(self, path: str = "/metrics") -> dict[str, Metric]:
         """Scrape once; families by name, as prometheus-client's own parser reads them."""
         status, _headers, body = self.get(path)

@@ -260,24 +260,27 @@ class HostCollector:
     def _collect_sources(self) -> list[Family]:
         snapshot = self._snapshot()
         up, errors = Family(metrics.SOURCE_UP), Family(metrics.READ_ERRORS)
+        for name, works in {report.source: report.up for report in snapshot.sources}.items():
+            up.add((name,), int(works))
+        for (source, kind), count in sorted((Counter(snapshot.errors) + Counter(self._errors.counts)).items()):
+            errors.add(order_labels(metrics.READ_ERRORS, source=source, kind=kind), count)
+        return [
+            *self._collect_completeness(),
+            up,
+            errors,
+            *(self._verdicts.build_monitor_families() if self._verdicts else ()),
+        ]
+
+    def _collect_completeness(self) -> list[Family]:
+        """Collect how old the snapshot is, and whether VMs may be missing from it."""
+        snapshot = self._snapshot()
         taken, complete = Family(metrics.SNAPSHOT_TIMESTAMP), Family(metrics.COMPLETE)
         reasons = Family(metrics.INCOMPLETE_REASON)
         taken.add((), snapshot.unix_seconds)
         complete.add((), int(snapshot.complete))
         for reason in sorted({spot.reason for spot in snapshot.blind_spots}):
             reasons.add((reason,), 1)
-        for name, works in {report.source: report.up for report in snapshot.sources}.items():
-            up.add((name,), int(works))
-        for (source, kind), count in sorted((Counter(snapshot.errors) + Counter(self._errors.counts)).items()):
-            errors.add(order_labels(metrics.READ_ERRORS, source=source, kind=kind), count)
-        return [
-            taken,
-            complete,
-            reasons,
-            up,
-            errors,
-            *(self._verdicts.build_monitor_families() if self._verdicts else ()),
-        ]
+        return [taken, complete, reasons]
 
     def _snapshot(self) -> Snapshot:
         if self.snapshot is None:

@@ -82,21 +82,26 @@ def open_agent(way: Way, stage: Path) -> Iterator[AgentProcess]:
 
 def ask(way: Way, stage: Path) -> Answers:
     """Ask all surfaces."""
+    with open_agent(way, stage) as agent:
+        return ask_agent(agent, way, stage)
+
+
+def ask_agent(agent: AgentProcess, way: Way, stage: Path) -> Answers:
+    """Ask all surfaces, those of ``serve`` of an agent that runs."""
     once, once_json = run(way, stage, "once"), run(way, stage, "once", "--format=json")
     check = run(way, stage, "check")
-    with open_agent(way, stage) as agent:
-        # The monitor tries what it traces by once it has read the host.
-        wait_until(lambda: b"not tried yet" not in agent.get("/api/v1/vcpus")[2], "what can be traced is known")
-        scraped = agent.get()[2].decode()
-        status, _headers, body = agent.get("/-/ready")
-        page, api = agent.get("/")[2].decode(), json.loads(agent.get("/api/v1/vcpus")[2])
+    # The monitor tries what it traces by once it has read the host.
+    wait_until(lambda: b"not tried yet" not in agent.get("/api/v1/vcpus")[2], "what can be traced is known")
+    scraped = agent.get()[2].decode()
+    status, _headers, body = agent.get("/-/ready")
+    page, api = agent.get("/")[2].decode(), json.loads(agent.get("/api/v1/vcpus")[2])
     return Answers(once, once_json, check, scraped, (status, body.decode()), page, api, tuple(agent.log))
 
 
 def make_stage(directory: Path) -> Path:
     """Make what `Way.build_prefix` takes."""
     directory.chmod(0o755)
-    for name in ("repository", "packages"):
+    for name in ("repository", "packages", "btf"):
         (directory / name).mkdir(exist_ok=True)
         (directory / name).chmod(0o755)
     return directory

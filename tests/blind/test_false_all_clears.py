@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.blind.claims import SURFACES, Truth, claim_by_alerts, find_listed, find_missing, find_read, find_served
-from tests.blind.surfaces import Answers, ask, make_stage, run
+from tests.blind.alerts import UP, find_firing, split_sample
+from tests.blind.claims import SURFACES, find_listed, find_served
+from tests.blind.scene import ROOT, Scene, ask_beside_root, judge_sight, open_scene, open_truth
+from tests.blind.surfaces import ask_agent, open_agent
+from tests.blind.table import ALERT, Row, make_row, render_table
 from tests.blind.ways import (
     CAPABILITIES,
     MASK_KALLSYMS,
     NO_KVM_DEVICE,
+    NO_KVM_MODULE,
+    OTHER_TYPES,
     PROC_SUBSET,
     PYTHON,
     WAYS,
@@ -29,7 +34,12 @@ from tests.blind.ways import (
     Way,
     hide_pids,
 )
-from tests.live import open_guest_process
+from tests.btf_types import move_in_module
+from tests.own_mounts import UNMOUNT_ALL
+
+# Where serve shows what it knows, by surface; and how long Prometheus waits for it, at least.
+SERVED: Final = {"/metrics": "/metrics", "/-/ready": "/-/ready", "page": "/", "API": "/api/v1/vcpus"}
+SCRAPE_TIMEOUT: Final = 3.0
 
 
 def has_same_python() -> bool:
@@ -49,80 +59,78 @@ pytestmark = [
     pytest.mark.skipif(not has_same_python(), reason=f"the packages of this environment are not for {PYTHON}"),
     pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's package prometheus has promtool"),
 ]
-COLUMNS = [*SURFACES, "alert"]
-
-
-class Scene(NamedTuple):
-    """Two VMs, one of which no VMM's stats fds tell of, and where agents are run."""
-
-    pids: frozenset[int]
-    stage: Path
 
 
 @pytest.fixture(scope="module")
 def scene() -> Iterator[Scene]:
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        open_guest_process(vcpus=2, name="web", stats_fds=True, port_writes=23) as one,
-        open_guest_process(style="firecracker", name="fn", port_writes=7) as two,
-    ):
-        yield Scene(frozenset({one.pid, two.pid}), make_stage(Path(directory)))
+    with open_scene() as scene:
+        write_other_types(scene.stage / "btf")
+        yield scene
+
+
+def write_other_types(directory: Path) -> None:
+    """Write types as of a KVM whose struct kvm_vcpu is longer by 24 bytes than that of vmlinux."""
+    vmlinux = Path("/sys/kernel/btf/vmlinux").read_bytes()
+    (directory / "vmlinux").write_bytes(vmlinux)
+    (directory / "kvm").write_bytes(move_in_module(vmlinux, b"kvm_vcpu", b"stat", 24))
 
 
 @pytest.fixture(scope="module")
-def rows(tell: Callable[[str], None]) -> Iterator[dict[str, dict[str, list[str]]]]:
+def rows(tell: Callable[[str], None]) -> Iterator[list[Row]]:
     """The false claims of each way, by surface; told as a table in the end."""
-    rows: dict[str, dict[str, list[str]]] = {}
+    rows: list[Row] = []
     yield rows
-    width = max(map(len, rows), default=0)
-    tell(f"{'ways to be blind':<{width}}  sees  {'  '.join(COLUMNS)}")
-    for name, row in rows.items():
-        cells = "  ".join(f"{'FALSE' if row[column] else 'ok':<{len(column)}}" for column in COLUMNS)
-        tell(f"{name:<{width}}  {row['sees'][0]:<4}  {cells}")
-    wrong = sum(bool(row[column]) for row in rows.values() for column in COLUMNS)
-    tell(f"{len(rows)} ways x {len(COLUMNS)} surfaces: {wrong} false all-clears")
-
-
-def read_as_root(scene: Scene) -> tuple[dict[int, dict[str, Any]], dict[str, Any], frozenset[str]]:
-    document = json.loads(run(Way(name="root"), scene.stage, "once", "--format=json").text)
-    vms = {vm["pid"]: vm for vm in document["vms"] if vm["pid"] in scene.pids}
-    assert vms.keys() == scene.pids
-    return vms, document["host"], frozenset(source["source"] for source in document["sources"] if source["up"])
-
-
-def ask_beside_root(scene: Scene, way: Way) -> tuple[Truth, Answers]:
-    before, _host, _sources = read_as_root(scene)
-    answers = ask(way, scene.stage)
-    after, host, sources = read_as_root(scene)
-    return Truth(before, after, host, sources), answers
-
-
-def find_false(truth: Truth, answers: Answers, directory: Path) -> dict[str, list[str]]:
-    false = {name: list(claim(truth, answers)) for name, claim in SURFACES.items()}
-    return false | {"alert": list(claim_by_alerts(truth, answers, directory))}
-
-
-def judge(truth: Truth, listed: set[int], read: set[int]) -> Sees:
-    if read == set(truth.after):
-        return Sees.ALL
-    return Sees.SOME if read else Sees.NONE
+    for line in render_table(rows):
+        tell(line)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_no_surface_claims_more_than_root_can_confirm(
-    way: Way, scene: Scene, rows: dict[str, dict[str, list[str]]], tmp_path: Path
-) -> None:
+def test_no_surface_claims_more_than_root_can_confirm(way: Way, scene: Scene, rows: list[Row], tmp_path: Path) -> None:
     truth, answers = ask_beside_root(scene, way)
-    false = find_false(truth, answers, tmp_path)
-    once = judge(truth, set(truth.after) - find_missing(truth, answers), find_read(truth, answers))
-    rows[way.name] = {**false, "sees": [once]}
-    assert not any(false.values()), {name: claims for name, claims in false.items() if claims}
+    row = make_row(way.name, judge_sight(truth, answers), truth, answers).judge_alerts(tmp_path)
+    rows.append(row)
+    assert not row.wrong
     # That it is as blind as meant, and no more: else nothing has been shown.
-    assert way.sees in (once, Sees.ANY)
+    assert way.sees in (row.sees, Sees.ANY)
     if way.sees is Sees.ALL:
         assert find_served(truth, answers) == find_listed(truth, answers) == scene.pids
-        assert (answers.once.code, answers.check.code, answers.ready[0]) == (0, 0, 200)
-        assert answers.snapshot["complete"]
+        if truth.complete:
+            assert (answers.once.code, answers.check.code, answers.ready[0]) == (0, 0, 200)
+            assert answers.snapshot["complete"]
+
+
+def test_a_frozen_agent_answers_nobody_and_alerts_tell(scene: Scene, rows: list[Row], tmp_path: Path) -> None:
+    """It is stopped after it has been scraped a few times; then each scrape takes longer than Prometheus waits."""
+    with open_truth(scene) as truths, open_agent(ROOT, scene.stage) as agent:
+        before = ask_agent(agent, ROOT, scene.stage)
+        os.kill(agent.pid, signal.SIGSTOP)
+        try:
+            answered = {name: agent.has_answer(path, SCRAPE_TIMEOUT) for name, path in SERVED.items()}
+        finally:
+            os.kill(agent.pid, signal.SIGCONT)
+    row = make_row("agent frozen (SIGSTOP)", Sees.NONE, truths[0], before)
+    gone = [(name, f"{value}x3") for name, value in map(split_sample, row.scraped.text.splitlines())]
+    firing = find_firing([(UP, "1x3 0x26"), *gone], tmp_path)
+    false = {name: ["it answers"] * answered.get(name, False) for name in SURFACES}
+    false |= {"once": row.false["once"], "check": row.false["check"]}  # agents of their own, that are not frozen
+    false[ALERT] = [] if "KvmNotifyExporterDown" in firing else ["no alert says that it does not answer"]
+    rows.append(replace(row, false=false))
+    assert not rows[-1].wrong
+    assert truths[0].after.keys() == scene.pids
+
+
+def test_a_snapshot_that_is_renewed_no_more_is_told(scene: Scene, rows: list[Row], tmp_path: Path) -> None:
+    """The textfile of a cron job that has died, or an agent that serves what it read long ago."""
+    truth, answers = ask_beside_root(scene, ROOT)
+    row = make_row("textfile not renewed", Sees.NONE, truth, answers)
+    series = [split_sample(line) for line in row.scraped.text.splitlines()]
+    assert "kvm_exporter_snapshot_timestamp_seconds" in row.scraped.text
+    two_hours_ago = "-7200+0x30"  # promtool's time begins at 0
+    stale = [(name, two_hours_ago if "snapshot_timestamp" in name else f"{value}x30") for name, value in series]
+    firing = find_firing([(UP, "1x30"), *stale], tmp_path)
+    false = {ALERT: [] if "KvmNotifySnapshotStale" in firing else ["no alert says that the file is old"]}
+    rows.append(replace(row, false=false))
+    assert not rows[-1].wrong
 
 
 SOME_WAY = st.builds(
@@ -131,7 +139,13 @@ SOME_WAY = st.builds(
     sees=st.just(Sees.ANY),
     held=st.none() | st.sets(st.sampled_from(CAPABILITIES)).map(lambda held: tuple(sorted(held))),
     mounts=st.sets(
-        st.sampled_from([hide_pids(1), hide_pids(2), PROC_SUBSET, MASK_KALLSYMS, NO_KVM_DEVICE]), max_size=2
+        st.sampled_from(
+            [
+                *(hide_pids(1), hide_pids(2), PROC_SUBSET, MASK_KALLSYMS),
+                *(NO_KVM_DEVICE, NO_KVM_MODULE, OTHER_TYPES, UNMOUNT_ALL),
+            ]
+        ),
+        max_size=2,
     ).map(lambda mounts: tuple(sorted(mounts, key=lambda line: "proc proc" not in line))),
     refused=st.sets(st.sampled_from(["bpf", "perf_event_open", "pidfd_getfd", "kcmp"])).map(
         lambda names: tuple(sorted(names))
@@ -145,5 +159,5 @@ SOME_WAY = st.builds(
 @given(way=SOME_WAY)
 def test_nor_in_any_combination(way: Way, scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> None:
     truth, answers = ask_beside_root(scene, way)
-    false = find_false(truth, answers, tmp_path_factory.mktemp("alerts"))
-    assert not any(false.values()), {name: claims for name, claims in false.items() if claims}
+    row = make_row(way.name, judge_sight(truth, answers), truth, answers)
+    assert not row.judge_alerts(tmp_path_factory.mktemp("alerts")).wrong

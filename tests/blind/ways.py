@@ -9,8 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
+from kvm import abi
 from kvm.host.privileges import NEEDED_CAPABILITIES
-from tests.blind import refuse_syscalls
 from tests.own_mounts import UNMOUNT_ALL
 
 ROOT: Final = Path(__file__).parents[2]
@@ -34,8 +34,8 @@ class Way:
     """What is taken from an agent.
 
     ``held`` are its capabilities as a user of no other rights, None for root with all of them; ``mounts`` are a shell's
-    words in a mount namespace of its own; ``namespaces`` are unshare's flags, ``refused`` system calls, ``max_fds`` a
-    limit, and ``sources`` the only ones that it may try.
+    words in a mount namespace of its own, where ``$STAGE`` is what `make_stage` has made; ``namespaces`` are unshare's
+    flags, ``refused`` system calls, ``max_fds`` a limit, and ``sources`` the only ones that it may try.
     """
 
     name: str
@@ -56,13 +56,15 @@ class Way:
         """The command that runs another one in this way.
 
         ``stage`` is a directory that everybody may enter, with the empty directories ``repository`` and ``packages``:
-        what lies in root's home is mounted there, where a user without rights can read it.
+        what lies in root's home is mounted there, where a user without rights can read it. All programs are such as
+        busybox has, too.
         """
-        packages = next(path for path in sys.path if path.endswith("site-packages"))
+        packages = next(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
         lines = [
             "set -e",
-            f"mount --bind {ROOT} {stage}/repository",
-            f"mount --bind {packages} {stage}/packages",
+            f"STAGE={stage}",
+            f"mount -o bind {ROOT} {stage}/repository",
+            f"mount -o bind {packages} {stage}/packages",
             *self.mounts,
             f"cd {stage}/repository",
             f"export PYTHONPATH={stage}/packages PYTHONDONTWRITEBYTECODE=1",
@@ -74,13 +76,12 @@ class Way:
         words = ["unshare", *self.namespaces] if self.namespaces else []
         if self.max_fds is not None:
             words += ["prlimit", f"--nofile={self.max_fds}:{self.max_fds}"]
+        scripts = stage / "repository" / Path(__file__).parent.relative_to(ROOT)
         if self.refused:
-            script = stage / "repository" / Path(refuse_syscalls.__file__).relative_to(ROOT)
-            words += [PYTHON, "-I", str(script), ",".join(self.refused)]
+            words += [PYTHON, "-I", str(scripts / "refuse_syscalls.py"), ",".join(self.refused)]
         if self.held is not None:
-            names = ",".join(["-all", *(f"+{name.lower().removeprefix('cap_')}" for name in self.held)])
-            words += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-            words += [f"--inh-caps={names}", f"--ambient-caps={names}", f"--bounding-set={names}"]
+            numbers = ",".join(str(getattr(abi, name)) for name in self.held)
+            words += [PYTHON, "-I", str(scripts / "drop_rights.py"), str(NOBODY), numbers]
         return words or ["env"]
 
 
@@ -93,8 +94,11 @@ def hide_pids(mode: int) -> str:
 
 
 PROC_SUBSET: Final = "mount -t proc -o subset=pid proc /proc"
-MASK_KALLSYMS: Final = "[ ! -e /proc/kallsyms ] || mount --bind /dev/null /proc/kallsyms"
-NO_KVM_DEVICE: Final = "mount --bind /dev/null /dev/kvm"
+MASK_KALLSYMS: Final = "[ ! -e /proc/kallsyms ] || mount -o bind /dev/null /proc/kallsyms"
+NO_KVM_DEVICE: Final = "mount -o bind /dev/null /dev/kvm"
+NO_KVM_MODULE: Final = "mount -t tmpfs none /sys/module"
+# Where the stage has types of a KVM that is laid out otherwise, or only vmlinux's.
+OTHER_TYPES: Final = "mount -o bind $STAGE/btf /sys/kernel/btf"
 BPF_ONLY: Final = ("CAP_BPF", "CAP_PERFMON")
 NO_PTRACE: Final = without("CAP_SYS_PTRACE")
 
@@ -133,6 +137,10 @@ WAYS: Final = (
     Way(name="seccomp: bpf, kcmp", refused=("bpf", "kcmp"), sees=Sees.ANY),
     Way(name="no /dev/kvm", mounts=(NO_KVM_DEVICE,)),
     Way(name="no /dev/kvm, no bpf", mounts=(NO_KVM_DEVICE,), sources="stats_fd,debugfs", sees=Sees.ANY),
+    Way(name="no KVM to be seen", mounts=(NO_KVM_MODULE, NO_KVM_DEVICE), sees=Sees.SOME),
+    Way(name="wrong layout", mounts=(OTHER_TYPES,), sees=Sees.SOME),
+    Way(name="wrong layout, no stats_fd", mounts=(OTHER_TYPES,), sources="bpf", sees=Sees.NONE),
+    Way(name="nothing mounted, no CAP_DAC_READ_SEARCH", mounts=(UNMOUNT_ALL,), held=without("CAP_DAC_READ_SEARCH")),
     Way(name="64 fds", max_fds=64),
     Way(name="20 fds", max_fds=20, sees=Sees.ANY),
     Way(name="20 fds, no bpf", max_fds=20, sources="stats_fd,debugfs", sees=Sees.ANY),
