@@ -101,6 +101,8 @@ SYS_fsmount = 432
 SYS_openat2 = 437
 SYS_pidfd_getfd = 438
 SYS_kcmp = 312
+SYS_capget = 125
+SYS_capset = 126
 SYS_perf_event_open = 298
 
 # include/uapi/linux/pidfd.h: Linux 6.9; older kernels answer EINVAL
@@ -161,13 +163,25 @@ PERF_LOST_SAMPLES = struct.Struct("=Q")
 NETLINK_KOBJECT_UEVENT = 15
 KOBJECT_UEVENT_GROUP_KERNEL = 1
 
-# include/uapi/linux/capability.h: the capabilities that the sources need
+# include/uapi/linux/capability.h: the capabilities that the sources need, and those that listening may need
+CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
+CAP_NET_BIND_SERVICE = 10
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
 CAP_BPF = 39
+# struct __user_cap_header_struct: version, pid; then two of struct __user_cap_data_struct: 32 bits each of the
+# effective, permitted and inheritable ones
+CAPABILITY_HEADER = struct.Struct("=Ii")
+CAPABILITY_DATA = struct.Struct("=6I")
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+# include/uapi/linux/prctl.h
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
 
 # include/linux/proc_ns.h (uapi/linux/nsfs.h since 6.18): the inodes of the initial pid and user namespaces
 PROC_PID_INIT_INO = 0xEFFFFFFC

@@ -61,6 +61,30 @@ def open_in_root(root_fd: int, path: str, flags: int) -> int:
     return _checked(result, "openat2")
 
 
+def prctl(option: int, argument: int) -> int:
+    """Ask or change something about this thread (prctl(2)); raises OSError."""
+    rest = (ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
+    return _checked(_libc.prctl(ctypes.c_int(option), *rest), "prctl")
+
+
+def capget() -> tuple[int, int, int]:
+    """Return the effective, permitted and inheritable capabilities of this thread, a bit each; raises OSError."""
+    header = ctypes.create_string_buffer(abi.CAPABILITY_HEADER.pack(abi.LINUX_CAPABILITY_VERSION_3, 0))
+    data = ctypes.create_string_buffer(abi.CAPABILITY_DATA.size)
+    _checked(_syscall(abi.SYS_capget, header, data), "capget")
+    low = abi.CAPABILITY_DATA.unpack(data.raw[: abi.CAPABILITY_DATA.size])
+    effective, permitted, inheritable = (low[part] | low[part + 3] << 32 for part in range(3))
+    return effective, permitted, inheritable
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the capabilities of this thread; raises OSError: EPERM for one that is not permitted already."""
+    header = ctypes.create_string_buffer(abi.CAPABILITY_HEADER.pack(abi.LINUX_CAPABILITY_VERSION_3, 0))
+    sets = (effective, permitted, inheritable)
+    low, high = ([bits >> shift & 0xFFFFFFFF for bits in sets] for shift in (0, 32))
+    _checked(_syscall(abi.SYS_capset, header, ctypes.c_char_p(abi.CAPABILITY_DATA.pack(*low, *high))), "capset")
+
+
 def fsopen(file_system: str, flags: int) -> int:
     """Begin to make an instance of a file system, and return the fd of its context (fsopen(2)).
 

@@ -53,6 +53,7 @@ TESTED_IN = {
     "exporter.commands.check": "live/test_agent.py",
     "exporter.commands.columns": "exporter/commands/test_once.py",
     "exporter.commands.drill": "exporter/stalls/test_drill.py",
+    "exporter.commands.least_privilege": "live/test_least_privilege.py",
     "exporter.history.changes": "exporter/monitor/test_polling.py",
     "exporter.monitor.attempts": "exporter/monitor/test_polling.py",
     "exporter.monitor.drills": "exporter/monitor/test_stall_monitor.py",

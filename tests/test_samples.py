@@ -153,6 +153,7 @@ def test_check() -> None:
         initial_user_namespace=True,
         is_seccomp_filtered=False,
         kvm_is_module=False,
+        mounted=frozenset(),
     )
     assert render_check(snapshot, root, None, lines["stalls"], series=lines["series"]) == sample
 

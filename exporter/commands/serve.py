@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from exporter.commands.least_privilege import give_up_the_rest
 from exporter.commands.lifetime import Lifetime, run_until_signalled
 from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS, choose_statistics
 from exporter.history.kept_total import KeptTotal, read_boot_id
@@ -52,6 +53,8 @@ def run_server(arguments: argparse.Namespace) -> int:
 
     web_config = WebConfigFile(arguments.web_config_file) if arguments.web_config_file else None
     settings = build_settings(arguments, is_protected=bool(web_config and web_config.protects))
+    # Before the first thread, as each has capabilities of its own; and sockets are opened with what is left.
+    give_up_the_rest(arguments, (*settings.addresses, *settings.optional_addresses))
     gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(open_service_manager(os.environ, os.getpid()))

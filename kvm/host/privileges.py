@@ -22,11 +22,12 @@ NEEDED_CAPABILITIES = {
     "CAP_PERFMON": "to let them read kernel memory, and to trace",
     "CAP_SYS_PTRACE": "to see and borrow other processes' fds",
     "CAP_DAC_READ_SEARCH": "to read tracefs and libvirt's files",
-    "CAP_SYS_ADMIN": "for the trigger, to trace where perf_event_paranoid is 3, and where tracefs is not mounted",
+    "CAP_SYS_ADMIN": "for the trigger, to trace where perf_event_paranoid is 3, and where tracefs or securityfs is not "
+    "mounted",
 }
 # What has a capability in it: include/linux/capability.h, bpf_capable() and perfmon_capable(); fs/namei.c,
 # generic_permission().
-_IMPLIED_BY = {
+IMPLIED_BY = {
     "CAP_BPF": "CAP_SYS_ADMIN",
     "CAP_PERFMON": "CAP_SYS_ADMIN",
     "CAP_DAC_READ_SEARCH": "CAP_DAC_OVERRIDE",
@@ -50,7 +51,7 @@ class Privileges:
     kernel; ``label`` is the process's AppArmor profile or SELinux context; ``ptrace_scope`` is yama's (3 forbids
     borrowing fds altogether), ``perf_event_paranoid`` the sysctl of that name. ``is_seccomp_filtered`` says that a
     filter may refuse system calls; ``kvm_is_module`` says whether KVM's types are a module's, which take CAP_SYS_ADMIN.
-    None stands for what cannot be read.
+    None stands for what cannot be read. ``mounted`` are the kinds of file systems that are mounted.
     """
 
     uid: int
@@ -63,12 +64,13 @@ class Privileges:
     initial_user_namespace: bool | None = None
     is_seccomp_filtered: bool | None = None
     kvm_is_module: bool | None = None
+    mounted: frozenset[str] | None = None
 
     def lacks(self, capability: str) -> bool:
         """Tell whether the process is known to lack a capability, and one that implies it."""
         if self.capabilities is None:
             return False
-        names = (capability, _IMPLIED_BY.get(capability, capability))
+        names = (capability, IMPLIED_BY.get(capability, capability))
         return not any(self.capabilities >> getattr(abi, name) & 1 for name in names)
 
     @property
@@ -95,7 +97,10 @@ class Privileges:
         look_in = () if self.uid == 0 else ("CAP_DAC_READ_SEARCH",)
         types = () if self.kvm_is_module is False else ("CAP_SYS_ADMIN",)
         paranoid = self.perf_event_paranoid is not None and self.perf_event_paranoid >= PARANOID_OF_DEBIAN
-        arming = ("CAP_SYS_ADMIN",) if paranoid else ()
+        # debugfs mounts tracefs below itself as soon as somebody looks there.
+        has_tracefs = self.mounted is None or bool(self.mounted & {"tracefs", "debugfs"})
+        arming = ("CAP_SYS_ADMIN",) if paranoid or not has_tracefs else ()
+        has_securityfs = self.mounted is None or "securityfs" in self.mounted
         return (
             Feature("source bpf", ("CAP_BPF", "CAP_PERFMON")),
             Feature("source stats_fd", ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")),
@@ -103,6 +108,7 @@ class Privileges:
             Feature("owners", ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")),
             Feature("trigger", ("CAP_BPF", "CAP_PERFMON", *types)),
             Feature("RIPs", ("CAP_PERFMON", *look_in, *arming)),
+            Feature("lockdown", () if has_securityfs else ("CAP_SYS_ADMIN",)),
         )
 
 
@@ -121,6 +127,11 @@ def parse_seccomp(status: str) -> bool | None:
 def parse_initial_user_namespace(uid_map: str) -> bool:
     """Tell from /proc/self/uid_map whether user ids are the host's: all of them map to themselves there."""
     return uid_map.split() == ["0", "0", str(2**32 - 1)]
+
+
+def parse_mounted(mountinfo: str) -> frozenset[str]:
+    """Return which kinds of file systems are mounted, from a /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
+    return frozenset(re.findall(r"^.*? - (\S+) ", mountinfo, re.MULTILINE))
 
 
 def read_security_modules(
@@ -143,6 +154,7 @@ def read_privileges(
     """Read what this process may do; raises nothing."""
     status = _read_text(proc / "self/status") or ""
     uid_map = _read_text(proc / "self/uid_map")
+    mountinfo = _read_text(proc / "self/mountinfo")
     return Privileges(
         uid=os.geteuid(),
         capabilities=parse_effective_capabilities(status),
@@ -154,6 +166,7 @@ def read_privileges(
         initial_user_namespace=parse_initial_user_namespace(uid_map) if uid_map else None,
         is_seccomp_filtered=parse_seccomp(status),
         kvm_is_module=read_is_module(sysfs / "module/kvm"),
+        mounted=None if mountinfo is None else parse_mounted(mountinfo),
     )
 
 

@@ -19,6 +19,7 @@ NUMBERS: Final = {
     "pidfd_open": 434,
     "pidfd_getfd": 438,
     "fsopen": 430,
+    "capset": 126,
 }
 EPERM: Final = 1
 # include/uapi/linux/prctl.h, seccomp.h, audit.h

@@ -35,7 +35,8 @@ class Way:
 
     ``held`` are its capabilities as a user of no other rights, None for root with all of them; ``mounts`` are a shell's
     words in a mount namespace of its own, where ``$STAGE`` is what `make_stage` has made; ``namespaces`` are unshare's
-    flags, ``refused`` system calls, ``max_fds`` a limit, and ``sources`` the only ones that it may try.
+    flags, ``refused`` system calls, ``max_fds`` a limit, ``sources`` the only ones that it may try, and ``more_flags``
+    are others of the agent's.
     """
 
     name: str
@@ -46,11 +47,12 @@ class Way:
     refused: tuple[str, ...] = ()
     max_fds: int | None = None
     sources: str = ""
+    more_flags: tuple[str, ...] = ()
 
     @property
     def flags(self) -> list[str]:
         """What the agent's command line has for it."""
-        return [f"--collector.source={self.sources}"] if self.sources else []
+        return [*([f"--collector.source={self.sources}"] if self.sources else []), *self.more_flags]
 
     def build_prefix(self, stage: Path) -> list[str]:
         """The command that runs another one in this way.

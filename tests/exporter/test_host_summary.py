@@ -137,6 +137,13 @@ def test_security_modules_that_are_not_known_are_not_said_to_be_absent(
             "for trigger  needs CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN; "
             "held: CAP_BPF, CAP_PERFMON; missing: CAP_SYS_ADMIN",
         ),
+        (replace(ROOT, mounted=frozenset({"debugfs"})), "for RIPs  needs CAP_PERFMON; all held"),
+        (replace(ROOT, mounted=frozenset({"proc"})), "for RIPs  needs CAP_PERFMON, CAP_SYS_ADMIN; all held"),
+        (replace(ROOT, mounted=frozenset({"securityfs"})), "for lockdown  needs no capability"),
+        (
+            replace(ROOT, capabilities=0, mounted=frozenset()),
+            "for lockdown  needs CAP_SYS_ADMIN; held: none; missing: CAP_SYS_ADMIN",
+        ),
         (replace(ROOT, capabilities=1 << 38 | 1 << 39), "for trigger  needs CAP_BPF, CAP_PERFMON; all held"),
         (
             replace(ROOT, capabilities=None),

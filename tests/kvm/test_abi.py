@@ -23,12 +23,16 @@ EXPRESSIONS = {
         SYS_fsopen SYS_fsconfig SYS_fsmount FSOPEN_CLOEXEC FSCONFIG_CMD_CREATE FSMOUNT_CLOEXEC
         MOUNT_ATTR_RDONLY MOUNT_ATTR_NOSUID MOUNT_ATTR_NODEV MOUNT_ATTR_NOEXEC SYS_kcmp
         CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_PERFMON CAP_BPF
+        CAP_CHOWN CAP_NET_BIND_SERVICE SYS_capget SYS_capset PR_CAPBSET_READ PR_CAPBSET_DROP PR_SET_NO_NEW_PRIVS
         SYS_perf_event_open PERF_TYPE_TRACEPOINT PERF_SAMPLE_TIME PERF_SAMPLE_RAW PERF_SAMPLE_IDENTIFIER
         PERF_FLAG_FD_CLOEXEC PERF_EVENT_IOC_REFRESH PERF_EVENT_IOC_SET_OUTPUT
         PERF_EVENT_IOC_SET_FILTER PERF_EVENT_IOC_ID PERF_RECORD_LOST PERF_RECORD_SAMPLE PERF_RECORD_LOST_SAMPLES
         KCMP_FILE NS_GET_USERNS RESOLVE_NO_MAGICLINKS RESOLVE_IN_ROOT NETLINK_KOBJECT_UEVENT
         """.split()
     },
+    "LINUX_CAPABILITY_VERSION_3": "_LINUX_CAPABILITY_VERSION_3",
+    "CAPABILITY_HEADER.size": "sizeof(struct __user_cap_header_struct)",
+    "CAPABILITY_DATA.size": "_LINUX_CAPABILITY_U32S_3 * sizeof(struct __user_cap_data_struct)",
     "KVM_RUN_IMMEDIATE_EXIT": "offsetof(struct kvm_run, immediate_exit)",
     "KVM_ENABLE_CAP_ARGUMENT.size": "sizeof(struct kvm_enable_cap)",
     "KVM_REGS.size": "sizeof(struct kvm_regs)",
@@ -105,6 +109,7 @@ HEADERS = """
 #include <linux/openat2.h>
 #include <linux/netlink.h>
 #include <linux/perf_event.h>
+#include <linux/prctl.h>
 """
 
 

@@ -20,11 +20,12 @@ from kvm.counters.source import CounterSource
 from kvm.counters.stats_fd import StatsFdSource
 from kvm.discovery.vm_discovery import Discovery, HeldVm
 from kvm.errors import KvmReadError
+from kvm.host.lockdown import read_lockdown
 from kvm.identity.owners import read_owner
 from kvm.model import EXITS, VmCounters
 from kvm.perf.notify_tracer import NotifyTracer
 
-PROC, KVM_DEBUGFS = Path("/proc"), Path("/sys/kernel/debug/kvm")
+PROC, SYSFS, KVM_DEBUGFS = Path("/proc"), Path("/sys"), Path("/sys/kernel/debug/kvm")
 
 
 def ignore(_pid: int, _kind: str, _message: str) -> None:
@@ -72,6 +73,11 @@ def try_rips(pid: int) -> str:
     return "works"
 
 
+def try_lockdown(_pid: int) -> str:
+    lockdown = read_lockdown(SYSFS)
+    return "works" if lockdown.mode else lockdown.note
+
+
 FEATURES: dict[str, Callable[[int], str]] = {
     "source bpf": try_bpf,
     "source stats_fd": try_stats_fd,
@@ -79,6 +85,7 @@ FEATURES: dict[str, Callable[[int], str]] = {
     "owners": try_owners,
     "trigger": try_trigger,
     "RIPs": try_rips,
+    "lockdown": try_lockdown,
 }
 
 if __name__ == "__main__":

@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvm.host.lockdown import read_lockdown
-from kvm.host.privileges import Feature, read_privileges
+from kvm.host.privileges import read_privileges
 from tests.live import feature_probe, open_guest_process
+from tests.live.feature_rows import PYTHON, ROOT, check_row, copy_packages, find_features, try_feature
+from tests.own_mounts import UNMOUNT_ALL
 
-ROOT = Path(__file__).parents[2]
-PROBE = Path(feature_probe.__file__)
-# Debian's, which everybody may run: the one of a virtual environment may lie in somebody's home.
-PYTHON = "/usr/bin/python3"
-NOBODY = 65534
 NAME = "instance-0000002a"
 # A VM in a container: a run directory of its own, where nobody but root looks.
 CONTAINER = 'mount -t tmpfs -o mode=0755 tmpfs /run && mkdir -p -m 0700 /run/libvirt/qemu && exec "$@"'
+# A machine on which nobody has mounted what the agent looks into.
+BARE = ("unshare", "--mount", "sh", "-c", f'{UNMOUNT_ALL}; exec "$@"', "sh")
 
 pytestmark = [
     pytest.mark.live,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to drop"),
     pytest.mark.skipif(not Path(PYTHON).exists(), reason=f"{PYTHON} is missing"),
 ]
-FEATURES = {feature.name: feature for feature in replace(read_privileges(), uid=NOBODY).find_features()}
+FEATURES = find_features()
+BARE_FEATURES = find_features(replace(read_privileges(), mounted=frozenset()))
 
 
 @pytest.fixture(scope="module")
 def packages() -> Iterator[Path]:
-    """The probe and the package that it takes, where everybody may read them."""
     with tempfile.TemporaryDirectory() as directory:
-        Path(directory).chmod(0o755)
-        shutil.copytree(ROOT / "kvm", Path(directory) / "kvm", ignore=shutil.ignore_patterns("__pycache__", "patches"))
-        shutil.copy(PROBE, directory)
-        subprocess.run(["chmod", "-R", "a+rX", directory], check=True)
+        copy_packages(Path(directory))
         yield Path(directory)
 
 
@@ -59,19 +53,6 @@ def guest_pid() -> Iterator[int]:
         yield guest.pid
 
 
-def try_feature(feature: Feature, held: Sequence[str], packages: Path, pid: int) -> str:
-    """What the probe says as nobody, with these capabilities and no others."""
-    names = ",".join(["-all", *(f"+{name.lower().removeprefix('cap_')}" for name in held)])
-    kept = [f"--inh-caps={names}", f"--ambient-caps={names}", f"--bounding-set={names}", "--no-new-privs"]
-    user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    probe = [PYTHON, "-I", str(packages / PROBE.name), str(packages), feature.name, str(pid)]
-    done = subprocess.run(
-        ["setpriv", *kept, *user, *probe], cwd="/", capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def why_not_here(name: str) -> str:
     """Why a feature cannot work on this host, whatever is held; "" where it can."""
     if name == "source debugfs" and read_lockdown(Path("/sys")).mode != "none":
@@ -87,15 +68,15 @@ def test_every_feature_of_the_table_is_probed() -> None:
 
 @pytest.mark.parametrize("name", [name for name in FEATURES if not why_not_here(name)])
 def test_a_row_is_enough_and_nothing_in_it_is_too_much(name: str, packages: Path, guest_pid: int) -> None:
-    feature = FEATURES[name]
-    assert try_feature(feature, feature.needs, packages, guest_pid) == "works"
-    for missing in feature.needs:
-        held = [capability for capability in feature.needs if capability != missing]
-        said = try_feature(feature, held, packages, guest_pid)
-        assert said != "works", f"{name} does without {missing}"
-        assert said != ""
+    check_row(FEATURES[name], packages, guest_pid)
 
 
-@pytest.mark.parametrize("name", list(FEATURES))
+@pytest.mark.parametrize("name", ["RIPs", "lockdown"])
+def test_a_row_where_nothing_is_mounted(name: str, packages: Path, guest_pid: int) -> None:
+    assert "CAP_SYS_ADMIN" in BARE_FEATURES[name].needs
+    check_row(BARE_FEATURES[name], packages, guest_pid, BARE)
+
+
+@pytest.mark.parametrize("name", [name for name, feature in FEATURES.items() if feature.needs])
 def test_without_any_capability_nothing_works(name: str, packages: Path, guest_pid: int) -> None:
-    assert try_feature(FEATURES[name], (), packages, guest_pid) != "works"
+    assert try_feature(name, (), packages, guest_pid) != "works"

@@ -15,6 +15,7 @@ from kvm.host.privileges import (
     Privileges,
     parse_effective_capabilities,
     parse_initial_user_namespace,
+    parse_mounted,
     parse_seccomp,
     read_initial_pid_namespace,
     read_is_module,
@@ -67,6 +68,19 @@ def test_what_is_not_known_restricts(restricted: Privileges) -> None:
 @pytest.mark.parametrize(("status", "expected"), [("Seccomp:\t2\n", True), ("Seccomp:\t0\n", False), ("", None)])
 def test_a_seccomp_filter(status: str, expected: bool | None) -> None:
     assert parse_seccomp(status) is expected
+
+
+def test_what_is_mounted() -> None:
+    lines = [
+        "22 27 0:21 / /proc rw,nosuid shared:5 - proc proc rw",
+        "36 23 0:7 / /sys/kernel/security rw shared:8 - securityfs security - fs rw",
+        "40 23 0:8 / /mnt/a\\040-\\040tracefs rw - ext4 /dev/vda rw",
+    ]
+    assert parse_mounted("\n".join(lines)) >= {"proc", "ext4"}
+    assert "tracefs" not in parse_mounted("\n".join(lines))
+    assert "securityfs" in parse_mounted(lines[1])
+    assert read_privileges(Path("/nowhere")).mounted is None
+    assert "proc" in (read_privileges().mounted or ())
 
 
 def test_security_modules_that_cannot_be_read_are_not_absent(tmp_path: Path) -> None:
