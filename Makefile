@@ -43,8 +43,9 @@ kernel: $(VENV)/.installed-dev test-packages
 bpf: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.build_bpf
 
-# The packages on Debian 12 and 13 (some 10 minutes at first), and the manifests as kubectl renders them.
+# The packages on Debian 12 and 13, in containers and as a machine; the image; the manifests as kubectl renders them.
 deploy-test: $(VENV)/.installed-dev test-packages
+	@.ci/install-packages podman buildah crun uidmap e2fsprogs iproute2
 	DEPLOY_TESTS=1 $(BIN)/python -m pytest -m deploy tests/deploy
 
 # What a person reads on the dashboards, by Grafana's own library.

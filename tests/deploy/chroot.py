@@ -65,20 +65,28 @@ exec env -i container=test PATH=/usr/sbin:/usr/bin /lib/systemd/systemd --unit=m
 """
 
 
-def make_tree(release: str, target: Path) -> None:
-    """Lay a Debian of this release, by debootstrap or as it made it in the last days."""
+def make_archive(release: str, *packages: str) -> Path:
+    """Make a tar of a small Debian with these packages, by debootstrap or as it made it in the last days."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    archive = CACHE / f"{release}-{hashlib.sha256(' '.join(INCLUDED).encode()).hexdigest()[:12]}.tar"
+    included = ",".join(packages)
+    archive = CACHE / f"{release}-{hashlib.sha256(included.encode()).hexdigest()[:12]}.tar"
     if not archive.exists() or time.time() - archive.stat().st_mtime > KEPT_SECONDS:
         with tempfile.TemporaryDirectory() as directory:
             tree = Path(directory) / "tree"
             mirror = parse_mirror(SYSTEM_SOURCES.read_text()).archive
-            words = ["debootstrap", "--variant=minbase", f"--include={','.join(INCLUDED)}", release, str(tree), mirror]
+            included_words = [f"--include={included}"] if included else []
+            words = ["debootstrap", "--variant=minbase", *included_words, release, str(tree), mirror]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr
             made = archive.with_suffix(".new")
             subprocess.run(["tar", "--numeric-owner", "-cf", str(made), "-C", str(tree), "."], check=True)
             made.replace(archive)
+    return archive
+
+
+def make_tree(release: str, target: Path, *others: str) -> None:
+    """Lay a Debian of this release, with all that the package depends on, and with other packages."""
+    archive = make_archive(release, *INCLUDED, *others)
     target.mkdir()
     subprocess.run(["tar", "--numeric-owner", "-xpf", str(archive), "-C", str(target)], check=True)
     # What these do is done to the whole kernel, not to a namespace.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -18,6 +19,7 @@ from exporter.cli import parse_command_line
 from exporter.flags import SOCKET_ADDRESS
 from kvm.host.privileges import NEEDED_CAPABILITIES, Privileges
 from tests.deploy.distributions import ROOT, make_environment
+from tests.deploy.kubectl import render
 from tests.deploy.unit_file import FULL, NO_ADMIN, read_values
 
 KUBERNETES = ROOT / "deploy/kubernetes"
@@ -37,12 +39,7 @@ def overlay(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def manifests(overlay: str) -> list[Manifest]:
     """What is applied, as kustomize makes it."""
-    if not shutil.which("kubectl"):
-        pytest.skip("kubectl is not installed")
-    words = ["kubectl", "kustomize", str(KUBERNETES / overlay)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    return [document for document in yaml.safe_load_all(render(KUBERNETES / overlay)) if document]
 
 
 def find_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
@@ -178,6 +175,23 @@ def test_prometheus_finds_the_pods_and_knows_hosts_by_name(manifests: list[Manif
     assert "kvm-notify" in labels[monitor["spec"]["jobLabel"]]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["relabelings"] == [{"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "instance"}]
+
+
+@pytest.mark.deploy
+def test_an_overlay_of_ones_own_is_as_the_document_says(tmp_path: Path) -> None:
+    """The example of docs/install.md, beside the others."""
+    example = re.search(
+        r"```yaml\n(# deploy/kubernetes/site/.*?)```", (ROOT / "docs/install.md").read_text(), re.DOTALL
+    )
+    assert example is not None
+    shutil.copytree(ROOT / "deploy/kubernetes", tmp_path / "deploy/kubernetes")
+    shutil.copytree(ROOT / "grafana", tmp_path / "grafana", ignore=shutil.ignore_patterns("__pycache__"))
+    site = tmp_path / "deploy/kubernetes/site"
+    site.mkdir()
+    (site / "kustomization.yaml").write_text(example[1])
+    manifests = [document for document in yaml.safe_load_all(render(site)) if document]
+    (container,) = find_pod(manifests)["containers"]
+    assert container["image"] == "registry.example.org/kvm-notify-exporter:0.1.0"
 
 
 def test_the_image_is_made_of_the_package() -> None:
