@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.parsers import expat
 
-from kvm import syscalls
 from kvm.errors import MalformedData
 from kvm.identity.evidence import is_roots_file
+from kvm.identity.root_path import open_in_root
 
 DEPTH_LIMIT = 64
 ELEMENTS_LIMIT = 16_384
@@ -117,12 +117,12 @@ def _read_regular_file(root: Path, directory: str, file_name: str, origin: str) 
     except (FileNotFoundError, ProcessLookupError):
         return None
     try:
-        directory_fd = syscalls.open_in_root(root_fd, directory, os.O_PATH | os.O_DIRECTORY)
+        directory_fd = open_in_root(root_fd, directory, is_directory=True)
         try:
             is_roots = is_roots_file(directory_fd)
         finally:
             os.close(directory_fd)
-        file_fd = syscalls.open_in_root(root_fd, f"{directory}/{file_name}", os.O_PATH)
+        file_fd = open_in_root(root_fd, f"{directory}/{file_name}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     finally:

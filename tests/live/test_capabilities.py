@@ -13,6 +13,7 @@ import pytest
 
 from kvm.host.lockdown import read_lockdown
 from kvm.host.privileges import read_privileges
+from tests.blind import refuse_syscalls
 from tests.live import feature_probe, open_guest_process
 from tests.live.feature_rows import PYTHON, ROOT, check_row, copy_packages, find_features, try_feature
 from tests.own_mounts import UNMOUNT_ALL
@@ -69,6 +70,14 @@ def test_every_feature_of_the_table_is_probed() -> None:
 @pytest.mark.parametrize("name", [name for name in FEATURES if not why_not_here(name)])
 def test_a_row_is_enough_and_nothing_in_it_is_too_much(name: str, packages: Path, guest_pid: int) -> None:
     check_row(FEATURES[name], packages, guest_pid)
+
+
+@pytest.mark.parametrize("answer", ["ENOSYS", "EPERM"])
+def test_owners_do_without_openat2(answer: str, packages: Path, guest_pid: int) -> None:
+    """As under systemd's RestrictSUIDSGID=, whose filter says ENOSYS, and in old containers."""
+    feature = FEATURES["owners"]
+    prefix = (PYTHON, "-I", refuse_syscalls.__file__, f"openat2={answer}")
+    assert try_feature(feature.name, feature.needs, packages, guest_pid, prefix) == "works"
 
 
 @pytest.mark.parametrize("name", ["RIPs", "lockdown"])
