@@ -24,7 +24,7 @@ from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
 from exporter.prometheus.stall_series import StallSeries
-from exporter.prometheus.stat_series import StatSeries, check_statistics
+from exporter.prometheus.stat_series import StatSeries, check_statistics, has_columns
 from exporter.prometheus.vm_series import Column, Rendered, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
@@ -240,8 +240,10 @@ class HostCollector:
         return group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
 
     def _collect_statistics(self) -> list[Family]:
-        shown = self._ask_vms(self._shown, lambda _lines, reading: check_statistics(reading))
-        return self._statistics.collect((lines.vm_label, reading) for (reading, lines), _ in shown)
+        shown: Iterable[ShownVm] = self._shown
+        if any(has_columns(reading) for reading, _ in shown):
+            shown = [vm for vm, _ in self._ask_vms(shown, lambda _lines, reading: check_statistics(reading))]
+        return self._statistics.collect((lines.vm_label, reading) for reading, lines in shown)
 
     def _collect_host(self) -> list[Family]:
         snapshot = self._snapshot()

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from kvm import abi
 from kvm.binary_stats import Statistic, decode_values
+from kvm.bpf.statistic_rows import StatisticCutter, VmPlace
 from kvm.errors import MalformedData
 from kvm.model import VcpuState, VmCounters, VmKey
-from kvm.statistics import StatScope, StatTable, VmStatistics, count_values
+from kvm.statistics import StatTable, VmStatistics
 
 # struct vm of vcpus.bpf.c: kvm, mm, start_boottime, tgid, vm_fd, first, count, notify_window, notify_vmexit_flags,
 # next, has_notify, missing
@@ -44,14 +45,14 @@ REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" f
 class HostBlocks(NamedTuple):
     """One read of the host: VM_RECORDs, IDENTITY records, and a column of values for each statistic.
 
-    Of the statistics besides there is a row for each VM, in the order of ``vms``, and a column for each value of a
-    vCPU; both are shorter where only the first VMs were read so.
+    Of the statistics besides there is a row of 64-bit numbers for each VM, in the order of ``vms``, and a column for
+    each value of a vCPU; both are shorter where only the first VMs were read so.
     """
 
     vms: bytes
     identities: bytes
     columns: tuple[tuple[int, ...], ...]
-    vm_rows: tuple[tuple[int, ...], ...] = ()
+    vm_rows: bytes = b""
     stat_columns: tuple[tuple[int, ...], ...] = ()
 
 
@@ -106,8 +107,7 @@ class VmAssembler:
 
     def __init__(self, names: Iterable[str], table: StatTable | None = None) -> None:
         self._names = tuple(names)
-        self._table = table
-        self._own_values = count_values(table.vm) if table else 0
+        self._cutter = StatisticCutter(table) if table else None
         self._described_by: tuple[bytes, bytes] | None = None
         self._kept: dict[int, _KeptVm] = {}
         # By VM, in the same order: where its numbers stand among those of all vCPUs, and how to sort them.
@@ -115,8 +115,7 @@ class VmAssembler:
         # By statistic and then by VM; None before the first snapshot of a VM.
         self._columns: list[list[tuple[int, ...] | None]] = []
         self._counters: dict[VmKey, VmCounters] = {}
-        # By VM: which record is its, and what its statistics were.
-        self._records: list[int] = []
+        # By VM, in the same order.
         self._statistics: list[VmStatistics | None] = []
 
     def find_kvm(self, key: VmKey) -> int | None:
@@ -141,7 +140,8 @@ class VmAssembler:
         for before, column in zip(self._columns, blocks.columns, strict=True):
             cut = [column[place] if sort is None else sort(column[place]) for place, sort in self._cuts.values()]
             columns.append([old if old == new else new for old, new in zip(before, cut, strict=True)])
-        statistics = self._cut_statistics(self._table, blocks) if self._table else self._statistics
+        cutter = self._cutter
+        statistics = cutter.cut(blocks.vm_rows, blocks.stat_columns) if cutter else self._statistics
         rows = zip(
             self._kept.values(),
             zip(*self._columns, strict=True),
@@ -159,29 +159,11 @@ class VmAssembler:
         self._columns, self._statistics = columns, statistics
         return self._counters
 
-    def _cut_statistics(self, table: StatTable, blocks: HostBlocks) -> list[VmStatistics | None]:
-        """Cut each VM's statistics; where nothing of them has moved, the same object as before."""
-        rows, columns, width = blocks.vm_rows, blocks.stat_columns, self._own_values
-        is_of_vcpus, read = table.level is StatScope.VCPU, len(columns[0]) if columns else 0
-        cut: list[VmStatistics | None] = []
-        kept = zip(self._kept.values(), self._records, self._cuts.values(), self._statistics, strict=True)
-        for vm, record, (place, sort), before in kept:
-            row = rows[record] if record < len(rows) else None
-            own = row[:width] if row is not None and width else None
-            sums = of_vcpus = None
-            if is_of_vcpus and columns and place.stop <= read:
-                of_vcpus = tuple([column[place] if sort is None else sort(column[place]) for column in columns])
-            elif row is not None and len(row) > width and vm.vcpu_ids and not vm.facts.missing:
-                sums = row[width:]
-            now = VmStatistics(table, own, sums, of_vcpus) if own or sums or of_vcpus else None
-            cut.append(before if now == before else now)
-        return cut
-
     def _describe(self, blocks: HostBlocks) -> None:
         """Find out which VMs there are, and where the numbers of each stand."""
         kept_before, self._kept, self._cuts = self._kept, {}, {}
         used = {kept.key for kept in kept_before.values()}
-        self._records = []
+        rows: dict[int, int] = {}
         for number, record in enumerate(VM_RECORD.iter_unpack(blocks.vms)):
             kvm, _, start, tgid, vm_fd, first, count, window, flags, _, has_notify, missing = record
             if not tgid:
@@ -198,12 +180,17 @@ class VmAssembler:
                 # Its key is for life: a VM whose file moves to another fd is no new one.
                 kept = _KeptVm(kept.owner, kept.key, identities, facts)
             used.add(kept.key)
-            if kvm not in self._kept:
-                self._records.append(number)
+            rows[kvm] = number
             self._kept[kvm], self._cuts[kvm] = kept, (place, kept.order)
         known = [self._counters[vm.key] if vm is kept_before.get(kvm) else None for kvm, vm in self._kept.items()]
         self._columns = [[counters and counters.per_vcpu[name] for counters in known] for name in self._names]
         self._statistics = [counters and counters.statistics for counters in known]
+        if self._cutter:
+            places = [
+                VmPlace(rows[kvm], *self._cuts[kvm], bool(vm.vcpu_ids) and not vm.facts.missing)
+                for kvm, vm in self._kept.items()
+            ]
+            self._cutter.place(places, self._statistics)
 
 
 def _choose_key(tgid: int, start_boottime: int, vm_fd: int, used: Collection[VmKey]) -> VmKey:

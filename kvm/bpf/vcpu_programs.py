@@ -29,6 +29,7 @@ MAX_VMS = 16384
 # VMs that have ended are forgotten by nobody until others take their place.
 KEPT_VMS = 2 * MAX_VMS
 STATISTICS_BYTES = 4096
+MAX_WORDS = 512
 # What a kernel may be able to run: everything; all but what reads registers; only the walk over open files
 FILES_ONLY = ("learn", "read_files")
 WITHOUT_STATE = (*FILES_ONLY, "learn_vm_list", "list_vms", "read_batch", "find_owners")
@@ -49,6 +50,8 @@ CONTROL_FIELDS = (
     *((name, "I") for name in ("round", "vms", "vcpus", "broken", "next_vm", "unowned", "slots", "strange")),
     *((name, "I") for name in ("vm_words", "sum_words", "vcpu_words", "vcpu_values", "vm_stat_bytes")),
     ("vcpu_stat_bytes", "I"),
+    ("wanted_words", f"{MAX_WORDS}I"),
+    ("row", f"{MAX_WORDS}Q"),
 )
 CONTROL_BYTES = struct.calcsize("=" + "".join(format_ for _, format_ in CONTROL_FIELDS))
 
@@ -81,6 +84,11 @@ class Control:
         at, place = self._places["stat_offsets"]
         place.pack_into(self._memory, at, *offsets, *[0] * (MAX_STATISTICS - len(offsets)))
         self.write(statistics=len(offsets))
+
+    def write_words(self, words: Sequence[int]) -> None:
+        """Write which words of KVM's structs of statistics are wanted."""
+        at, place = self._places["wanted_words"]
+        place.pack_into(self._memory, at, *words, *[0] * (MAX_WORDS - len(words)))
 
     def take_over(self, other: Control) -> None:
         """Take over everything that other programs were told and have learnt, but for the room that they have."""
@@ -130,9 +138,9 @@ class VcpuPrograms:
         self._capacity = capacity
         self._plan = plan
         sums = len(plan.vcpu_words) if plan.table.level is StatScope.VM else 0
-        self._row = struct.Struct(f"={len(plan.vm_words) + sums}Q")
+        self._row_bytes = 8 * (len(plan.vm_words) + sums)
         self._stat_columns = len(plan.vcpu_words) - sums
-        self._columns_at = MAX_VMS * self._row.size
+        self._columns_at = MAX_VMS * self._row_bytes
         try:
             for name in set(ALL) - set(names):
                 self._object.skip_program(name)
@@ -141,7 +149,6 @@ class VcpuPrograms:
             self._object.set_entries("vcpus", capacity)
             self._object.set_entries("values", capacity * max(1, statistics))
             if wanted := plan.vm_words + plan.vcpu_words:
-                self._object.set_entries("wanted_words", len(wanted))
                 self._object.set_entries("stat_values", self._columns_at // 8 + capacity * self._stat_columns)
             self._object.load()
             self.control = Control(self._map(".bss", CONTROL_BYTES, mmap.PROT_WRITE))
@@ -151,8 +158,6 @@ class VcpuPrograms:
             self._values = self._map("values", capacity * max(1, statistics) * 8)
             self._state = self._map("vcpu_state", STATE_RECORD.size + STATISTICS_BYTES)
             if wanted:
-                words = struct.Struct(f"={len(wanted)}Q")
-                words.pack_into(self._map("wanted_words", words.size, mmap.PROT_WRITE), 0, *wanted)
                 self._stats = self._map("stat_values", self._columns_at + capacity * self._stat_columns * 8)
         except BaseException:
             self.close()
@@ -209,7 +214,8 @@ class VcpuPrograms:
 
     def read_statistics(self) -> None:
         """Let ``read_vms`` read what the plan says, too; programs that take over from these do as well."""
-        plan, sums = self._plan, self._row.size // 8 - len(self._plan.vm_words)
+        plan, sums = self._plan, self._row_bytes // 8 - len(self._plan.vm_words)
+        self.control.write_words(plan.vm_words + plan.vcpu_words)
         self.control.write(
             vm_words=len(plan.vm_words),
             sum_words=sums,
@@ -224,11 +230,11 @@ class VcpuPrograms:
         words = dict.fromkeys(("vm_words", "sum_words", "vcpu_words", "vm_stat_bytes", "vcpu_stat_bytes"), 0)
         self.control.write(**words)
 
-    def _take_statistics(self, vcpus: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    def _take_statistics(self, vcpus: int) -> tuple[bytes, tuple[tuple[int, ...], ...]]:
         control = self.control
-        rows: tuple[tuple[int, ...], ...] = ()
+        rows = b""
         if control.read("vm_words") + control.read("sum_words"):
-            rows = tuple(self._row.iter_unpack(self._stats[: control.read("vms") * self._row.size]))
+            rows = self._stats[: control.read("vms") * self._row_bytes]
         column, length = struct.Struct(f"={vcpus}Q"), self._capacity * 8
         starts = (self._columns_at + length * number for number in range(control.read("vcpu_words")))
         return rows, tuple(column.unpack_from(self._stats, start) for start in starts)

@@ -47,6 +47,7 @@ from kvm.bpf.vcpu_programs import (
     DIRECT_OBJECT,
     FILES_ONLY,
     MAX_STATISTICS,
+    MAX_WORDS,
     STATISTICS_BYTES,
     WITHOUT_STATE,
     ListChanged,
@@ -334,7 +335,11 @@ class BpfSource:
         self._statistics_reason = ""
         if self._selection is None or vm is None:
             return NO_STATISTICS
-        return plan_statistics(self._selection, vm.vm_statistics, vm.statistics, STATISTICS_BYTES)
+        plan = plan_statistics(self._selection, vm.vm_statistics, vm.statistics, STATISTICS_BYTES)
+        if (values := len(plan.vm_words + plan.vcpu_words)) > MAX_WORDS:
+            self._statistics_reason = f"{values} values are selected, and at most {MAX_WORDS} can be read"
+            return NO_STATISTICS
+        return plan
 
     def _check_statistics(self, differences: Sequence[str]) -> None:
         """Read no statistics where those of a VM of our own are not read as what they are."""

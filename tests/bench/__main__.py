@@ -88,11 +88,11 @@ class Agent:
 
 
 @contextmanager
-def open_agent(directory: Path, source: str) -> Iterator[Agent]:
+def open_agent(directory: Path, source: str, *flags: str) -> Iterator[Agent]:
     """Run the agent with one source; wait until it answers."""
-    path = directory / "agent.sock"
+    path = Path(tempfile.mkdtemp(dir=directory)) / "agent.sock"
     words = [sys.executable, "-m", "exporter", "serve", f"--web.listen-address=unix:{path}"]
-    words += [f"--collector.source={source}", "--log.level=warn"]
+    words += [f"--collector.source={source}", "--log.level=warn", *flags]
     with subprocess.Popen(words) as process:
         try:
             agents: list[Agent] = []

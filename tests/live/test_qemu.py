@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.agents import AgentProcess, open_agent, run_once_json
+from tests.agents import AgentProcess, open_agent, run_agent, run_once_json
 from tests.lab.debian import find_qemu10
 from tests.live import OTHER_EXITS, open_guest_process
 from tests.live.libvirt_daemon import Libvirt, find_missing, render_nova_metadata, running_libvirt
+from tests.qmp_statistics import keep_statistics, read_expected_series
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.live
@@ -205,3 +207,17 @@ def test_exits_lie_between_two_readings_of_libvirt(agent: AgentProcess, libvirt:
     for vcpu in ("0", "1"):
         key = f"vcpu.{vcpu}.exits.sum"
         assert 0 < before[key] <= ours[(("vcpu", vcpu),)] <= after[key]
+
+
+@pytest.mark.parametrize("source", ["bpf", "stats_fd"])
+def test_every_statistic_is_what_qemu_itself_reads(source: str, tmp_path: Path) -> None:
+    flags = ("--collector.stats", "--collector.stats.level=vcpu", f"--collector.source={source}")
+    with open_qemu(find_qemu10(), "web", tmp_path) as qemu:
+        qemu.ask("stop")
+        expected = read_expected_series(qemu.ask)
+        text = run_agent("once", "--format=prometheus", *flags, expect=(0, 1))
+        assert read_expected_series(qemu.ask) == expected, "the guest stands still"
+    found = keep_statistics(text, f"{UUID}-{qemu.pid}", text_string_to_metric_families)
+    if source == "stats_fd":  # QEMU holds no stats fd of the VM itself
+        expected = {series: value for series, value in expected.items() if series[0].startswith("kvm_vcpu_")}
+    assert found == pytest.approx(expected, rel=1e-12)

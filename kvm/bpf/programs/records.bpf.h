@@ -8,6 +8,7 @@
 #define MAX_STATISTICS 16
 #define MAX_VMS 16384
 #define STATISTICS_BYTES 4096
+#define MAX_WORDS 512 /* a power of two */
 
 /* Lies in .bss, which userspace maps: `Control` in bpf_object.py. */
 struct control {
@@ -31,6 +32,10 @@ struct control {
 	 * of each vCPU; where the vCPUs' values begin; and how many bytes of the kernel's structs hold them */
 	__u32 vm_words, sum_words, vcpu_words, vcpu_values;
 	__u32 vm_stat_bytes, vcpu_stat_bytes;
+	/* which 64-bit words of struct kvm_vm_stat, and after them which of struct kvm_vcpu_stat */
+	__u32 wanted_words[MAX_WORDS];
+	/* the values of the VM that is being read, in that order */
+	__u64 row[MAX_WORDS];
 };
 struct control control;
 
@@ -80,16 +85,7 @@ struct {
 	__type(value, __u64);
 } values SEC(".maps");
 
-/* Which 64-bit words of struct kvm_vm_stat are wanted, and after them which of struct kvm_vcpu_stat; and their values:
- * a row for each VM, its own and then the sums, and after all rows a column for each of the vCPUs' values. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u64);
-} wanted_words SEC(".maps");
-
+/* A row for each VM, its own values and then the sums, and after all rows a column for each of the vCPUs' values. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);

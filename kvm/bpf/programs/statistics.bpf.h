@@ -13,7 +13,7 @@
 
 struct word_walk {
 	__u64 from;
-	__u32 wanted, at, stride;
+	__u32 wanted, at;
 	bool adds;
 };
 
@@ -41,46 +41,71 @@ static __always_inline __u64 read_word(__u64 from, __u64 word)
 #endif
 }
 
-static long pick_word(__u32 number, struct word_walk *walk)
+/* Put a word into the row of the VM that is being read. */
+static long add_word(__u32 number, struct word_walk *walk)
 {
-	__u32 which = walk->wanted + number, at = walk->at + number * walk->stride;
-	__u64 *word = bpf_map_lookup_elem(&wanted_words, &which);
-	__u64 *value = bpf_map_lookup_elem(&stat_values, &at);
+	__u32 which = (walk->wanted + number) & (MAX_WORDS - 1);
+	__u64 value = read_word(walk->from, control.wanted_words[which]);
 
-	if (!word || !value)
-		return 1;
-	*value = (walk->adds ? *value : 0) + read_word(walk->from, *word);
+	control.row[which] = walk->adds ? control.row[which] + value : value;
 	return 0;
 }
 
-/* Put a VM's own statistics into its row. */
-__noinline int pick_vm_statistics(__u64 kvm, __u32 vm_index)
+/* Put a word into the column of all vCPUs. */
+static long pick_word(__u32 number, struct word_walk *walk)
 {
-	struct word_walk walk = { .from = (__u64)FIELD(kvm, struct kvm, stat), .stride = 1 };
+	__u32 which = (walk->wanted + number) & (MAX_WORDS - 1), at = walk->at + number * control.vcpu_capacity;
+	__u64 *value = bpf_map_lookup_elem(&stat_values, &at);
 
-	walk.at = vm_index * (control.vm_words + control.sum_words);
+	if (!value)
+		return 1;
+	*value = read_word(walk->from, control.wanted_words[which]);
+	return 0;
+}
+
+static long store_word(__u32 number, struct word_walk *walk)
+{
+	__u32 at = walk->at + number;
+	__u64 *value = bpf_map_lookup_elem(&stat_values, &at);
+
+	if (!value)
+		return 1;
+	*value = control.row[number & (MAX_WORDS - 1)];
+	return 0;
+}
+
+/* Begin a VM's row with its own statistics. */
+__noinline int begin_row(__u64 kvm)
+{
+	struct word_walk walk = { .from = (__u64)FIELD(kvm, struct kvm, stat) };
+
 	if (control.vm_words && copy_raw(walk.from, control.vm_stat_bytes))
-		bpf_loop(control.vm_words, pick_word, &walk, 0);
+		bpf_loop(control.vm_words, add_word, &walk, 0);
 	return 0;
 }
 
 /* Add a vCPU's statistics to the row of its VM, or put them into the columns of all vCPUs. */
-__noinline int pick_vcpu_statistics(__u64 statistics, __u32 vm_index, __u32 vcpu_index, bool is_first)
+__noinline int pick_vcpu_statistics(__u64 statistics, __u32 vcpu_index, bool is_first)
 {
-	struct word_walk walk = { .from = statistics, .wanted = control.vm_words };
+	struct word_walk walk = { .from = statistics, .wanted = control.vm_words, .adds = !is_first };
 
 	if (!copy_raw(statistics, control.vcpu_stat_bytes))
 		return 0;
-	if (control.sum_words) {
-		walk.at = vm_index * (control.vm_words + control.sum_words) + control.vm_words;
-		walk.stride = 1;
-		walk.adds = !is_first;
-		bpf_loop(control.sum_words, pick_word, &walk, 0);
-	} else {
-		walk.at = control.vcpu_values + vcpu_index;
-		walk.stride = control.vcpu_capacity;
+	walk.at = control.vcpu_values + vcpu_index;
+	if (control.sum_words)
+		bpf_loop(control.sum_words, add_word, &walk, 0);
+	else
 		bpf_loop(control.vcpu_words, pick_word, &walk, 0);
-	}
+	return 0;
+}
+
+/* Give a VM's row to userspace. */
+__noinline int store_row(__u32 vm_index)
+{
+	__u32 words = control.vm_words + control.sum_words;
+	struct word_walk walk = { .at = vm_index * words };
+
+	bpf_loop(words, store_word, &walk, 0);
 	return 0;
 }
 

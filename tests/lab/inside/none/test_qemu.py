@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.lab.inside.agent import find_labels, find_per_vcpu, run_once
+from tests.qmp_statistics import keep_statistics, read_expected_series
 from tests.waiting import wait_until
 
 UUID = "7b1f0a52-6a83-4f8e-9a0e-2f3b6f0a9c11"
@@ -89,6 +91,18 @@ def test_the_agent_reads_what_qemu_reads(qemu: Qemu) -> None:
     assert max(exits.values()) > 0
     notify = read_qmp_statistic(qemu, "notify_window_exits")
     assert find_per_vcpu(text, "kvm_vcpu_notify_window_exits_total", f"{UUID}-{qemu.pid}") == notify
+
+
+@pytest.mark.parametrize("source", ["bpf", "stats_fd"])
+def test_the_agent_has_every_statistic_that_qemu_reads(qemu: Qemu, source: str) -> None:
+    expected = read_expected_series(lambda command, **arguments: qemu.ask(command, **arguments)["return"])
+    flags = ("--collector.stats", "--collector.stats.level=vcpu", f"--collector.source={source}")
+    found = keep_statistics(
+        run_once("--format=prometheus", *flags), f"{UUID}-{qemu.pid}", text_string_to_metric_families
+    )
+    if source == "stats_fd":  # QEMU holds no stats fd of the VM itself
+        expected = {series: value for series, value in expected.items() if series[0].startswith("kvm_vcpu_")}
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_agent_knows_who_it_is(qemu: Qemu) -> None:

@@ -1,0 +1,92 @@
+"""``python -m tests.bench.bench_stats``: what ``--collector.stats`` adds to a scrape, in CPU time.
+
+Agents with and without it take turns, on the same VMs; each round has a ratio of its own, and their median is told,
+with the least and the greatest. ``kvm_stat -1`` (tools/kvm/kvm_stat of the kernel's sources), where ``--kvm-stat`` says
+where it is, is run between them: it prints the sums of the whole host, after a second of waiting that its CPU time does
+not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.bench.__main__ import Agent, describe, open_agent
+from tests.bench.crowd import Crowd, open_crowd
+
+ROUNDS = 21
+# Those that explain why a guest is slow, as the dashboards show them.
+TEN = (
+    *("exits", "halt_poll_success_ns", "halt_poll_fail_ns", "halt_wait_ns", "irq_injections", "pf_taken", "pf_fixed"),
+    *("tlb_flush", "preemption_reported", "request_irq_exits"),
+)
+INCLUDE_TEN = f"--collector.stats.include=^vcpu/({'|'.join(TEN)})$"
+WAYS = {
+    "ten": ("--collector.stats", INCLUDE_TEN),
+    "all but histograms": ("--collector.stats", "--collector.stats.exclude=_hist$"),
+    "all": ("--collector.stats",),
+    "ten of each vCPU": ("--collector.stats", INCLUDE_TEN, "--collector.stats.level=vcpu"),
+}
+
+
+def compare(without: Agent, with_it: Agent, crowd: Crowd, *, moving: bool) -> str:
+    """Let the two take turns, and describe what they took."""
+    ratios, base, more = [], [], []
+    for number in range(ROUNDS):
+        if moving:
+            crowd.run()
+        pair = [without, with_it] if number % 2 else [with_it, without]
+        seconds = {agent: agent.scrape().cpu_seconds for agent in pair}
+        base.append(seconds[without])
+        more.append(seconds[with_it])
+        ratios.append(seconds[with_it] / seconds[without])
+    before, after = (statistics.median(times) * 1e3 for times in (base, more))
+    return f"{before:6.1f} ms {after:6.1f} ms {describe(ratios)}"
+
+
+def time_kvm_stat(path: Path) -> float:
+    """Run kvm_stat once and return its CPU time, in seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, path, "-1"], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vms", type=int, default=625)
+    parser.add_argument("--vcpus", type=int, default=16)
+    parser.add_argument("--source", default="bpf")
+    parser.add_argument("--kvm-stat", type=Path)
+    parser.add_argument("--settle-seconds", type=float, default=31)
+    arguments = parser.parse_args()
+    print(
+        f"{arguments.vms * arguments.vcpus} vCPUs in {arguments.vms} processes; medians of {ROUNDS} scrapes, CPU time"
+    )
+    print("statistics          counters   without      with        ratio (least, greatest)", flush=True)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        crowd = stack.enter_context(open_crowd(arguments.vms, arguments.vcpus))
+        crowd.run()
+        time.sleep(arguments.settle_seconds)
+        without = stack.enter_context(open_agent(directory, arguments.source))
+        for name, flags in WAYS.items():
+            with open_agent(directory, arguments.source, *flags) as with_it:
+                for moving in (False, True):
+                    text = compare(without, with_it, crowd, moving=moving)
+                    print(f"{name:18}  {'moving' if moving else 'still':8} {text}", flush=True)
+        if arguments.kvm_stat:
+            times = [time_kvm_stat(arguments.kvm_stat) for _ in range(3)]
+            print(f"kvm_stat -1: {statistics.median(times) * 1e3:.0f} ms of CPU time")
+
+
+if __name__ == "__main__":
+    main()
