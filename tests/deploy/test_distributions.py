@@ -71,7 +71,7 @@ def test_with_debians_libraries(
     release: str, distributions: tuple[Path, Path], tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     """The wheel runs, and the unit tests of all that knows these libraries pass."""
-    tools = ("hypothesis", "promql-parser", "psutil", "pytest", "pytest-xdist", "PyYAML")
+    tools = ("capstone", "hypothesis", "promql-parser", "psutil", "pytest", "pytest-xdist", "PyYAML")
     python = make_environment(tmp_path / "venv", str(distributions[0]), *tools, constraints=release)
     show = "from importlib.metadata import version; import sys; print(*map(version, sys.argv[1:]), sep='\\n')"
     pins = read_pins(release)
