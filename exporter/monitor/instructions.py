@@ -70,7 +70,7 @@ class Instructions:
     async def close(self) -> None:
         """Wait for what is under way."""
         if self._task is not None:
-            await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _read_one(self, read: ReadInstruction, vcpu: TrackedVcpu) -> None:
         try:
