@@ -28,6 +28,7 @@ from exporter.flags import (
     add_monitor_flags,
     add_source_flags,
     add_state_flag,
+    add_stats_flag,
     add_web_config_flag,
     add_web_flags,
     parse_prom_path,
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "--output", metavar="FILE.prom", type=parse_prom_path, help="write metrics to this file, all at once"
             )
             add_from_agent_flag(command)
+            add_stats_flag(command)
     return parser
 
 

@@ -239,7 +239,12 @@ def choose_statistics(arguments: argparse.Namespace) -> StatSelection | None:
     """Return which statistics of KVM are to be read besides the counters, None where none are."""
     if "stats" not in choose_collectors(arguments):
         return None
-    return StatSelection(arguments.stats_level, choose_names(arguments.stats_include, arguments.stats_exclude))
+    return select_statistics(arguments, arguments.stats_level)
+
+
+def select_statistics(arguments: argparse.Namespace, level: StatScope) -> StatSelection:
+    """Return the statistics whose names the flags ask for."""
+    return StatSelection(level, choose_names(arguments.stats_include, arguments.stats_exclude))
 
 
 def parse_count(text: str) -> int:
@@ -324,6 +329,16 @@ def add_from_agent_flag(parser: argparse.ArgumentParser) -> None:
         const=SOCKET_ADDRESS,
         help="print what the running agent knows of vCPUs that take notify exits: their states, owners and since when "
         f"they are stuck; its socket is {SOCKET_ADDRESS} if none is named",
+    )
+
+
+def add_stats_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that has every statistic printed."""
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="print every statistic that KVM keeps, with its rate over a second; --collector.stats.include, .exclude "
+        "and .level choose among them",
     )
 
 

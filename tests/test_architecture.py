@@ -22,8 +22,9 @@ RANKS = [
     {"kvm.counters", "kvm.vm_budget"},
     {"kvm.snapshot"},
     {"kvm.simulated"},
-    {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary", "exporter.patterns"},
-    {"exporter.stalls", "exporter.history"},
+    {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary", "exporter.patterns"}
+    | {"exporter.untrusted_text"},
+    {"exporter.stalls", "exporter.history", "exporter.top"},
     {"exporter.monitor", "exporter.prometheus", "exporter.status_page", "exporter.service"},
     {"exporter.web"},
     {"exporter.flags"},

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final
 
-UNKNOWN: Final = "-"
+from exporter.top.columns import fit, measure_width
 
 
 def render_columns(
@@ -13,11 +12,10 @@ def render_columns(
 ) -> str:
     """Render rows under a header, columns aligned, those of ``right`` to the right; not printable shows as ``?``."""
     cells = [list(header), *([_make_printable(str(cell)) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(measure_width, column)) for column in zip(*cells, strict=True)]
     lines = (
         "  ".join(
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip(row, widths, header, strict=True)
+            fit(cell, width, right=name in right) for cell, width, name in zip(row, widths, header, strict=True)
         ).rstrip()
         for row in cells
     )

@@ -13,23 +13,32 @@ from dataclasses import asdict
 from pathlib import Path
 
 from exporter.commands.agent_report import is_all_known, read_agent_report, render_report
-from exporter.commands.columns import UNKNOWN, render_columns
-from exporter.flags import choose_statistics
+from exporter.commands.columns import render_columns
+from exporter.commands.statistics_report import render_statistics, render_statistics_json
+from exporter.flags import choose_statistics, select_statistics
 from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
 from exporter.stalls.verdicts import State
+from exporter.top.columns import UNKNOWN
+from exporter.top.feed import read_twice
 from exporter.web.listeners import Address
 from exporter.wiring import SINGLE_SNAPSHOT_WAIT_SECONDS, build_collector, open_host
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Snapshot, VmReading
 
+# The rates of --stats are over so long.
+RATE_SECONDS = 1.0
 MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
 
 
 def run_once(arguments: argparse.Namespace) -> int:
     """Print one snapshot of the host, or write it to a file; 0 if counters could be read, else 1."""
+    if arguments.stats and arguments.from_agent is not None:
+        raise ValueError("--stats reads the host, --from-agent asks the agent: one of them")
     if arguments.from_agent is not None:
         return print_agent_report(arguments.from_agent, "prometheus" if arguments.output else arguments.format)
+    if arguments.stats:
+        return print_statistics(arguments)
     with contextlib.ExitStack() as stack:
         selection = choose_statistics(arguments)
         host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
@@ -46,6 +55,21 @@ def run_once(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.write(render_json(snapshot) if arguments.format == "json" else render_table(snapshot))
     return 0 if can_read(snapshot) else 1
+
+
+def print_statistics(arguments: argparse.Namespace) -> int:
+    """Print everything that KVM counts, as a table or JSON; 0 if counters could be read, else 1. Raises ValueError."""
+    if arguments.output is not None or arguments.format == "prometheus":
+        raise ValueError("--stats prints a table or JSON; as metrics statistics are had with --collector.stats")
+    selection = select_statistics(arguments, arguments.stats_level)
+    with contextlib.ExitStack() as stack:
+        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
+        comparison = read_twice(host.reader, RATE_SECONDS)
+    if arguments.format == "json":
+        sys.stdout.write(render_statistics_json(comparison, build_document(comparison.now)))
+    else:
+        sys.stdout.write(render_statistics(comparison))
+    return 0 if can_read(comparison.now) else 1
 
 
 def print_agent_report(address: Address, form: str | None) -> int:

@@ -13,13 +13,13 @@ from exporter.status_page.text import (
     MAX_REASON,
     OLD_SECONDS,
     choose,
-    clean_name,
     count_rows,
     count_things,
     list_rows,
     render_duration,
 )
 from exporter.status_page.view import Row, StatusView
+from exporter.untrusted_text import clean_name
 from kvm.model import Protection
 
 

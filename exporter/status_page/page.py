@@ -32,7 +32,6 @@ from exporter.status_page.table import join_rows, render_moment, render_rows, re
 from exporter.status_page.text import (
     MAX_REASON,
     ZERO_MEANS,
-    clean_name,
     count_things,
     describe_age,
     describe_drills,
@@ -41,6 +40,7 @@ from exporter.status_page.text import (
     describe_watch,
 )
 from exporter.status_page.view import MAX_QUERY, Found, StatusView
+from exporter.untrusted_text import clean_name
 from kvm.model import Host, SourceReport
 
 TITLE: Final = "KVM notify exits"

@@ -13,8 +13,9 @@ from typing import Final
 
 from exporter.stalls.verdicts import State, render_rip
 from exporter.status_page.sparkline import describe_rate, render_plot, render_rate
-from exporter.status_page.text import clean_name, count_things, list_evidence, render_duration, render_time
+from exporter.status_page.text import count_things, list_evidence, render_duration, render_time
 from exporter.status_page.view import Found, Row, StatusView
+from exporter.untrusted_text import clean_name
 
 # Told apart by shape and word as well as by colour.
 _MARKS: Final = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence, Sized
 from datetime import UTC, datetime
 from heapq import nsmallest
@@ -10,15 +9,11 @@ from typing import Final
 
 from exporter.stalls.verdicts import AgentUsage, Evidence, State, name_vector
 from exporter.status_page.view import SHOWN_NAMES, Row, StatusView, rank_stuck
+from exporter.untrusted_text import clean_name
 from kvm.model import Protection
 
-MAX_NAME: Final = 120
 MAX_NAME_IN_SENTENCE: Final = 48
 MAX_REASON: Final = 500
-# More marks than this upon one letter are no writing: they would cover the lines around it.
-MAX_MARKS: Final = 4
-# Letters by their category, and nothing to see: Hangul fillers, and Braille without a dot.
-BLANK: Final = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 # The page says so if its snapshot is as old as this.
 OLD_SECONDS: Final = 10.0
 
@@ -28,19 +23,6 @@ ZERO_MEANS: Final = {
     Protection.UNSUPPORTED: "stays 0: KVM says that this host cannot force notify exits",
     Protection.UNKNOWN: "says nothing when it is 0: whether notify exits are armed cannot be seen",
 }
-
-
-def clean_name(text: str, limit: int = MAX_NAME) -> str:
-    """Return untrusted text as it may be shown: what is invisible, or turns text around, is spelled out."""
-    cleaned, length, marks = [], 0, 0
-    for character in text:
-        marks = marks + 1 if unicodedata.category(character) in ("Mn", "Me") else 0
-        is_fine = character.isprintable() and character not in BLANK and marks <= MAX_MARKS
-        cleaned.append(character if is_fine else _spell(ord(character)))
-        length += len(cleaned[-1])
-        if length >= limit:
-            break
-    return "".join(cleaned) + "…" * (len(cleaned) < len(text))
 
 
 def count_things(number: int, one: str, many: str = "") -> str:
@@ -175,9 +157,3 @@ def list_rows(rows: Sequence[Row], with_details: bool) -> str:
     named = ", ".join(name_row(row, with_details) for row in first)
     more = len(rows) - SHOWN_NAMES
     return f"{named} and {more:,} more" if more > 0 else named
-
-
-def _spell(code: int) -> str:
-    if 0xD800 <= code <= 0xDFFF:  # an undecodable byte
-        return "�"
-    return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
