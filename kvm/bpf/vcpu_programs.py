@@ -30,6 +30,7 @@ MAX_VMS = 16384
 KEPT_VMS = 2 * MAX_VMS
 STATISTICS_BYTES = 4096
 MAX_WORDS = 512
+MAX_TO_ADD = 64
 # What a kernel may be able to run: everything; all but what reads registers; only the walk over open files
 FILES_ONLY = ("learn", "read_files")
 WITHOUT_STATE = (*FILES_ONLY, "learn_vm_list", "list_vms", "read_batch", "find_owners")
@@ -52,6 +53,9 @@ CONTROL_FIELDS = (
     ("vcpu_stat_bytes", "I"),
     ("wanted_words", f"{MAX_WORDS}I"),
     ("row", f"{MAX_WORDS}Q"),
+    ("to_add", f"{MAX_TO_ADD}Q"),
+    ("adding", "I"),
+    ("reserved", "I"),
 )
 CONTROL_BYTES = struct.calcsize("=" + "".join(format_ for _, format_ in CONTROL_FIELDS))
 

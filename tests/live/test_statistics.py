@@ -183,6 +183,17 @@ def test_debugfs_has_the_sums_and_the_vms_own(guest: GuestProcess, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
+def test_a_vm_of_more_vcpus_than_are_summed_at_once(name: str) -> None:
+    with open_guest_process(vcpus=70, stats_fds=True, port_writes=5) as guest:
+        with open_source(name, select_all(StatScope.VM)) as source:
+            statistics = read_statistics(source, guest)
+        files = [read_fd(guest, vcpu.stats_fd)[1] for vcpu in guest.vcpus]
+    assert statistics.vcpu_sums is not None
+    for stat, summed in name_values(statistics.table.vcpu, statistics.vcpu_sums).items():
+        assert summed == tuple(map(sum, zip(*(values[stat] for values in files), strict=True))), stat
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
 def test_of_a_running_guest_values_lie_between_two_reads_of_its_stats_fd(name: str) -> None:
     with open_guest_process(vcpus=2, stats_fds=True) as guest, open_source(name, select_all(StatScope.VM)) as source:
         guest.send("loop")

@@ -8,7 +8,8 @@
 #define MAX_STATISTICS 16
 #define MAX_VMS 16384
 #define STATISTICS_BYTES 4096
-#define MAX_WORDS 512 /* a power of two */
+#define MAX_WORDS 512 /* a power of two, as is the next */
+#define MAX_TO_ADD 64
 
 /* Lies in .bss, which userspace maps: `Control` in bpf_object.py. */
 struct control {
@@ -36,6 +37,9 @@ struct control {
 	__u32 wanted_words[MAX_WORDS];
 	/* the values of the VM that is being read, in that order */
 	__u64 row[MAX_WORDS];
+	/* its vCPUs' statistics that are still to be added to them */
+	__u64 to_add[MAX_TO_ADD];
+	__u32 adding, reserved;
 };
 struct control control;
 

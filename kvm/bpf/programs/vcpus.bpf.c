@@ -64,7 +64,7 @@ static long read_one_vcpu(__u32 index, struct vcpu_walk *walk)
 	identity->tid = read_tid(vcpu);
 	copy_statistics((__u64)FIELD(vcpu, struct kvm_vcpu, stat), at);
 	if (control.vcpu_stat_bytes)
-		pick_vcpu_statistics((__u64)FIELD(vcpu, struct kvm_vcpu, stat), at, at == walk->first);
+		pick_vcpu_statistics((__u64)FIELD(vcpu, struct kvm_vcpu, stat), at);
 	return 0;
 }
 
@@ -106,7 +106,7 @@ static __always_inline __u64 read_files_of(const struct owner *owner)
 static __always_inline void read_vm(struct vm *vm, __u32 vm_index, struct owner *owner)
 {
 	struct kvm *kvm = (void *)vm->kvm;
-	struct vcpu_walk walk = { .first = control.vcpus };
+	struct vcpu_walk walk = {};
 	__u64 files = read_files_of(owner);
 	__u32 first = control.vcpus, online;
 
@@ -119,7 +119,7 @@ static __always_inline void read_vm(struct vm *vm, __u32 vm_index, struct owner 
 	if (owner->vm_fd < 0 && (!online || read_files_of(owner) != files))
 		return;
 	if (!vm->tgid) {
-		if (control.vm_stat_bytes)
+		if (control.vm_words + control.sum_words)
 			begin_row(vm->kvm);
 		walk.head = (__u64)READ(kvm, vcpu_array.xa_head);
 		if (online && online <= MAX_VCPUS_OF_VM)

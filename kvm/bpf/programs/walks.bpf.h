@@ -57,7 +57,6 @@ struct vcpu_walk {
 	__u64 head, leaf;
 	__u32 index, wanted_vcpu_id;
 	__u64 vcpu;
-	__u32 first;
 };
 
 static __always_inline bool is_node(__u64 entry)
