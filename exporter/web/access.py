@@ -113,7 +113,7 @@ def find_unix_socket(request: web.Request) -> socket.socket | None:
     return sock if sock is not None and sock.family == socket.AF_UNIX else None
 
 
-def find_client(request: web.Request) -> str:
+def find_client(request: web.BaseRequest) -> str:
     """Name the client of a request as ``name_client`` does; a header cannot change it."""
     return name_client(request.transport.get_extra_info("peername") if request.transport else None)
 

@@ -57,12 +57,12 @@ class Gate:
         if sock := find_unix_socket(request):
             found: Identity | web.Response = self._identify_peer(sock)
         elif loaded is None:
-            found = self._stranger
+            found = Identity.NONE
         else:
             found = await self._check(request, loaded)
         if isinstance(found, web.Response):
             return found
-        with identify(found):
+        with identify(self._stranger if found is Identity.NONE else found):
             return await handler(request)
 
     def _identify_peer(self, sock: socket.socket) -> Identity:

@@ -15,6 +15,7 @@ from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import compress_document, open_self_metrics, render_document
 from exporter.prometheus.negotiation import Format, accepts_gzip, parse_accept
 from exporter.prometheus.selection import BadSelection, select_collectors
+from exporter.web.access import find_client
 from exporter.web.connection_guard import ConnectionGuard
 from exporter.web.document import Document
 from exporter.web.settings import ServerSettings
@@ -63,7 +64,7 @@ class MetricsApp:
     async def frame_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer one request, the writing included, and bound what it can hold meanwhile."""
         transport = request.transport
-        client = request.remote or "unix socket"
+        client = find_client(request)
         self._guard.begin(transport)
         try:
             response = await self._answer(request, handler)

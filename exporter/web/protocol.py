@@ -13,6 +13,7 @@ from typing import Final
 from aiohttp import web
 
 from exporter.logs.rate_limit import RateLimitedLog
+from exporter.web.access import find_client
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class HttpProtocol(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer a request that makes no sense, or that could not be answered; the connection ends."""
-        client = request.remote or "unix socket"
+        client = find_client(request)
         if status == 400:
             self._rate_limited_log.write(
                 logging.INFO, "malformed request refused", client=client, err=type(exc).__name__

@@ -76,3 +76,11 @@ def test_metrics_of_ids_have_no_name_wherever_they_go(tmp_path: Path) -> None:
                 assert (SECRET_NAME in text) is shows
         # What is printed for whoever runs it is no metric.
         assert SECRET_NAME in run_agent("once", "--web.labels=ids", expect=(0, 1))
+
+
+def test_a_simulated_host_has_nothing_to_hide_from_anybody_at_its_socket() -> None:
+    with open_agent(command="demo") as agent:
+        for at in (open_socket(agent), []):
+            host = "localhost" if at else f"127.0.0.1:{agent.port}"
+            _code, body = run_curl(*at, f"http://{host}/api/v1/vcpus")
+            assert json.loads(body)["details"] is True

@@ -42,7 +42,7 @@ def test_a_handful_of_lines_a_minute_and_a_count_of_the_rest(caplog: pytest.LogC
 
 def open_protocol(writer: object) -> tuple[HttpProtocol, web.BaseRequest]:
     """The server's side of a connection, and a request on it of which so much has been written."""
-    request = SimpleNamespace(remote="10.0.0.1", writer=writer)
+    request = SimpleNamespace(transport=None, writer=writer)
     protocol = HttpProtocol(web.Server(lambda _request: None), RateLimitedLog())  # type: ignore[arg-type, return-value]
     return protocol, request  # type: ignore[return-value]
 

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import logging
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -54,13 +55,22 @@ def directory(tmp_path: Path, authority: Authority) -> Path:
     return tmp_path
 
 
-def run(scenario: Scenario, directory: Path, text: str, *addresses: Address, max_requests: int = 40) -> None:
+def run(
+    scenario: Scenario,
+    directory: Path,
+    text: str,
+    *addresses: Address,
+    max_requests: int = 40,
+    is_simulated: bool = False,
+) -> None:
     """Run a scenario against a server with this web configuration."""
     path = directory / "web.yml"
     path.write_text(text)
 
     async def main() -> None:
-        settings = ServerSettings(addresses=addresses or (LOOPBACK,), max_requests=max_requests)
+        settings = ServerSettings(
+            addresses=addresses or (LOOPBACK,), max_requests=max_requests, is_simulated=is_simulated
+        )
         recorder, web_config = SnapshotRecorder(SimulatedHost()), WebConfigFile(path)
         collector = open_collector(recorder)
         async with open_server(collector, recorder, settings, web_config=web_config) as listening:
@@ -226,9 +236,35 @@ def test_a_password_or_a_certificate_makes_known_and_tls_alone_does_not(director
     async def by_nothing(listening: tuple[Address, ...], _file: WebConfigFile) -> None:
         assert not await sees_details(listening[0], ALICE, ours)
 
+    async def by_being_a_visitor(listening: tuple[Address, ...], _file: WebConfigFile) -> None:
+        assert await sees_details(listening[0], "X: y", authority.trust())
+        assert await sees_details(listening[0], "X: y", ours)
+
     run(by_password, directory, USERS)
     run(by_certificate, directory, if_given)
     run(by_nothing, directory, TLS)
+    for text in (TLS, if_given):
+        run(by_being_a_visitor, directory, text, is_simulated=True)
+
+
+def test_a_client_has_one_name_in_every_line(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(listening: tuple[Address, ...], _file: WebConfigFile) -> None:
+        assert (await ask(listening[0], "/metrics", basic("alice", "wrong"))).status == 401
+        client = await open_client(listening[0])
+        await client.send(b"GET /metrics HTTP/1.1\r\nHost test\r\n\r\n")
+        assert (await client.read_answer()).status == 400
+        await client.close()
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as err:
+        pytest.skip(f"this machine has no IPv6: {err}")
+    caplog.set_level(logging.INFO)
+    run(scenario, directory, USERS, TcpAddress("::1", 0))
+    found = {
+        record.message: vars(record)["fields"]["client"] for record in caplog.records if "refused" in record.message
+    }
+    assert found == {"password refused": "::/64", "malformed request refused": "::/64"}
 
 
 def test_a_certificate_is_replaced_under_connections_in_use(directory: Path, authority: Authority) -> None:
