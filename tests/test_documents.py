@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from exporter.cli import COMMANDS, build_parser
+from exporter.prometheus.collector import SNAPSHOT_FAILED
 from exporter.prometheus.metrics import METRICS
 from exporter.stalls.stall_log import CONTEXT_LOST_ID, RECOVERY_ID, STALL_ID, WITHHELD_ID
 from exporter.stalls.verdicts import State
@@ -168,7 +169,10 @@ def test_messages_can_be_found_in_the_journal() -> None:
 
 def test_every_reason_for_a_blind_spot_is_in_the_runbook() -> None:
     reasons = set(re.findall(r'BlindSpot\("(\w+)"', (ROOT / "kvm" / "blind_spots.py").read_text()))
-    assert {row[0].strip("`") for row in find_table(DOCS / "runbook.md", "reason", "cause")} == reasons
+    assert {row[0].strip("`") for row in find_table(DOCS / "runbook.md", "reason", "cause")} == {
+        *reasons,
+        SNAPSHOT_FAILED,
+    }
 
 
 def test_the_packages_are_those_of_the_architecture_test() -> None:

@@ -37,6 +37,7 @@ T = TypeVar("T")
 ShownVm = tuple[VmReading, VmSeries]
 
 SNAPSHOT: Final = "snapshot"
+SNAPSHOT_FAILED: Final = "snapshot_failed"
 MONITOR: Final = "monitor"
 DECLARED: Final = frozenset(METRICS)
 
@@ -123,6 +124,12 @@ class HostCollector:
                 run(name, collectors[name])
             else:
                 success.add((name,), 0)
+        if not is_read and "exporter" in names:
+            # Absent would be no evidence of anything: whoever has read nothing has missed every VM.
+            complete, reasons = Family(metrics.COMPLETE), Family(metrics.INCOMPLETE_REASON)
+            complete.add((), 0)
+            reasons.add((SNAPSHOT_FAILED,), 1)
+            families |= {family.metric: family for family in (complete, reasons)}
         made = [families[metric] for metric in METRICS if metric in families]
         if "stats" in names:
             made += [family for metric, family in families.items() if metric not in DECLARED]

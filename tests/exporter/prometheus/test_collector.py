@@ -395,6 +395,8 @@ def test_failed_look_costs_one_scrape_and_no_exception(caplog: pytest.LogCapture
     for name in ("snapshot", *DEFAULT_COLLECTORS):
         assert find(series, "kvm_exporter_scrape_collector_success", collector=name) == 0
     assert not any(name.startswith(("kvm_vm", "kvm_vcpu", "kvm_host")) for name in names(series))
+    assert find(series, "kvm_exporter_complete") == 0
+    assert find(series, "kvm_exporter_incomplete_reason_info", reason="snapshot_failed") == 1
     assert "kvm_exporter_build_info" in names(series)
     assert [(record.levelname, bool(record.exc_info)) for record in caplog.records] == [
         ("ERROR", False),
