@@ -82,7 +82,7 @@ def run_server(arguments: argparse.Namespace) -> int:
 
         heartbeat = Heartbeat(
             manager,
-            lambda: describe_state(recorder.snapshot, monitor.report(), time.monotonic()),
+            lambda: describe_state(recorder.snapshot, monitor.report(with_verdicts=False), time.monotonic()),
             (lambda: recorder.reading_since, lambda: monitor.busy_since),
         )
         reload = web_config.reload if web_config else tell_nothing_to_reload

@@ -90,7 +90,7 @@ def describe_state(snapshot: Snapshot | None, report: MonitorReport, now: float)
         return "the host has not been read yet"
     if snapshot.is_blind:
         return f"blind: {describe_blindness(snapshot)}"
-    states = [vcpu.verdict.state for vcpu in report.vcpus if not vcpu.drill]
+    states = [found.state for vcpus in report.figures.values() for found in vcpus.values()]
     counts = {
         "without a context": states.count(State.CONTEXT_LOST),
         "stalled": states.count(State.STALLED),

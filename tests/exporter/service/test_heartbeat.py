@@ -13,7 +13,7 @@ from exporter.service.manager import ServiceManager
 from exporter.stalls.verdicts import MonitorReport, State
 from kvm.model import Snapshot, SourceReport
 from tests.exporter.service.listening_manager import open_manager
-from tests.reports import make_report
+from tests.reports import make_report, with_figures
 from tests.snapshots import HIDDEN, make_reading, make_snapshot, make_unread
 from tests.waiting import wait_until
 
@@ -21,9 +21,9 @@ NOW = 100.0
 
 
 def describe(snapshot: Snapshot | None, states: Sequence[State] = (), problem: str = "", later: float = 0.0) -> str:
-    vcpus = tuple(make_report(state) for state in states)
+    vcpus = tuple(make_report(state, vcpu=number) for number, state in enumerate(states))
     now = later + (snapshot.monotonic_seconds if snapshot else 0.0)
-    return describe_state(snapshot, MonitorReport(vcpus=vcpus, problem=problem), now)
+    return describe_state(snapshot, with_figures(MonitorReport(vcpus=vcpus, problem=problem)), now)
 
 
 def test_what_is_the_matter_is_said_in_a_line() -> None:
@@ -47,7 +47,7 @@ def test_who_the_vms_are_is_not_said() -> None:
 
 def test_a_drill_is_no_stall() -> None:
     drill = replace(make_report(State.STALLED), drill=True)
-    assert describe_state(make_snapshot(make_reading()), MonitorReport(vcpus=(drill,)), NOW) == "1 VM"
+    assert describe_state(make_snapshot(make_reading()), with_figures(MonitorReport(vcpus=(drill,))), NOW) == "1 VM"
 
 
 def test_a_blind_agent_says_why() -> None:
