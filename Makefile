@@ -30,6 +30,7 @@ unit: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.bench_stats
 	$(BIN)/python -m tests.bench.bench_flood
 
 lab: $(VENV)/.installed-dev test-packages

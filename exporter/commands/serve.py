@@ -59,7 +59,7 @@ def run_server(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(open_service_manager(os.environ, os.getpid()))
         if arguments.command == "demo":
-            simulated = SimulatedHost()
+            simulated = SimulatedHost(selection=choose_statistics(arguments))
             recorder = SnapshotRecorder(simulated)
             monitor = open_simulated_monitor(arguments, recorder, simulated)
         else:

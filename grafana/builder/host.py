@@ -32,6 +32,7 @@ from grafana.builder.queries import (
     select,
     vm_seconds_lost,
 )
+from grafana.builder.statistics import make_statistics_row
 from grafana.builder.tables import JOB, Column, count_of, hide, make_table
 
 
@@ -51,7 +52,14 @@ def render() -> Json:
             ),
             change_annotation(),
         ],
-        rows=[_what_it_is(), _exits(), _vms(), make_agent_row(), make_tracing_row()],
+        rows=[
+            _what_it_is(),
+            _exits(),
+            _vms(),
+            make_statistics_row(600, HOST_KEYS, "{{instance}}"),
+            make_agent_row(),
+            make_tracing_row(),
+        ],
     )
 
 

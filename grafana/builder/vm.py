@@ -28,6 +28,7 @@ from grafana.builder.queries import (
     rate,
     select,
 )
+from grafana.builder.statistics import make_statistics_row
 from grafana.builder.tables import JOB, Column, count_of, hide, make_table
 from grafana.builder.vm_identity import VM, make_identity_row, make_who_row
 
@@ -53,7 +54,14 @@ def render() -> Json:
                 "It made no forward progress on {{instance}}. The mark ends up to one rate interval late.",
             )
         ],
-        rows=[make_who_row(), _exits(), _verdicts(), _vcpus(), make_identity_row()],
+        rows=[
+            make_who_row(),
+            _exits(),
+            _verdicts(),
+            _vcpus(),
+            make_statistics_row(600, VM_KEYS, "VM on {{instance}}", repeat="vm", vm=VM),
+            make_identity_row(),
+        ],
     )
 
 

@@ -36,6 +36,8 @@ from kvm.model import (
     VmReading,
 )
 from kvm.protection import judge_protection
+from kvm.simulated.statistics import plan, read_statistics
+from kvm.statistics import StatSelection, StatTable
 
 SOURCE: Final = "simulated"
 RARE_SECONDS: Final = 20.0
@@ -140,7 +142,8 @@ _CAST: Final = (
 class SimulatedHost:
     """A SnapshotReader of ``vm_count`` simulated VMs; ``vcpus_per_vm`` overrides how many vCPUs each has.
 
-    ``monotonic_clock`` and ``unix_clock`` give seconds, as time.monotonic and time.time do.
+    ``monotonic_clock`` and ``unix_clock`` give seconds, as time.monotonic and time.time do. ``selection`` is what it
+    has of KVM's statistics besides the counters.
     """
 
     def __init__(
@@ -150,7 +153,9 @@ class SimulatedHost:
         *,
         vm_count: int = len(_CAST),
         vcpus_per_vm: int | None = None,
+        selection: StatSelection | None = None,
     ) -> None:
+        self._table = plan(selection) if selection else None
         self._monotonic_clock = monotonic_clock
         self._unix_clock = unix_clock
         self._made_seconds = monotonic_clock()
@@ -169,7 +174,7 @@ class SimulatedHost:
             monotonic_seconds=now,
             unix_seconds=self._unix_clock(),
             host=_HOST,
-            readings=tuple(_read_member(role, vm, vcpus, seconds) for role, vm, vcpus in self._members),
+            readings=tuple(_read_member(role, vm, vcpus, seconds, self._table) for role, vm, vcpus in self._members),
             sources=(SourceReport(SOURCE, up=True, reason="simulated numbers, not this host's"),),
             errors={},
         )
@@ -239,11 +244,14 @@ def _make_member(number: int, made_unix_seconds: float, vcpu_count: int) -> tupl
     return role, vm, vcpus
 
 
-def _read_member(role: _Role, vm: Vm, vcpus: tuple[Vcpu, ...], seconds: float) -> VmReading:
+def _read_member(role: _Role, vm: Vm, vcpus: tuple[Vcpu, ...], seconds: float, table: StatTable | None) -> VmReading:
     notify, exits = _count_exits(role, vm.key.pid, len(vcpus), seconds)
+    statistics = read_statistics(table, _SECONDS_UP + seconds, exits, sum_only=role.sum_only) if table else None
     if role.sum_only:
         counters = VmCounters(
-            totals={NOTIFY_WINDOW_EXITS: sum(notify), EXITS: sum(exits)}, problem="only sums over the VM are known"
+            totals={NOTIFY_WINDOW_EXITS: sum(notify), EXITS: sum(exits)},
+            problem="only sums over the VM are known",
+            statistics=statistics,
         )
     else:
         counters = VmCounters(
@@ -252,6 +260,7 @@ def _read_member(role: _Role, vm: Vm, vcpus: tuple[Vcpu, ...], seconds: float) -
             per_vcpu={NOTIFY_WINDOW_EXITS: notify, EXITS: exits},
             notify_window_cycles=role.window_cycles,
             notify_flags=role.flags,
+            statistics=statistics,
         )
     return VmReading(
         vm=vm,

@@ -29,6 +29,7 @@ TEN = (
 )
 INCLUDE_TEN = f"--collector.stats.include=^vcpu/({'|'.join(TEN)})$"
 WAYS = {
+    "off": (),
     "ten": ("--collector.stats", INCLUDE_TEN),
     "all but histograms": ("--collector.stats", "--collector.stats.exclude=_hist$"),
     "all": ("--collector.stats",),
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--vcpus", type=int, default=16)
     parser.add_argument("--source", default="bpf")
     parser.add_argument("--kvm-stat", type=Path)
+    parser.add_argument("--ways", default=",".join(WAYS), help="which of them, by name")
     parser.add_argument("--settle-seconds", type=float, default=31)
     arguments = parser.parse_args()
     print(
@@ -78,8 +80,8 @@ def main() -> None:
         crowd.run()
         time.sleep(arguments.settle_seconds)
         without = stack.enter_context(open_agent(directory, arguments.source))
-        for name, flags in WAYS.items():
-            with open_agent(directory, arguments.source, *flags) as with_it:
+        for name in arguments.ways.split(","):
+            with open_agent(directory, arguments.source, *WAYS[name]) as with_it:
                 for moving in (False, True):
                     text = compare(without, with_it, crowd, moving=moving)
                     print(f"{name:18}  {'moving' if moving else 'still':8} {text}", flush=True)

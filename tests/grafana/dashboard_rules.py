@@ -26,13 +26,14 @@ from tests.grafana.dashboard_queries import (
     substitute,
 )
 from tests.grafana.promql import find_labels, find_selectors
+from tests.known_statistics import STATISTIC_METRICS
 
 # Prometheus gives these names their values, and every time range and every link may use them.
 GLOBALS: Final = {"__rate_interval", "__range", "__range_s", "__interval"}
 PROMETHEUS_OWN: Final[Mapping[str, frozenset[str]]] = {
     metric.name: frozenset(metric.labels) for metric in (UP, ALERTS, ALERT_ACTIVE_SINCE)
 }
-DECLARED: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}
+DECLARED: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS} | STATISTIC_METRICS
 # These say what was in the time range, also of VMs that have ended since.
 TABLES_OF_THE_PAST: Final = {"Top VMs", "vCPUs"}
 RECORDING: Final = DASHBOARDS.parent / "alerts" / "kvm-notify-recording.rules.yml"

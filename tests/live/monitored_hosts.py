@@ -198,14 +198,17 @@ def _open_monitored_hosts(stack: ExitStack, directory: Path, receiver: Receiver)
     for number, uuid in enumerate(REAL_UUIDS):
         guest = open_guest_process(name=f"tiny-{number}", uuid=uuid, vcpus=2, stats_fds=True, port_writes=1)
         stack.enter_context(guest).run(1000)
-    real = open_agent(f"--state.file={directory / 'state.json'}")
+    statistics = ("--collector.stats", "--collector.stats.level=vcpu")
+    # Only our own guests: whatever else runs here would make its scrapes too long.
+    real = open_agent(f"--state.file={directory / 'state.json'}", "--collector.stats", "--vm.include=^tiny-")
     agents = {"real": stack.enter_context(real), "blind": stack.enter_context(open_blind_agent())}
     leaving = stack.enter_context(ExitStack())
     agents["gone"] = leaving.enter_context(open_agent(command="demo"))
     web_config = directory / "web.yml"
     web_config.write_text("http_server_config: {http2: true}\n")
     for name in ("twin", "demo"):
-        agents[name] = stack.enter_context(open_agent(f"--web.config.file={web_config}", command="demo"))
+        words = (f"--web.config.file={web_config}", *statistics)
+        agents[name] = stack.enter_context(open_agent(*words, command="demo"))
     agents["lost"] = agents["twin"]
 
     for name in ("alertmanager", "prometheus"):
