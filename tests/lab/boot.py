@@ -88,7 +88,13 @@ class RunLost(LabError):
 
 
 def build_command(
-    kernel: Kernel, initramfs: Path, append: str, threads: ThreadIndex, fds: tuple[int, int]
+    kernel: Kernel,
+    initramfs: Path,
+    append: str,
+    threads: ThreadIndex,
+    fds: tuple[int, int],
+    *,
+    disk: Path | None = None,
 ) -> list[str]:
     """Returns the words that start QEMU with its console and report channel on two given sockets."""
     console_fd, report_fd = fds
@@ -100,6 +106,7 @@ def build_command(
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-device", "virtio-serial-pci", "-chardev", f"socket,id=report,fd={report_fd}"),
         *("-device", f"virtserialport,chardev=report,name={PORT_NAME}"),
+        *(("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe") if disk else ()),
     ]
 
 
@@ -190,14 +197,22 @@ def run_in_kernel(
         return boot(kernel, initramfs, append, threads, limits or Limits())
 
 
-def boot(kernel: Kernel, initramfs: Path, append: str, threads: ThreadIndex, limits: Limits) -> Run:
-    """Boots a kernel with an initramfs and listens until its job is done; raises RunLost."""
+def boot(
+    kernel: Kernel,
+    initramfs: Path,
+    append: str,
+    threads: ThreadIndex,
+    limits: Limits,
+    *,
+    disk: Path | None = None,
+) -> Run:
+    """Boots a kernel with an initramfs, and a disk if any, and listens until its job is done; raises RunLost."""
     with ExitStack() as stack:
         console, console_end = (stack.enter_context(end) for end in socket.socketpair())
         report, report_end = (stack.enter_context(end) for end in socket.socketpair())
         ends = (console_end.fileno(), report_end.fileno())
         stderr = stack.enter_context(tempfile.TemporaryFile())
-        qemu = build_command(kernel, initramfs, append, threads, ends)
+        qemu = build_command(kernel, initramfs, append, threads, ends, disk=disk)
         process = subprocess.Popen(qemu, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=ends)
         stack.callback(process.wait)
         stack.callback(process.kill)

@@ -1,7 +1,7 @@
 """Carries out the lab's job inside the booted kernel and reports it to the host.
 
-The job is ``/lab/job.json``: ``command`` (words), ``environment``, ``files`` (to bring back, where they
-exist). The report goes through a virtio-serial port, one JSON object a line:
+The job is ``/lab/job.json``, or what the first word of the command line names: ``command`` (words), ``environment``,
+``files`` (to bring back, where they exist). The report goes through a virtio-serial port, one JSON object a line:
 
 * ``hello``: the kernel's release, and its lockdown state, once Python runs;
 * ``output``: a piece of what the command wrote;
@@ -45,7 +45,8 @@ def read_lockdown() -> str:
 
 def main() -> int:
     """Runs the command and reports."""
-    job = json.loads(JOB.read_text(encoding="utf-8"))
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else JOB
+    job = json.loads(path.read_text(encoding="utf-8"))
     port = os.open(find_report_port(), os.O_RDWR | os.O_CLOEXEC)
     send(port, event="hello", release=os.uname().release, lockdown=read_lockdown())
     environment = {**os.environ, **job["environment"]}
