@@ -13,7 +13,7 @@ from tests.exporter.service.listening_manager import open_manager
 PID = 4242
 
 
-@pytest.mark.parametrize("address", ["", f"@kvm-notify-test-{os.getpid()}"])
+@pytest.mark.parametrize("address", ["", f"@kvm-notify-test-{os.getpid()}"], ids=["path", "abstract"])
 def test_assignments_go_to_a_path_or_an_abstract_address(address: str) -> None:
     with open_manager(address) as listening, ServiceManager(listening.address) as manager:
         manager.tell(READY=1, STATUS="26 VMs, 1 stalled")
