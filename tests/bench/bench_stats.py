@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.bench.__main__ import Agent, describe, open_agent
 from tests.bench.crowd import Crowd, open_crowd
 
-ROUNDS = 21
+ROUNDS = 15
 # Those that explain why a guest is slow, as the dashboards show them.
 TEN = (
     *("exits", "halt_poll_success_ns", "halt_poll_fail_ns", "halt_wait_ns", "irq_injections", "pf_taken", "pf_fixed"),
