@@ -26,6 +26,7 @@ from exporter.flags import (
     add_from_agent_flag,
     add_log_flags,
     add_monitor_flags,
+    add_path_flags,
     add_source_flags,
     add_state_flag,
     add_stats_flag,
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
             continue
         if name != "demo":
             add_source_flags(command)
+            add_path_flags(command)
         add_collector_flags(command)
         if name in ("serve", "demo"):
             add_monitor_flags(command, of_this_host=name == "serve")

@@ -14,6 +14,7 @@ from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from exporter.stalls.verdicts import StallRule
 from exporter.web.listeners import Address, TcpAddress, UnixAddress, parse_address
 from kvm.bpf.notify_trigger import FUNCTION
+from kvm.host.paths import HostPaths
 from kvm.statistics import StatScope, StatSelection
 
 SOURCES = ("bpf", "stats_fd", "debugfs")
@@ -58,6 +59,14 @@ def parse_listen_address(text: str) -> Address:
         raise argparse.ArgumentTypeError(str(err)) from err
 
 
+def parse_directory(text: str) -> Path:
+    """Return the absolute path of a directory; raises argparse.ArgumentTypeError."""
+    path = Path(text)
+    if not path.is_absolute() or not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: the absolute path of a directory is wanted")
+    return path
+
+
 def parse_prom_path(text: str) -> Path:
     """Return the path of a file that node_exporter's textfile collector reads: one that ends in .prom."""
     if not text.endswith(".prom"):
@@ -93,6 +102,29 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         default=SOURCES,
         help=f"sources of counters in order of preference (default: {','.join(SOURCES)})",
     )
+
+
+def add_path_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the host's file systems are."""
+    default = HostPaths()
+    for name, path, what in (
+        ("procfs", default.procfs, "proc is mounted, of the host's pid namespace"),
+        ("sysfs", default.sysfs, "sysfs is mounted, with what is mounted below it"),
+        ("rootfs", default.rootfs, "the host's root is, for libvirt's files"),
+    ):
+        parser.add_argument(
+            f"--path.{name}",
+            dest=f"path_{name}",
+            metavar="PATH",
+            type=parse_directory,
+            default=path,
+            help=f"where {what} (default: %(default)s)",
+        )
+
+
+def choose_paths(arguments: argparse.Namespace) -> HostPaths:
+    """Return where the host's file systems are."""
+    return HostPaths(arguments.path_procfs, arguments.path_sysfs, arguments.path_rootfs)
 
 
 def add_collector_flags(parser: argparse.ArgumentParser) -> None:

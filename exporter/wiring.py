@@ -9,12 +9,11 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from exporter.build_info import BuildInfo, read_version
-from exporter.flags import choose_collectors
+from exporter.flags import choose_collectors, choose_paths
 from exporter.monitor.agent_usage import read_agent_usage
 from exporter.monitor.backends import Backends, Trigger
 from exporter.monitor.cpu_time import read_cpu_time
@@ -33,7 +32,9 @@ from kvm.counters.vcpu_sources import VcpuSource, VcpuSources
 from kvm.discovery.processes import is_thread_of, open_vm_process
 from kvm.discovery.uevents import open_uevents, read_uevent
 from kvm.discovery.vm_discovery import Discovery
+from kvm.host.facts import read_host
 from kvm.host.kvm_device import may_run_tds
+from kvm.host.paths import HostPaths
 from kvm.identity.owner_cache import OwnerCache
 from kvm.identity.vm_ids import OWNER_WAIT_SECONDS
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, SnapshotReader
@@ -48,7 +49,6 @@ from kvm.statistics import StatSelection
 log = logging.getLogger(__name__)
 
 WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
-PROC, SYSFS, KVM_DEBUGFS = Path("/proc"), Path("/sys"), Path("/sys/kernel/debug/kvm")
 # A process that hangs is given up on after 10 s (OwnerCache): one snapshot waits for it.
 SINGLE_SNAPSHOT_WAIT_SECONDS = 11.0
 
@@ -63,23 +63,32 @@ class OpenHost(NamedTuple):
 def open_stall_monitor(arguments: argparse.Namespace, reader: SnapshotReader, vcpus: VcpuSources) -> StallMonitor:
     """Return the stall monitor of this host; ``vcpus`` reads registers, or what a patched KVM tells."""
 
+    paths = choose_paths(arguments)
+
     def make_trigger(on_call: Callable[[NotifyCall], None]) -> Trigger:
-        return NotifyTrigger(on_call, function=arguments.trigger_function)
+        return NotifyTrigger(on_call, function=arguments.trigger_function, kallsyms=paths.kallsyms, sys=paths.sysfs)
+
+    instructions = InstructionReader(paths.tracefs, proc=paths.procfs, sysfs=paths.sysfs)
 
     backends = Backends(
         reader=reader,
-        tracer=NotifyTracer(),
+        tracer=make_tracer(paths),
         read_vcpu=make_vcpu_reader(vcpus.read_vcpu),
-        open_pidfd=open_vm_process,
-        is_thread=is_thread_of,
+        open_pidfd=partial(open_vm_process, proc=paths.procfs),
+        is_thread=partial(is_thread_of, proc=paths.procfs),
         read_cpu_time=read_cpu_time,
         read_agent_usage=read_agent_usage,
-        may_run_tds=partial(may_run_tds, SYSFS),
+        may_run_tds=partial(may_run_tds, paths.sysfs),
         rip_sources=lambda: vcpus.rip_sources,
         make_trigger=make_trigger if arguments.trigger_bpf else None,
-        read_instruction=InstructionReader().read if arguments.shows_instruction else None,
+        read_instruction=instructions.read if arguments.shows_instruction else None,
     )
     return StallMonitor(backends, rule=StallRule(arguments.stall_exits, arguments.stall_seconds), poll=arguments.poll)
+
+
+def make_tracer(paths: HostPaths) -> NotifyTracer:
+    """Return the tracer of this host, not open."""
+    return NotifyTracer(paths.tracefs, proc=paths.procfs, sysfs=paths.sysfs)
 
 
 def open_simulated_monitor(arguments: argparse.Namespace, reader: SnapshotReader, host: SimulatedHost) -> StallMonitor:
@@ -99,28 +108,40 @@ def open_host(
     stack: contextlib.ExitStack,
     owner_wait_seconds: float = OWNER_WAIT_SECONDS,
     *,
+    paths: HostPaths | None = None,
     selection: StatSelection | None = None,
 ) -> OpenHost:
     """Return what reads this host; ``stack`` closes what it needs.
 
     ``selection`` says which statistics of KVM are to be read besides the counters.
     """
-    errors = ReadErrors()
+    paths, errors = paths or HostPaths(), ReadErrors()
+    proc, sysfs = paths.procfs, paths.sysfs
     uevents: Callable[[], bytes] = bytes  # none
     try:
         uevents = partial(read_uevent, stack.enter_context(open_uevents()))
     except OSError as err:
         log.info("no uevents: new VMs are found by scanning /proc", extra={"fields": {"err": err.strerror}})
-    bpf = BpfSource(WANTED, selection=selection)
-    stats_fd = StatsFdSource(WANTED, errors.teller("stats_fd"), selection=selection)
-    debugfs = DebugfsSource(WANTED, KVM_DEBUGFS, PROC, errors.teller("debugfs"), selection=selection)
+    bpf = BpfSource(WANTED, selection=selection, proc=proc, sys=sysfs)
+    stats_fd = StatsFdSource(WANTED, errors.teller("stats_fd"), kallsyms=paths.kallsyms, selection=selection, proc=proc)
+    debugfs = DebugfsSource(WANTED, paths.kvm_debugfs, proc, errors.teller("debugfs"), sysfs, selection=selection)
     counters: dict[str, CounterSource] = {source.name: source for source in (bpf, stats_fd, debugfs)}
     per_vcpu: tuple[VcpuSource, ...] = (bpf, stats_fd)
-    owners = OwnerCache(errors.teller("owners"))
+    owners = OwnerCache(
+        errors.teller("owners"), proc=proc, cgroups=paths.cgroups, libvirt_directories=paths.libvirt_directories
+    )
     stack.callback(owners.close)
-    discovery = Discovery(PROC, errors.teller("discovery"), uevents=uevents)
+    discovery = Discovery(proc, errors.teller("discovery"), uevents=uevents)
     reader = HostReader(
-        [counters[name] for name in sources], discovery, owners.find, errors, owner_wait_seconds=owner_wait_seconds
+        [counters[name] for name in sources],
+        discovery,
+        owners.find,
+        errors,
+        proc=proc,
+        kvm_debugfs=paths.kvm_debugfs,
+        kvm_module=paths.kvm_module,
+        read_host=partial(read_host, proc, sysfs),
+        owner_wait_seconds=owner_wait_seconds,
     )
     stack.callback(reader.close)
     return OpenHost(reader, VcpuSources([source for source in per_vcpu if source.name in sources]))

@@ -86,6 +86,7 @@ TESTED_IN = {
     "kvm.discovery.kvm_fds": "kvm/discovery/test_vm_discovery.py",
     "kvm.discovery.uevents": "kvm/discovery/test_vm_discovery.py",
     "kvm.host.kvm_device": "kvm/host/test_facts.py",
+    "kvm.host.paths": "live/test_paths.py",
     "kvm.host.throwaway_vm": "live/test_bpf.py",
     "kvm.identity.evidence": "kvm/identity/test_owners.py",
     "kvm.identity.lookup_child": "kvm/identity/test_owner_cache.py",

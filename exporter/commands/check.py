@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from exporter.flags import choose_statistics
+from exporter.flags import choose_paths, choose_statistics
 from exporter.host_summary import can_read, render_check
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.series_warning import MANY_SERIES, count_series
-from exporter.wiring import PROC, SINGLE_SNAPSHOT_WAIT_SECONDS, SYSFS, build_collector, open_host
+from exporter.wiring import SINGLE_SNAPSHOT_WAIT_SECONDS, build_collector, make_tracer, open_host
 from kvm.errors import SourceUnavailable
 from kvm.host.facts import read_vmx_flags
 from kvm.host.privileges import read_privileges
@@ -28,19 +28,19 @@ def run_check(arguments: argparse.Namespace) -> int:
     """Print what works on this host; 0 if counters can be read, else 1. With a web configuration, check that alone."""
     if arguments.web_config_file is not None:
         return check_web_config(arguments.web_config_file)
-    selection = choose_statistics(arguments)
+    selection, paths = choose_statistics(arguments), choose_paths(arguments)
     with contextlib.ExitStack() as stack:
-        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
+        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, paths=paths, selection=selection)
         collector = build_collector(host.reader, arguments)
         families = collector.collect()
         told_by_kvm = bool(host.vcpus.rip_sources)
     if collector.snapshot is None:
         return 1
-    tracing = TOLD_BY_KVM if told_by_kvm else try_tracing(NotifyTracer())
+    tracing = TOLD_BY_KVM if told_by_kvm else try_tracing(make_tracer(paths))
     report = render_check(
         collector.snapshot,
-        read_privileges(PROC, SYSFS),
-        read_vmx_flags(PROC),
+        read_privileges(paths.procfs, paths.sysfs),
+        read_vmx_flags(paths.procfs),
         tracing,
         series=describe_series(families, has_statistics=selection is not None),
     )

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
+from exporter.flags import choose_paths
 from exporter.web.listeners import Address, TcpAddress, UnixAddress
-from exporter.wiring import PROC, SYSFS
 from kvm.host.capabilities import give_up_capabilities
+from kvm.host.paths import HostPaths
 from kvm.host.privileges import Privileges, read_privileges
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def find_needed(arguments: argparse.Namespace, addresses: Iterable[Address], pri
 
 def give_up_the_rest(arguments: argparse.Namespace, addresses: Iterable[Address]) -> None:
     """Give up every other capability, as far as that is allowed, and tell; raises nothing."""
-    needed = find_needed(arguments, addresses, read_privileges(PROC, SYSFS))
+    paths = HostPaths() if arguments.command == "demo" else choose_paths(arguments)
+    needed = find_needed(arguments, addresses, read_privileges(paths.procfs, paths.sysfs))
     try:
         given_up = give_up_capabilities(needed)
     except OSError as err:

@@ -15,7 +15,7 @@ from pathlib import Path
 from exporter.commands.agent_report import is_all_known, read_agent_report, render_report
 from exporter.commands.columns import render_columns
 from exporter.commands.statistics_report import render_statistics, render_statistics_json
-from exporter.flags import choose_statistics, select_statistics
+from exporter.flags import choose_paths, choose_statistics, select_statistics
 from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
@@ -41,7 +41,9 @@ def run_once(arguments: argparse.Namespace) -> int:
         return print_statistics(arguments)
     with contextlib.ExitStack() as stack:
         selection = choose_statistics(arguments)
-        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
+        host = open_host(
+            arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, paths=choose_paths(arguments), selection=selection
+        )
         collector = build_collector(host.reader, arguments)
         # One snapshot has seen nothing move: what remembers increases would be a 0 for ever.
         families = [family for family in collector.collect() if family.metric not in MEMORIES]
@@ -63,7 +65,9 @@ def print_statistics(arguments: argparse.Namespace) -> int:
         raise ValueError("--stats prints a table or JSON; as metrics statistics are had with --collector.stats")
     selection = select_statistics(arguments, arguments.stats_level)
     with contextlib.ExitStack() as stack:
-        host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, selection=selection)
+        host = open_host(
+            arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, paths=choose_paths(arguments), selection=selection
+        )
         comparison = read_twice(host.reader, RATE_SECONDS)
     if arguments.format == "json":
         sys.stdout.write(render_statistics_json(comparison, build_document(comparison.now)))

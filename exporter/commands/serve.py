@@ -20,7 +20,7 @@ from typing import Final
 
 from exporter.commands.least_privilege import give_up_the_rest
 from exporter.commands.lifetime import Lifetime, run_until_signalled
-from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS, choose_statistics
+from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS, choose_paths, choose_statistics
 from exporter.history.kept_total import KeptTotal, read_boot_id
 from exporter.history.recorder import SnapshotRecorder
 from exporter.prometheus.metrics import STATE_FILE_SUCCESS, WEB_CONFIG_RELOAD_SUCCESS, Metric
@@ -30,7 +30,7 @@ from exporter.service.sockets import take_sockets
 from exporter.web.listeners import Address, ListenError, UnixAddress, find_address
 from exporter.web.peer_credentials import TrustedPeers
 from exporter.web.settings import ServerSettings
-from exporter.wiring import PROC, build_collector, open_host, open_simulated_monitor, open_stall_monitor
+from exporter.wiring import build_collector, open_host, open_simulated_monitor, open_stall_monitor
 from kvm.simulated.host import SimulatedHost
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ def run_server(arguments: argparse.Namespace) -> int:
             recorder = SnapshotRecorder(simulated)
             monitor = open_simulated_monitor(arguments, recorder, simulated)
         else:
-            host = open_host(arguments.sources, stack, selection=choose_statistics(arguments))
+            host = open_host(
+                arguments.sources, stack, paths=choose_paths(arguments), selection=choose_statistics(arguments)
+            )
             recorder = SnapshotRecorder(host.reader)
             monitor = open_stall_monitor(arguments, recorder, host.vcpus)
         kept = open_kept_total(arguments)
@@ -94,7 +96,7 @@ def open_kept_total(arguments: argparse.Namespace) -> KeptTotal | None:
     """Return what keeps the host's total over a restart, None where nothing is to; raises OSError."""
     if arguments.command == "demo" or arguments.state_file is None:
         return None
-    return KeptTotal(arguments.state_file, read_boot_id(PROC))
+    return KeptTotal(arguments.state_file, read_boot_id(choose_paths(arguments).procfs))
 
 
 def build_settings(arguments: argparse.Namespace, *, is_protected: bool) -> ServerSettings:

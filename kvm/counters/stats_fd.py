@@ -222,7 +222,7 @@ class StatsFdSource:
         try:
             os.close(syscalls.pidfd_getfd(pidfd, 0))
         except PermissionError:
-            if not read_privileges().lacks("CAP_SYS_PTRACE"):
+            if not read_privileges(self._proc).lacks("CAP_SYS_PTRACE"):
                 return ""
             return "other processes' fds cannot be borrowed, and nothing has been read yet; give CAP_SYS_PTRACE"
         except OSError:

@@ -27,7 +27,7 @@ from kvm.identity.vmm_cmdline import parse_cmdline
 MEMORY_BYTES = 512 << 20
 
 
-def answer(request: bytes, proc: Path, libvirt_directories: Sequence[Path]) -> bytes:
+def answer(request: bytes, proc: Path, cgroups: Path, libvirt_directories: Sequence[Path]) -> bytes:
     """Return one line of JSON for one: ``{"pid", "tid"}`` -> ``{"owner", "problems", "start_ticks"}``.
 
     ``owner`` is null where the process has ended or is ending. ``start_ticks`` is read last: where it is that of the
@@ -37,7 +37,7 @@ def answer(request: bytes, proc: Path, libvirt_directories: Sequence[Path]) -> b
     pid, tid = int(asked["pid"]), int(asked["tid"])
     found: dict[str, object] = {"owner": None, "problems": [], "start_ticks": None}
     try:
-        owner, problems = read_owner(proc, pid, tid, libvirt_directories)
+        owner, problems = read_owner(proc, pid, tid, libvirt_directories, cgroups)
         found = {
             "owner": asdict(owner),
             "problems": [list(problem) for problem in problems],
@@ -52,17 +52,19 @@ def answer(request: bytes, proc: Path, libvirt_directories: Sequence[Path]) -> b
     return json.dumps(found).encode() + b"\n"
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, proc: Path, libvirt_directories: Sequence[Path]) -> None:
+def serve(
+    requests: BinaryIO, answers: BinaryIO, proc: Path, cgroups: Path, libvirt_directories: Sequence[Path]
+) -> None:
     """Answer until there are no more requests."""
     for request in requests:
-        answers.write(answer(request, proc, libvirt_directories))
+        answers.write(answer(request, proc, cgroups, libvirt_directories))
         answers.flush()
 
 
 def main(words: Sequence[str]) -> int:
-    """Serve stdin; ``words`` are where proc is mounted and libvirt's directories."""
-    proc, *directories = map(Path, words)
+    """Serve stdin; ``words`` are where proc and cgroups are mounted, and libvirt's directories."""
+    proc, cgroups, *directories = map(Path, words)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    serve(sys.stdin.buffer, sys.stdout.buffer, proc, directories)
+    serve(sys.stdin.buffer, sys.stdout.buffer, proc, cgroups, directories)
     return 0

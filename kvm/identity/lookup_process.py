@@ -10,9 +10,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from kvm.errors import KvmReadError
 from kvm.identity.owners import OwnerReading, Problem
@@ -27,6 +27,19 @@ _PROGRAM = (
 )
 
 
+class LookupPlaces(NamedTuple):
+    """Where a child looks: where proc and the cgroups are mounted, and the directories of the host's libvirt."""
+
+    proc: Path
+    cgroups: Path
+    libvirt_directories: tuple[Path, ...]
+
+    @property
+    def words(self) -> list[str]:
+        """What its command line has for that."""
+        return [str(self.proc), str(self.cgroups), *map(str, self.libvirt_directories)]
+
+
 class LookupFailed(KvmReadError):
     """The child has ended, or speaks nonsense: what it was asked must be asked of another one."""
 
@@ -38,10 +51,10 @@ _unreaped: list[subprocess.Popen[bytes]] = []
 class LookupProcess:
     """A child to be asked one thing at a time; ``fd`` is readable when its answer has come."""
 
-    def __init__(self, proc: Path, libvirt_directories: Sequence[Path]) -> None:
+    def __init__(self, places: LookupPlaces) -> None:
         """Start it; raises OSError."""
         # -I and -S: nothing of the environment, of the current directory or of site-packages comes in.
-        command = [sys.executable, "-I", "-S", "-c", _PROGRAM, str(proc), *map(str, libvirt_directories)]
+        command = [sys.executable, "-I", "-S", "-c", _PROGRAM, *places.words]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from kvm.discovery.processes import read_uid
 from kvm.errors import VmGone
-from kvm.identity.lookup_process import LookupFailed, LookupProcess
+from kvm.identity.evidence import CGROUPS
+from kvm.identity.lookup_process import LookupFailed, LookupPlaces, LookupProcess
 from kvm.identity.owners import LIBVIRT_DIRECTORIES, OwnerReading, read_program
 from kvm.identity.vmm_cmdline import parse_cmdline
 from kvm.model import Owner
@@ -73,12 +74,13 @@ class OwnerCache:
         *,
         proc: Path = Path("/proc"),
         libvirt_directories: Sequence[Path] = LIBVIRT_DIRECTORIES,
+        cgroups: Path = CGROUPS,
         clock: Callable[[], float] = time.monotonic,
         give_up_seconds: float = 10.0,
     ) -> None:
         self._on_error = on_error
         self._proc = proc
-        self._libvirt_directories = tuple(libvirt_directories)
+        self._places = LookupPlaces(proc, cgroups, tuple(libvirt_directories))
         self._clock = clock
         self._give_up_seconds = give_up_seconds
         self._lookups: dict[Key, _Lookup] = {}
@@ -173,7 +175,7 @@ class OwnerCache:
         if busy >= self.BUSY_CHILDREN or self.children >= self.CHILDREN:
             return None
         try:
-            self._children.append(_Child(LookupProcess(self._proc, self._libvirt_directories)))
+            self._children.append(_Child(LookupProcess(self._places)))
         except OSError as err:  # no process or no fd is left
             self._on_error(lookup.pid, "unstarted", f"no process to look for its owner: {err}")
             return None

@@ -48,7 +48,8 @@ def check_row(feature: Feature, packages: Path, pid: int, prefix: Sequence[str] 
 
     But for those that another one of the row has in it: for a person, the row names them too.
     """
-    assert try_feature(feature.name, feature.needs, packages, pid, prefix) == "works"
+    said = try_feature(feature.name, feature.needs, packages, pid, prefix)
+    assert said == "works", said
     for missing in (name for name in feature.needs if IMPLIED_BY.get(name) not in feature.needs):
         held = [capability for capability in feature.needs if capability != missing]
         said = try_feature(feature.name, held, packages, pid, prefix)
