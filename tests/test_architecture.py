@@ -110,7 +110,7 @@ LONGER_FILES = {
     "kvm.counters.bpf": "one source: how it opens, learns the kernel's layout, and proves that it reads right",
 }
 WHOLE_PACKAGE_TESTS = {"exporter/prometheus/test_golden.py", "exporter/monitor/test_trace_limits.py"}
-WHOLE_PACKAGE_TESTS |= {"exporter/monitor/test_kernel_verdicts.py"}
+WHOLE_PACKAGE_TESTS |= {"exporter/monitor/test_kernel_verdicts.py", "exporter/prometheus/test_stat_arithmetic.py"}
 
 
 def find_modules() -> dict[str, Path]:
