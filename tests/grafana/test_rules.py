@@ -261,7 +261,7 @@ def test_the_rules_of_vms_hold_no_more_samples_than_they_must() -> None:
 @pytest.mark.parametrize("rule", ALERTS, ids=by_name)
 def test_where_the_name_is_not_known_no_other_is_in_its_place(rule: Rule) -> None:
     """Targets may bring the labels vm_namespace and project along, of the agent and not of the VM."""
-    if "group_left" in rule.expr and "vm:kvm_vm_info:unique" in rule.expr:
+    if "group_left" in rule.expr and "_info:unique" in rule.expr:
         _known, unknown = rule.expr.split("or on (job, instance, vm)")
         assert DROPPED_OWNER.match(unknown.strip())
 
@@ -390,6 +390,10 @@ MUTANTS: Final = [
     Mutant("vm:kvm_vm_info:unique", "> 1", "> 9"),
     Mutant("vm:kvm_vm_info:unique", r"(?m)^max without .pid. .kvm_vm_info.$", "kvm_vm_info"),
     Mutant("vm:kvm_vm_info:unique", "by .job, instance, vm.", "by (job, vm)"),
+    Mutant("vm:kvm_stalled_vm_info:unique", "> 1", "> 9"),
+    Mutant("vm:kvm_stalled_vm_info:unique", r"\Amax without .pid. ", "max without (name) "),
+    Mutant("vm:kvm_stalled_vm_info:unique", "count by .job, instance, vm.", "count by (job, vm)"),
+    Mutant("vm:kvm_stalled_vm_info:unique", " or kvm_vcpu_drill"),
     Mutant("KvmVcpuNoForwardProgress", r"on .job, instance, vm. group_left", "on (vm) group_left"),
     Mutant("KvmVcpuNoForwardProgress", REST.format("or on")),
     Mutant("KvmVcpuNoForwardProgress", DROPPED_OWNER.pattern),
@@ -559,6 +563,7 @@ KEPT_CENTRALLY: Final = {"kvm_host_info", "kvm_host_vcpus", "kvm_exporter_build_
 }
 KEPT_BESIDE_AGENTS: Final = {"kvm_vm_info", "kvm_vcpu_exits_total", "kvm_vm_notify_window_exits_total"} | {
     "vm:kvm_vm_info:unique",
+    "vm:kvm_stalled_vm_info:unique",
     "vm:kvm_vm_notify_lost_seconds:rate5m",
     "node_load1",
 }

@@ -75,7 +75,7 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("kvm-notify-host: annotation Microcode or kernel changed", ""): _NO_REBOOT,
 }
 # These are recorded each 15 s or minute, before anything else happens; the others when it is too late for the episode.
-RECORDED_AT_ONCE = {"vm:kvm_vm_info:unique", "instance:kvm_host_info:unique"}
+RECORDED_AT_ONCE = {"vm:kvm_vm_info:unique", "vm:kvm_stalled_vm_info:unique", "instance:kvm_host_info:unique"}
 RECORDED_RARELY = "what rules record each minute or more rarely, a minute and a half sees once or never"
 
 
