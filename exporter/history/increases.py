@@ -100,11 +100,24 @@ class IncreaseTracker:
         column = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
         if column is not None and len(column) == len(counters.vcpu_ids):
             complete = len(column) == reading.vcpu_count
-            if (column, counters.vcpu_ids, complete) != (memory.column, memory.vcpu_ids, memory.complete):
+            if counters.vcpu_ids is memory.vcpu_ids and complete is memory.complete and memory.total is None:
+                self._observe_same_vcpus(memory, column, now)
+            elif (column, counters.vcpu_ids, complete) != (memory.column, memory.vcpu_ids, memory.complete):
                 self._observe_vcpus(memory, dict(zip(counters.vcpu_ids, column, strict=True)), complete, now)
                 memory.vcpu_ids, memory.column = counters.vcpu_ids, column
         elif NOTIFY_WINDOW_EXITS in counters.totals:
             self._observe_sum(memory, counters.totals[NOTIFY_WINDOW_EXITS])
+
+    def _observe_same_vcpus(self, memory: _Memory, column: tuple[int, ...], now: float) -> None:
+        """Take in numbers of the vCPUs that were there the last time: nearly always so, and no number has moved."""
+        if column == memory.column:
+            return
+        for vcpu_id, before, value in zip(memory.vcpu_ids, memory.column, column, strict=True):
+            if value != before:
+                self._count(memory, value - before if value >= before else value)
+                memory.last_moves[vcpu_id] = now
+                memory.values[vcpu_id] = value
+        memory.column = column
 
     def _observe_vcpus(self, memory: _Memory, values: dict[int, int], complete: bool, now: float) -> None:
         if memory.total is not None:

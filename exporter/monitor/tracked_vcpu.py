@@ -67,7 +67,9 @@ class TrackedVcpu:
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
     _slowest: float = SESSION_SECONDS
-    _figures: tuple[tuple[int, int | None], VcpuFigures] | None = None
+    _figures: VcpuFigures | None = None
+    _figures_of: int = 0
+    _tid_of_figures: int | None = None
 
     def renew(self, reading: VmReading, position: int | None) -> Counts | None:
         """Take in a newer reading of the VM, in which the vCPU stands at ``position``; returns its counters, if any."""
@@ -86,10 +88,10 @@ class TrackedVcpu:
     @property
     def figures(self) -> VcpuFigures:
         """What metrics tell of it; the same object until that changes. From any thread."""
-        stamp = (self.detector.stamp, self.vcpu.tid)
-        if self._figures is None or self._figures[0] != stamp:
-            self._figures = (stamp, self._build_figures())
-        return self._figures[1]
+        stamp, tid = self.detector.stamp, self.vcpu.tid
+        if self._figures is None or self._figures_of != stamp or self._tid_of_figures != tid:
+            self._figures_of, self._tid_of_figures, self._figures = stamp, tid, self._build_figures()
+        return self._figures
 
     def _build_figures(self) -> VcpuFigures:
         detector = self.detector

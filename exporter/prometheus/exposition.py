@@ -13,7 +13,7 @@ import gzip
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from itertools import chain
 
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, generate_latest
@@ -109,10 +109,6 @@ def render_number(value: float) -> str:
 def render_sample(metric: Metric, label_values: Sequence[str], value: float) -> str:
     """Render one sample line."""
     return f"{render_series(metric, label_values)} {render_number(value)}\n"
-
-
-# Many vCPUs have the same number: the time of the snapshot in which they were seen to move, or 0.
-render_number_again = lru_cache(maxsize=1024, typed=True)(render_number)
 
 
 @cache

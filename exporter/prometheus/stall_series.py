@@ -7,7 +7,7 @@ they change.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from exporter.prometheus import metrics
@@ -44,7 +44,7 @@ class _Known(NamedTuple):
     traced: bool
     judged: bool
     figures: list[VcpuFigures | None]
-    notified: list[int]
+    notified: Sequence[int]
     missed: list[int]
     drilled: list[int]
     starts: list[tuple[int, float]]
@@ -62,6 +62,9 @@ class StallSeries:
         if report.context_invalid:
             self._vms.update(reading.vm.key[:2] for reading in readings)
         self._found = report.figures
+        self._stalled: Counter[VmKey] = Counter(
+            vm for vm, vcpus in report.figures.items() for found in vcpus.values() if found.state is State.STALLED
+        )
         self._missed: dict[VmKey, set[int]] = {}
         for missed in report.missed_vcpus:
             self._missed.setdefault(missed.vm, set()).add(missed.vcpu_id)
@@ -93,17 +96,16 @@ class StallSeries:
         key, report = reading.vm.key, self._report
         of_vm, drills = self._found.get(key, {}), self._drills.get(key, ())
         figures = [of_vm.get(vcpu.vcpu_id) for vcpu in reading.vcpus]
-        column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
         starts = [
             (at, round(found.stuck_since_seconds + self._unix_offset, 3))
-            for at, found in enumerate(figures)
+            for at, found in enumerate(figures if key in self._stalled else ())
             if found is not None and found.stuck_since_seconds is not None
         ]
         return _Known(
             traced=with_counters and not report.problem,
             judged=not report.problem,
             figures=figures,
-            notified=[at for at, count in enumerate(column[: len(figures)]) if count],
+            notified=_find_notified(reading),
             missed=_find_positions(reading, self._missed.get(key, ())),
             drilled=_find_positions(reading, drills),
             starts=starts,
@@ -115,8 +117,7 @@ class StallSeries:
         """Return what is known of the whole host."""
         stuck, interval = Family(metrics.HOST_NO_PROGRESS), Family(metrics.HOST_INTERVAL_MIN)
         if not self._report.problem:
-            figures = (found for vcpus in self._found.values() for found in vcpus.values())
-            stuck.add((), sum(found.state is State.STALLED for found in figures))
+            stuck.add((), sum(self._stalled.values()))
         for window, seconds in sorted(self._report.interval_min_seconds.items()):
             interval.add((str(window),), seconds)
         return [stuck, interval]
@@ -134,6 +135,11 @@ class StallSeries:
         if self._report.agent_usage is not None:
             families += _build_usage_families(self._report.agent_usage)
         return families
+
+
+def _find_notified(reading: VmReading) -> Sequence[int]:
+    column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())[: len(reading.vcpus)]
+    return [at for at, count in enumerate(column) if count] if 0 in column else range(len(column))
 
 
 def _find_positions(reading: VmReading, vcpu_ids: Collection[int]) -> list[int]:

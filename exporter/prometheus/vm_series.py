@@ -12,7 +12,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import escape_label_value, make_template, render_number_again, render_sample
+from exporter.prometheus.exposition import escape_label_value, make_template, render_number, render_sample
 from exporter.prometheus.metrics import Metric, order_labels
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
@@ -147,15 +147,21 @@ class VmSeries:
             kept = self._kept[metric] = _KeptLines(positions, self._make_template(metric, positions, "%s"))
         if kept.values != values:
             kept.values = values
-            kept.text = kept.template % tuple([render_number_again(value) for value in values])
+            kept.text = kept.template % _render_numbers(values)
         return [(metric, kept.text)]
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
-        ids = [vcpu.vcpu_id for vcpu in self._vcpus]
-        positions = [position for position, vcpu_id in enumerate(ids) if vcpu_id in last_moves]
-        times = [last_moves[ids[position]] for position in positions]
+        found = [(at, last_moves[vcpu.vcpu_id]) for at, vcpu in enumerate(self._vcpus) if vcpu.vcpu_id in last_moves]
+        positions, times = zip(*found, strict=True) if found else ((), ())
         return self.render_values(metrics.VCPU_LAST_NOTIFY_EXIT, positions, times)
+
+
+def _render_numbers(values: Sequence[float]) -> tuple[str, ...]:
+    # Many have one number: 0, or the time of the snapshot in which all were seen to move.
+    if values.count(values[0]) == len(values):
+        return (render_number(values[0]),) * len(values)
+    return tuple([render_number(value) for value in values])
 
 
 class _KeptLines:

@@ -54,9 +54,11 @@ class FloodedHost:
             pid = (number + 1) * TIDS_PER_VM
             owner = Owner("qemu", name=f"vm-{number}", project="bench", identity=Identity.LIBVIRT, uid=64055)
             vm = Vm(f"{number:032x}", VmKey(pid, 1, 9), owner, 1.7e9)
-            self._vms.append((vm, tuple(Vcpu(index, index, pid + 1 + index) for index in range(vcpus))))
-        self.threads = {vcpu.tid: (vm, vcpu) for vm, own in self._vms for vcpu in own}
-        vm, own = self._vms[-1]
+            own = tuple(Vcpu(index, index, pid + 1 + index) for index in range(vcpus))
+            # The same objects in each snapshot, as a real source gives them.
+            self._vms.append((vm, own, tuple(vcpu.vcpu_id for vcpu in own), tuple(vcpu.tid for vcpu in own)))
+        self.threads = {vcpu.tid: (vm, vcpu) for vm, own, _, _ in self._vms for vcpu in own}
+        vm, own, _, _ = self._vms[-1]
         self.stuck = VcpuKey(vm.key, own[-1].vcpu_id)
         self.stuck_tid = own[-1].tid
         self.stuck_vm = vm.id
@@ -75,12 +77,11 @@ class FloodedHost:
         now = time.monotonic()
         usual, others = self.count(None, now), int(now * OTHER_EXITS)
         readings = []
-        for vm, vcpus in self._vms:
+        for vm, vcpus, ids, tids in self._vms:
             column, exits = (usual,) * len(vcpus), (others,) * len(vcpus)
             if vm.key == self.stuck.vm and self.began is not None:
                 column = (*column[:-1], self.count(self.stuck_tid, now))
                 exits = (*exits[:-1], int(self.began * OTHER_EXITS) + column[-1])
-            ids, tids = tuple(vcpu.vcpu_id for vcpu in vcpus), tuple(vcpu.tid for vcpu in vcpus)
             counters = VmCounters(ids, tids, {NOTIFY_WINDOW_EXITS: column, EXITS: exits}, {}, 0, 1)
             readings.append(VmReading(vm, "bpf", vcpus, len(vcpus), counters, Protection.ARMED))
         return Snapshot(now, time.time(), INTEL, tuple(readings), (SourceReport("bpf", up=True),), {})
