@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple
 
 from aiohttp import web
 
@@ -18,12 +19,24 @@ from exporter.prometheus.selection import BadSelection, select_collectors
 from exporter.web.access import find_client
 from exporter.web.connection_guard import ConnectionGuard
 from exporter.web.document import Document
+from exporter.web.renderings import Renderings
 from exporter.web.settings import ServerSettings
+
+# A scraper reads a document in far less. Who takes longer does so until somebody else needs the place.
+SLOW_SECONDS: Final = 1.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 log = logging.getLogger(__name__)
+
+
+class _Writing(NamedTuple):
+    """A document on its way to a client."""
+
+    request: web.BaseRequest
+    document_id: int
+    since: float
 
 
 class MetricsApp:
@@ -42,8 +55,9 @@ class MetricsApp:
         self._rate_limited_log = rate_limited_log
         self._self_metrics = open_self_metrics(settings.exporter_metrics)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scrape")
-        # The ids of scrapes under way, until their last byte is written. Who is not let in is none.
-        self._scrapes: set[int] = set()
+        self._renderings = Renderings(self._scrape, self._worker)
+        # What is being written, to whom, and since when (the event loop's time); the oldest first.
+        self._writing: dict[int, _Writing] = {}
 
     async def run_worker(self, app: web.Application) -> AsyncIterator[None]:
         """Take a first snapshot while the application starts, and let the worker finish when it ends."""
@@ -70,27 +84,28 @@ class MetricsApp:
             response = await self._answer(request, handler)
             async with asyncio.timeout(self._settings.write_seconds):
                 if isinstance(response, Document):
+                    now = asyncio.get_running_loop().time()
+                    self._writing[id(request)] = _Writing(request, response.document_id, now)
                     await response.write_to(request)
                 else:
                     await response.prepare(request)
                     await response.write_eof()
+                    if isinstance(response, web.Response):
+                        response.body = None  # aiohttp keeps the response for as long as the client stays
         except TimeoutError:
-            self._rate_limited_log.write(logging.WARNING, "client reads too slowly and is cut off", client=client)
-            if transport is not None:
-                transport.abort()
+            self._cut(request)
         except ConnectionError as err:
             log.debug("client has gone", extra={"fields": {"client": client, "err": repr(err)}})
         finally:
-            self._scrapes.discard(id(request))
+            self._writing.pop(id(request), None)
             self._guard.end(transport)
         return response
 
     async def answer_metrics(self, request: web.Request) -> web.StreamResponse:
         """Read the host and answer in the format that the client likes best."""
         limit = self._settings.max_requests
-        if limit and len(self._scrapes) >= limit:
+        if limit and not self._make_room(limit):
             return _render_text(503, f"limit of concurrent requests reached ({limit}), try again later")
-        self._scrapes.add(id(request))
         query = request.query
         try:
             selected = select_collectors(
@@ -100,8 +115,7 @@ class MetricsApp:
             return _render_text(400, str(err))
         form = parse_accept(",".join(request.headers.getall("Accept", [])))
         zipped = accepts_gzip(",".join(request.headers.getall("Accept-Encoding", [])))
-        loop = asyncio.get_running_loop()
-        body = await loop.run_in_executor(self._worker, self._scrape, selected, form, zipped)
+        body = await self._renderings.render((selected, form, zipped))
         headers = {"Content-Type": form.content_type, "Vary": "Accept, Accept-Encoding"}
         if zipped:
             headers["Content-Encoding"] = "gzip"
@@ -138,7 +152,28 @@ class MetricsApp:
         if not snapshot.cancelled() and (err := snapshot.exception()):
             self._rate_limited_log.write(logging.ERROR, "a snapshot failed", err=repr(err))
 
-    def _scrape(self, selected: frozenset[str], form: Format, zipped: bool) -> bytes:
+    def _make_room(self, limit: int) -> bool:
+        """Tell whether one more document may be made; whoever reads one slowly keeps nobody out."""
+        slow_since = asyncio.get_running_loop().time() - SLOW_SECONDS
+        for key, writing in tuple(self._writing.items()):
+            if self._count_documents() < limit or writing.since > slow_since:
+                break
+            del self._writing[key]
+            self._cut(writing.request)
+        return self._count_documents() < limit
+
+    def _count_documents(self) -> int:
+        """How many documents are being made or written. What nobody waits for any more is none."""
+        return self._renderings.count + len({writing.document_id for writing in self._writing.values()})
+
+    def _cut(self, request: web.BaseRequest) -> None:
+        client = request.remote or "unix socket"
+        self._rate_limited_log.write(logging.WARNING, "client reads too slowly and is cut off", client=client)
+        if request.transport is not None:
+            request.transport.abort()
+
+    def _scrape(self, wanted: tuple[frozenset[str], Format, bool]) -> bytes:
+        selected, form, zipped = wanted
         document = render_document(self._collector.collect(selected), self._self_metrics, form)
         return compress_document(document) if zipped else document
 

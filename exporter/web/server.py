@@ -1,8 +1,10 @@
 """HTTP: the metrics, the status page, health.
 
 Snapshots and rendering run in one worker thread, so that scrapes take turns and the event loop never waits for the
-kernel. A scrape counts against ``max_requests`` until its last byte is written, and writing has a time limit: so what
-slow readers can pin is ``max_requests`` documents, for ``WRITE_SECONDS``. Idle connections pin none (``document``).
+kernel. Who asks for the same while others wait for it shares their document (``renderings``). A document counts against
+``max_requests`` until its last byte is written, and writing has a time limit, which is short where somebody else needs
+the place: so slow readers pin ``max_requests`` documents at most, and keep nobody out. Idle connections pin none
+(``document``).
 """
 
 from __future__ import annotations

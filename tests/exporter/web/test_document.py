@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
+
+import pytest
+from aiohttp import web
 
 from exporter.web.listeners import Address
 from kvm.simulated.host import SimulatedHost
@@ -71,3 +75,18 @@ def test_a_client_that_leaves_in_between_is_no_failure() -> None:
         await asyncio.sleep(0)
 
     run(scenario, SimulatedHost(vm_count=625, vcpus_per_vm=16))
+
+
+@pytest.mark.parametrize("path", ["/", "/api/v1/vcpus", "/-/healthy"])
+def test_an_idle_connection_holds_no_page_either(path: str) -> None:
+    async def scenario(address: Address) -> None:
+        client = await Client.open(address)
+        await client.send(REQUEST.replace(b"/metrics", path.encode()))
+        await client.reader.readuntil(b"\r\n\r\n")
+        await client.reader.read(1)
+        await ask(address)  # the server has done with the first by then
+        held = [one for one in gc.get_objects() if isinstance(one, web.Response) and one.body is not None]
+        assert held == []
+        await client.close()
+
+    run(scenario, SimulatedHost())

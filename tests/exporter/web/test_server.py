@@ -513,7 +513,10 @@ def test_connections_that_are_all_busy_are_kept() -> None:
     run(scenario, host, guard=ConnectionGuard(max_connections=1))
 
 
-def test_slow_reader_is_cut_and_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("write_seconds", [0.3, 30.0], ids=["in time", "when its place is needed"])
+def test_slow_reader_is_cut_and_holds_nobody_up(
+    write_seconds: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     # A Unix socket has a small buffer of fixed size; TCP's may grow to hold the whole answer.
     address = UnixAddress(str(tmp_path / "agent.sock"))
 
@@ -539,7 +542,7 @@ def test_slow_reader_is_cut_and_holds_nobody_up(tmp_path: Path, caplog: pytest.L
     run(
         scenario,
         SimulatedHost(vm_count=625, vcpus_per_vm=16),
-        settings=ServerSettings(addresses=(address,), max_requests=1, write_seconds=0.3),
+        settings=ServerSettings(addresses=(address,), max_requests=1, write_seconds=write_seconds),
     )
     assert [record.message for record in caplog.records] == ["client reads too slowly and is cut off"]
 
