@@ -98,7 +98,8 @@ class OwnerCache:
         """Return the owners that are known, of processes given as {(pid, start_ticks): a living thread}.
 
         Waits at most ``wait_seconds``, and only for processes that were not asked for before: one that hangs delays
-        its first snapshot and no other. Processes that are not wanted any more are forgotten.
+        its first snapshot and no other, and while it hangs nobody waits for new ones of its uid. Processes that are
+        not wanted any more are forgotten.
         """
         new = self._note_wanted(wanted)
         deadline = self._clock() + wait_seconds
@@ -107,7 +108,7 @@ class OwnerCache:
             self._give_up_on_hung()
             self._ask()
             left = deadline - self._clock()
-            if left <= 0 or not any(lookup.reading is None and lookup.is_queued for lookup in new):
+            if left <= 0 or not self._are_worth_waiting_for(new):
                 break
             self._receive(min(left, self.STUCK_SECONDS))
         self._end_idle_children()
@@ -146,6 +147,18 @@ class OwnerCache:
                 lookup.tid, lookup.is_queued = tid, True
                 self._queue.append(lookup)
         return new
+
+    def _are_worth_waiting_for(self, lookups: Sequence[_Lookup]) -> bool:
+        """Tell whether one of them may have its answer soon: whoever makes lookups hang makes nobody wait twice."""
+        now = self._clock()
+        hung_uids = {uid for process, uid in self._left_behind if not process.has_ended}
+        hung_uids |= {
+            child.lookup.uid for child in self._children if child.lookup and now - child.since >= self.STUCK_SECONDS
+        }
+        return any(
+            lookup.reading is None and lookup.is_queued and (lookup.uid is None or lookup.uid not in hung_uids)
+            for lookup in lookups
+        )
 
     def _ask(self) -> None:
         """Give what waits to children that have nothing to do, and start some where there is room."""

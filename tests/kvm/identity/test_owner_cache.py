@@ -137,6 +137,24 @@ def test_hung_process_delays_only_its_first_look(proc: FakeProc, errors: Errors,
     wait_until(lambda: cache.find(wanted, 0.0))
 
 
+def test_new_processes_of_who_makes_look_ups_hang_are_not_waited_for(proc: FakeProc, make_cache: Make) -> None:
+    cache = make_cache()
+    hung = [proc.add("qemu", pid) for pid in range(100, 104)]
+    for pid in hung:
+        proc.set_uid(pid, 1000)
+        proc.hang(pid)
+    wanted = {(hung[0], START_TICKS): hung[0]}
+    assert cache.find(wanted, 2 * OwnerCache.STUCK_SECONDS) == {}
+    for pid in hung[1:]:
+        wanted[pid, START_TICKS] = pid
+        began = time.monotonic()
+        assert cache.find(wanted, PATIENCE_SECONDS) == {}
+        assert time.monotonic() - began < PATIENCE_SECONDS / 2
+    honest = proc.add("crosvm", 200)
+    wanted[honest, START_TICKS] = honest
+    assert cache.find(wanted, PATIENCE_SECONDS) == {(honest, START_TICKS): TERMINA}
+
+
 def test_who_makes_look_ups_hang_holds_up_nobody_of_another_uid(
     proc: FakeProc, errors: Errors, make_cache: Make
 ) -> None:
