@@ -1,14 +1,17 @@
 """Counts what could not be read, and logs each trouble once and not on every snapshot.
 
 A trouble is told by process, because that is what is known where it is found; whose VM it is, is known at the end of a
-snapshot, and then it is logged with the VM's name.
+snapshot, and then it is logged with the VM's name. Whoever makes processes by the thousand makes as many troubles: of
+one kind so many are logged in a minute, and of the rest their number.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvm.model import Vm
@@ -17,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # Troubles of processes that hold no VM are remembered too, but not for ever.
 MAX_LOGGED = 10_000
+# Of one kind, in so many seconds.
+LINES, LINES_SECONDS = 10, 60.0
 
 MESSAGES = {
     "duplicate": "two VMs claim one identity",
@@ -27,13 +32,25 @@ MESSAGES = {
 }
 
 
+@dataclass(slots=True)
+class _Lines:
+    """Of one kind of trouble: since when, how many were logged, and how many more there were."""
+
+    since: float
+    written: int = 0
+    withheld: int = 0
+
+
 class ReadErrors:
     """The tally of what could not be read, by (source, kind), since start.
 
-    A trouble is logged when a process first has it; then only counted, until the process has ended.
+    A trouble is logged when a process first has it; then only counted, until the process has ended. ``clock`` gives
+    seconds that only grow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lines: dict[str, _Lines] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._logged: dict[tuple[int, str, str], None] = {}
         self._vm_pids: set[int] = set()
@@ -68,11 +85,24 @@ class ReadErrors:
                 fields["pid"] = pid
             if pid in vms:
                 fields |= {"vm": vms[pid].id, "name": vms[pid].owner.name}
-            log.warning(MESSAGES.get(kind, "something could not be read"), extra={"fields": fields})
+            self._log(kind, fields)
         ended = self._vm_pids - vms.keys()
         logged = [entry for entry in (*self._logged, *self._new) if entry[0] not in ended]
         self._logged = dict.fromkeys(logged[-MAX_LOGGED:])
         self._vm_pids, self._new = set(vms), {}
+
+    def _log(self, kind: str, fields: dict[str, object]) -> None:
+        now = self._clock()
+        lines = self._lines.setdefault(kind, _Lines(now))
+        if now - lines.since >= LINES_SECONDS:
+            if lines.withheld:
+                fields["withheld"] = lines.withheld
+            lines.since, lines.written, lines.withheld = now, 0, 0
+        if lines.written == LINES:
+            lines.withheld += 1
+            return
+        lines.written += 1
+        log.warning(MESSAGES.get(kind, "something could not be read"), extra={"fields": fields})
 
     @property
     def counts(self) -> Mapping[tuple[str, str], int]:

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from kvm.model import Owner, Vm, VmKey
-from kvm.read_errors import ReadErrors
+from kvm.read_errors import LINES, LINES_SECONDS, ReadErrors
 
 
 def make_vm(pid: int, fd: int = 4) -> Vm:
@@ -22,3 +22,21 @@ def test_what_is_left_out_again_is_counted_again_and_logged_once(caplog: pytest.
             errors.log_new([make_vm(7)])
     assert errors.counts == {("stats_fd", "malformed"): 5}
     assert len(caplog.records) == 1
+
+
+def test_troubles_by_the_thousand_are_a_few_lines_and_their_number(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    errors = ReadErrors(lambda: now[0])
+    with caplog.at_level(logging.WARNING):
+        for pid in range(1, 1001):
+            errors.record("owners", pid, "hung", "it hangs")
+            errors.log_new([make_vm(pid)])
+        errors.record("bpf", 7, "malformed", "nonsense")
+        errors.log_new([])
+        assert len(caplog.records) == LINES + 1
+        now[0] += LINES_SECONDS
+        errors.record("owners", 2000, "hung", "it hangs")
+        errors.log_new([])
+    assert len(caplog.records) == LINES + 2
+    assert vars(caplog.records[-1])["fields"]["withheld"] == 1000 - LINES
+    assert errors.counts == {("owners", "hung"): 1001, ("bpf", "malformed"): 1}
