@@ -12,8 +12,8 @@ What counts as an increase is chosen so that the sum is never too high:
 - when a VM changes between per-vCPU numbers and a sum, the two are compared as sums, where both cover all vCPUs, and
   only what goes beyond the highest sum so far is an increase;
 - a VM that is missing from a snapshot keeps its place for ``MEMORY_SECONDS``, because its process may come back into
-  sight; what is forgotten after that never counts from 0 again. A vCPU keeps its place as long as its VM: QEMU parks
-  an unplugged one and plugs the same one in again.
+  sight, unless more than ``MAX_MISSING`` are missing; what is forgotten after that never counts from 0 again. A vCPU
+  keeps its place as long as its VM: QEMU parks an unplugged one and plugs the same one in again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Final
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmKey, VmReading
 
 MEMORY_SECONDS: Final = 600.0
+# So many VMs that are missing are remembered: whoever makes and ends them by the thousand makes us forget sooner.
+MAX_MISSING: Final = 5000
 
 
 @dataclass(slots=True)
@@ -80,20 +82,31 @@ class IncreaseTracker:
             self._observe_vm(memory, reading, snapshot.unix_seconds)
             if memory.last_moves:
                 self.moved_vms.add(reading.vm.key)
-        self._forget_before(snapshot.monotonic_seconds - MEMORY_SECONDS)
+        self._forget_missing(snapshot.monotonic_seconds)
 
     def last_moves(self, key: VmKey) -> Mapping[int, float]:
         """Return when each vCPU of a VM, by vcpu_id, was last seen to move (Unix time); never seen is absent."""
         memory = self._memories.get(key)
         return MappingProxyType(memory.last_moves if memory else {})
 
-    def _forget_before(self, oldest_seconds: float) -> None:
-        for key in [key for key, memory in self._memories.items() if memory.last_seen_seconds < oldest_seconds]:
+    def _forget_missing(self, now: float) -> None:
+        """Forget VMs that have been missing for long; of too many those first that never took an exit."""
+        missing = [key for key, memory in self._memories.items() if memory.last_seen_seconds < now]
+        too_many = max(0, len(missing) - MAX_MISSING)
+        if too_many:
+            missing.sort(key=self._rank)
+        forgotten, kept, oldest_seconds = missing[:too_many], missing[too_many:], now - MEMORY_SECONDS
+        forgotten += [key for key in kept if self._memories[key].last_seen_seconds < oldest_seconds]
+        for key in forgotten:
             memory = self._memories.pop(key)
             self.moved_vms.discard(key)
             # Should this VM come back, it must not count from 0 a second time.
             if memory.start_time_seconds is not None:
                 self._zero_after_unix_seconds = max(self._zero_after_unix_seconds, memory.start_time_seconds)
+
+    def _rank(self, key: VmKey) -> tuple[bool, float]:
+        memory = self._memories[key]
+        return memory.accounted > 0, memory.last_seen_seconds
 
     def _observe_vm(self, memory: _Memory, reading: VmReading, now: float) -> None:
         counters = reading.counters

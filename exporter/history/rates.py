@@ -23,6 +23,8 @@ WINDOW_SECONDS: Final = 300.0
 NOW_SECONDS: Final = 15.0
 # Where more numbers than this would be kept, they are kept at longer distances.
 MAX_NUMBERS: Final = 120_000
+# So many VMs that are gone are remembered, the last ones.
+MAX_GONE: Final = 5000
 # The vcpu_id of what is known of a VM as a whole.
 WHOLE_VM: Final = -1
 
@@ -113,8 +115,15 @@ class RateHistory:
                 samples.forget_before(now - WINDOW_SECONDS)
                 moving += len(sample.column) * samples.moves
             self._spacing = max(SPACING_SECONDS, WINDOW_SECONDS * moving / MAX_NUMBERS)
-            gone = [key for key, samples in self._vms.items() if samples.kept[-1].seconds < now - WINDOW_SECONDS]
-            for key in gone:
+            self._forget_gone(now)
+
+    def _forget_gone(self, now: float) -> None:
+        gone = [(samples.kept[-1].seconds, key) for key, samples in self._vms.items() if samples.kept[-1].seconds < now]
+        too_many = max(0, len(gone) - MAX_GONE)
+        if too_many:
+            gone.sort()
+        for number, (seconds, key) in enumerate(gone):
+            if number < too_many or seconds < now - WINDOW_SECONDS:
                 del self._vms[key]
 
     def find_rates(self, key: VmKey, now: float) -> dict[int, float | None]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.history.increases import MEMORY_SECONDS, IncreaseTracker
+from exporter.history.increases import MAX_MISSING, MEMORY_SECONDS, IncreaseTracker
 from kvm.model import (
     NOTIFY_WINDOW_EXITS,
     Host,
@@ -248,3 +248,14 @@ def test_nothing_is_lost_while_everything_is_read(steps: list[list[int]]) -> Non
     for growth in steps:
         values = [value + more for value, more in zip(values, growth, strict=True)]
         assert looks.look(read_vm(dict(enumerate(values)))) == sum(values) - 1000
+
+
+def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner(looks: TraceScheduler) -> None:
+    """Those first that never took an exit: who did goes on where it was, should it come back into sight."""
+    looks.look(read_vm({0: 7}))
+    assert looks.look(read_vm({0: 9})) == 2
+    for first in range(0, 4 * MAX_MISSING, 500):
+        looks.look(*(read_vm({0: 0}, key=VmKey(200, 8, first + number)) for number in range(500)))
+        looks.seconds -= 9.9
+        assert len(looks.movements._memories) <= MAX_MISSING + 500
+    assert looks.look(read_vm({0: 10})) == 3

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.history.rate_estimate import GAP_SECONDS
-from exporter.history.rates import MAX_NUMBERS, NOW_SECONDS, WHOLE_VM, WINDOW_SECONDS, RateHistory
+from exporter.history.rates import MAX_GONE, MAX_NUMBERS, NOW_SECONDS, WHOLE_VM, WINDOW_SECONDS, RateHistory
 from exporter.history.steps import SPACING_SECONDS, Step
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmCounters, VmReading
 from tests.snapshots import make_reading, make_snapshot
@@ -177,3 +177,12 @@ def test_steps_never_claim_more_exits_than_there_were(moves: list[tuple[float, i
     assert claimed <= number + 0.001
     rate = history.find_rates(KEY, seconds).get(0)
     assert rate is None or rate >= 0
+
+
+def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner() -> None:
+    history, kept = RateHistory(), make_reading()
+    for second in range(40):
+        made = [make_reading(pid=1000 + 500 * second + number) for number in range(500)]
+        history.observe(look(float(second), kept, *made))
+        assert len(history._vms) <= MAX_GONE + 501
+    assert history.find_rates(KEY, 39.0)
