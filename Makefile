@@ -13,7 +13,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm man-db lintian
 
-.PHONY: run demo test unit lab bench bpf kernel dist packages deploy-test display-test pictures scale clean test-packages run-packages
+.PHONY: run demo test unit lab bench hostile bpf kernel dist packages deploy-test display-test pictures scale clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve
@@ -32,6 +32,10 @@ bench: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.bench_stats
 	$(BIN)/python -m tests.bench.bench_flood
+
+# Attacks of every kind at once, for an hour (MINUTES=3: for three), and a table of what came of it.
+hostile: $(VENV)/.installed-dev test-packages
+	$(BIN)/python -m tests.hostile $(if $(MINUTES),--minutes=$(MINUTES))
 
 lab: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.lab $(if $(KERNEL),--kernel $(KERNEL)) $(if $(PATCHED),--patched)

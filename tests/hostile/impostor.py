@@ -26,10 +26,9 @@ STATUS = """<domstatus state='running' pid='{pid}'><domain type='kvm'><name>{nam
 </domstatus>"""
 
 
-def main(name: str, uuid: str) -> None:
-    """Become who it claims to be, and hold a VM."""
+def become_root_of_a_namespace() -> ctypes.CDLL:
+    """Become that user, then root of a user and mount namespace of its own with an empty ``/run``; raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
-    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -41,6 +40,13 @@ def main(name: str, uuid: str) -> None:
     Path("/proc/self/gid_map").write_text(f"0 {NOBODY} 1")
     if libc.mount(b"none", b"/run", b"tmpfs", 0, None):
         raise OSError(ctypes.get_errno(), "mount")
+    return libc
+
+
+def main(name: str, uuid: str) -> None:
+    """Become who it claims to be, and hold a VM."""
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    become_root_of_a_namespace()
     directory = Path("/run/libvirt/qemu")
     directory.mkdir(parents=True)
     (directory / f"{name}.xml").write_text(STATUS.format(pid=os.getpid(), name=name, uuid=uuid))
