@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from tests.blind.table import ROW_PROPERTY, Row, count_wrong, render_table, unpack_row
 from tests.lab.boot import Run, ThreadIndex, run_in_kernel
 from tests.lab.debian import SERIES, Kernel, open_kernel
 from tests.lab.initramfs import write_layers
@@ -81,11 +84,12 @@ class Outcome:
     skipped: int
     rate_limited_log: tuple[str, ...]
     figures: tuple[str, ...] = ()
+    blind: tuple[Row, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """True when tests ran, all of them, none failed, and the kernel did not complain."""
-        well = self.run.exit_status == 0 and not self.rate_limited_log
+        """True when tests ran, all of them, none failed, alerts tell what is not seen, and the kernel is content."""
+        well = self.run.exit_status == 0 and not self.rate_limited_log and not count_wrong(self.blind)
         return well and self.tests > 0 and self.failed == self.skipped == 0
 
 
@@ -109,6 +113,14 @@ def parse_figures(xml: bytes) -> tuple[str, ...]:
     return tuple(found.get("value", "") for found in properties if found.get("name") == "figure")
 
 
+def parse_blind_rows(xml: bytes) -> tuple[Row, ...]:
+    """Returns what blind agents have claimed inside, with the alerts that Prometheus would have raised outside."""
+    properties = ET.fromstring(xml).iter("property")
+    rows = [unpack_row(found.get("value", "")) for found in properties if found.get("name") == ROW_PROPERTY]
+    with tempfile.TemporaryDirectory() as directory:
+        return tuple(row.judge_alerts(Path(directory)) for row in rows)
+
+
 def find_kernel_warnings(console: str) -> tuple[str, ...]:
     """Returns the lines of a console in which the kernel says that something is wrong with itself."""
     return tuple(line.strip() for line in console.splitlines() if KERNEL_WARNING.search(line))
@@ -123,7 +135,9 @@ def run_tests(kernel: Kernel, boot: Boot, arguments: Sequence[str] = ()) -> Outc
     junit = run.files.get(JUNIT)
     tests, failed, skipped = parse_junit(junit) if junit else (0, 0, 0)
     figures = parse_figures(junit) if junit else ()
-    return Outcome(boot, run, tests, failed, skipped, find_kernel_warnings(run.console), figures)
+    rows = parse_blind_rows(junit) if junit else ()
+    figures += tuple(render_table(rows)) if rows else ()
+    return Outcome(boot, run, tests, failed, skipped, find_kernel_warnings(run.console), figures, rows)
 
 
 @dataclass(frozen=True)
