@@ -11,7 +11,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	prometheus prometheus-alertmanager chromium curl openssl \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
-	systemd debootstrap rpm man-db lintian
+	systemd debootstrap rpm man-db lintian tmux
 
 .PHONY: run demo test unit lab bench hostile bpf kernel dist packages deploy-test display-test pictures scale clean test-packages run-packages
 

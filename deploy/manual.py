@@ -15,10 +15,11 @@ SHELLS = ("bash", "zsh", "fish")
 # roff; what the parser does not know.
 SECTIONS = {
     "exit status": r"""
-.B check
-and
+.BR check ,
 .B once
-exit with 0 if the counters of this host can be read and no VM can have been missed, else with 1.
+and
+.B top
+where it prints once exit with 0 if the counters of this host can be read and no VM can have been missed, else with 1.
 A wrong flag is 2. Any other failure is 1.
 """,
     "files": rf"""

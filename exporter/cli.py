@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from exporter.build_info import NAME, read_version
@@ -30,6 +30,7 @@ from exporter.flags import (
     add_source_flags,
     add_state_flag,
     add_stats_flag,
+    add_top_flags,
     add_web_config_flag,
     add_web_flags,
     parse_prom_path,
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 COMMANDS = {
     "serve": "serve metrics over HTTP (the default)",
     "once": "print one snapshot of the host and exit",
+    "top": "show what all VMs do, live in a terminal: the rate of every statistic that KVM keeps",
     "check": "explain what works on this host, what does not, and why",
     "demo": "serve a simulated host, to see what there is to see",
     "drill": "let a running agent raise a stall that is not real, to test who is called",
@@ -71,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "demo":
             add_source_flags(command)
             add_path_flags(command)
+        if name == "top":
+            add_top_flags(command)
+            continue
         add_collector_flags(command)
         if name in ("serve", "demo"):
             add_monitor_flags(command, of_this_host=name == "serve")
@@ -136,6 +141,16 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def choose_command(name: str) -> Callable[[argparse.Namespace], int]:
+    """Return what runs a command."""
+    if name == "top":
+        from exporter.commands.top import run_top  # noqa: PLC0415 - Python may be built without curses
+
+        return run_top
+    commands = {"serve": run_server, "demo": run_server, "once": run_once, "check": run_check, "drill": run_drill}
+    return commands[name]
+
+
 def run_command(words: Sequence[str]) -> int:
     """Run a command line; returns its exit code.
 
@@ -154,9 +169,8 @@ def run_command(words: Sequence[str]) -> int:
     with contextlib.suppress(OSError):  # /proc is hidden, and with it everybody's name
         # Whatever started us, "python3" included: other agents know our throw-away VM by this name.
         Path("/proc/self/comm").write_text(AGENT_COMM)
-    commands = {"serve": run_server, "demo": run_server, "once": run_once, "check": run_check, "drill": run_drill}
     try:
-        code = commands[arguments.command](arguments)
+        code = choose_command(arguments.command)(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         raise

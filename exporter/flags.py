@@ -17,6 +17,7 @@ from kvm.bpf.notify_trigger import FUNCTION
 from kvm.host.paths import HostPaths
 from kvm.statistics import StatScope, StatSelection
 
+SHORTEST_INTERVAL = 0.1
 SOURCES = ("bpf", "stats_fd", "debugfs")
 
 
@@ -185,15 +186,7 @@ def add_state_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose among everything else that KVM counts."""
-    for name, what in (("include", "only statistics"), ("exclude", "no statistic")):
-        parser.add_argument(
-            f"--collector.stats.{name}",
-            dest=f"stats_{name}",
-            metavar="REGEX",
-            type=parse_pattern,
-            help=f"collector stats: {what} whose name it matches anywhere; names are like vcpu/halt_exits and "
-            "vm/remote_tlb_flush",
-        )
+    add_statistic_pattern_flags(parser, "collector stats: ")
     parser.add_argument(
         "--collector.stats.level",
         dest="stats_level",
@@ -203,6 +196,32 @@ def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
         help="collector stats: vm sums the statistics of vCPUs over their VM, those that only grow; vcpu has each of "
         "each vCPU (default: vm)",
     )
+
+
+def add_statistic_pattern_flags(parser: argparse.ArgumentParser, of_what: str) -> None:
+    """Add the flags that choose statistics by their names; the help begins with ``of_what``."""
+    for name, what in (("include", "only statistics"), ("exclude", "no statistic")):
+        parser.add_argument(
+            f"--collector.stats.{name}",
+            dest=f"stats_{name}",
+            metavar="REGEX",
+            type=parse_pattern,
+            help=f"{of_what}{what} whose name it matches anywhere; names are like vcpu/halt_exits and "
+            "vm/remote_tlb_flush",
+        )
+
+
+def add_top_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the live table."""
+    add_statistic_pattern_flags(parser, "")
+    parser.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=parse_interval,
+        default=1.0,
+        help="read the host so often (default: 1)",
+    )
+    parser.add_argument("--vcpus", dest="all_vcpus", action="store_true", help="begin with vCPUs, not with VMs")
 
 
 def add_web_flags(parser: argparse.ArgumentParser) -> None:
@@ -301,6 +320,14 @@ def parse_seconds(text: str) -> float:
         seconds = -1.0
     if not 0 <= seconds <= 86_400:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds from 0 to 86400 is wanted")
+    return seconds
+
+
+def parse_interval(text: str) -> float:
+    """Return a time between two readings of the host; raises argparse.ArgumentTypeError."""
+    seconds = parse_seconds(text)
+    if seconds < SHORTEST_INTERVAL:
+        raise argparse.ArgumentTypeError(f"{text!r}: {SHORTEST_INTERVAL} seconds at least are wanted")
     return seconds
 
 

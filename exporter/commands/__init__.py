@@ -1,1 +1,1 @@
-"""The commands: serve, once, check, drill; a file each, which ``exporter/cli.py`` calls, and what they share."""
+"""The commands: serve, once, top, check, drill; a file each, which ``exporter/cli.py`` calls, and what they share."""

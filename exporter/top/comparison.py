@@ -74,15 +74,15 @@ class Comparison:
             return None if column is None or position >= len(column) else column[position]
         if column is None:
             return self._find_total(reading, key)
-        is_whole = len(column) == reading.vcpu_count and self.statistics[key].is_cumulative
+        is_whole = len(column) == reading.vcpu_count and key in self.statistics and self.statistics[key].is_cumulative
         return sum(column) if is_whole else None
 
     def find_rate(self, subject: Subject, key: str) -> float | None:
         """Return how fast a statistic grows, per second; None for one that does not only grow."""
         reading, position = subject
         before = self._before.get(reading.vm.key)
-        descriptor = self.statistics[key]
-        if before is None or before.source != reading.source or not descriptor.is_cumulative:
+        descriptor = self.statistics.get(key)
+        if before is None or before.source != reading.source or descriptor is None or not descriptor.is_cumulative:
             return None
         if before.counters.vcpu_ids != reading.counters.vcpu_ids:
             return None
@@ -91,7 +91,9 @@ class Comparison:
 
     def find_amount(self, subject: Subject, key: str) -> float | None:
         """Return what tells how much of it there is: the rate of what only grows, else the value, in units."""
-        descriptor = self.statistics[key]
+        descriptor = self.statistics.get(key)
+        if descriptor is None:  # of a source that works no more
+            return None
         if descriptor.is_cumulative:
             return self.find_rate(subject, key)
         value = self.find_value(subject, key)
