@@ -13,7 +13,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm man-db lintian tmux
 
-.PHONY: run demo test unit lab bench hostile bpf kernel dist packages deploy-test display-test pictures scale clean test-packages run-packages
+.PHONY: run demo test unit lab bench hostile fuzz bpf kernel dist packages deploy-test display-test pictures scale clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve
@@ -36,6 +36,12 @@ bench: $(VENV)/.installed-dev test-packages
 # Attacks of every kind at once, for an hour (MINUTES=3: for three), and a table of what came of it.
 hostile: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.hostile $(if $(MINUTES),--minutes=$(MINUTES))
+
+# Coverage-guided fuzzing of every decoder and parser, so many seconds each.
+fuzz: SECONDS ?= 60
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds=$(SECONDS)
 
 lab: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m tests.lab $(if $(KERNEL),--kernel $(KERNEL)) $(if $(PATCHED),--patched)
