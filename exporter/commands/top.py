@@ -1,7 +1,7 @@
 """``top``: the table that ``exporter/top`` lays out, live in a terminal; or once where stdout is none.
 
 curses of the standard library draws it: every terminal that terminfo knows, over SSH as well, sends and shows what it
-needs, it adds no dependency, and importing it takes 2 ms. Nothing is told by colours.
+needs, it adds no dependency, and importing it takes a millisecond. Nothing is told by colours.
 """
 
 from __future__ import annotations

@@ -179,13 +179,15 @@ class _StatisticsTable:
 
     def __init__(self, comparison: Comparison, width: int) -> None:
         self._comparison = comparison
-        self._value_width = 24 if width >= NARROW else 12
-        self._name_width = max(1, width - 2 - self._value_width - 2 - 2 - 10)
+        # Where there is no room for values, names are worth more.
+        self._widths = (24, 10) if width >= NARROW else (10,)
+        self._name_width = max(1, width - 2 - sum(2 + cell for cell in self._widths))
         self.header = self._join("  ", "STATISTIC", "VALUE", "PER SECOND")
 
     def _join(self, mark: str, name: str, value: str, rate: str) -> str:
-        cells = (fit(value, self._value_width, right=True), fit(rate, 10, right=True))
-        return "  ".join((mark + fit(name, self._name_width), *cells))
+        cells = (value, rate)[-len(self._widths) :]
+        numbers = [fit(cell, width, right=True) for cell, width in zip(cells, self._widths, strict=True)]
+        return "  ".join((mark + fit(name, self._name_width), *numbers))
 
     def render(self, row: Row, *, is_selected: bool) -> str:
         """Write a row."""
@@ -193,7 +195,7 @@ class _StatisticsTable:
         descriptor = self._comparison.statistics[key]
         value = render_value(self._comparison.find_value(subject, key), descriptor)
         rate = render_amount(self._comparison.find_rate(subject, key), descriptor)
-        return self._join("> " if is_selected else "  ", key, value, rate)
+        return self._join("> " if is_selected else "  ", _title_column(key), value, rate)
 
 
 def _lay_out(view: View, comparison: Comparison, columns: Sequence[str], width: int) -> _Table | _StatisticsTable:

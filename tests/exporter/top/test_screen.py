@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.top.columns import measure_width
-from exporter.top.comparison import NOTIFY_KEY, Comparison
+from exporter.top.comparison import Comparison
 from exporter.top.notes import Status
 from exporter.top.screen import Style, render_screen
 from exporter.top.view import Opened, Place, Question, View
@@ -68,10 +68,16 @@ def test_vcpus_of_a_vm_and_their_statistics() -> None:
     assert lines[1] == "statistics of vCPU 1 of db"
     assert [line.split() for line in lines[3:6]] == [
         ["STATISTIC", "VALUE", "PER", "SECOND"],
-        [">", "vcpu/exits", "1,090", "45"],
-        [NOTIFY_KEY, "90", "45"],
+        [">", "exits", "1,090", "45"],
+        ["notify_window_exits", "90", "45"],
     ]
-    assert lines[8].split() == ["vcpu/guest_mode", "1", "-"]
+    assert lines[8].split() == ["guest_mode", "1", "-"]
+    narrow = draw(View(opened=(of_vm, Opened(VCPU, True))), width=40, height=10)
+    assert narrow[3:6] == [
+        "  STATISTIC                   PER SECOND",
+        "> exits                               45",
+        "  notify_window_exits                 45",
+    ]
 
 
 def test_what_is_not_known_is_a_dash() -> None:
