@@ -74,7 +74,13 @@ def _judge_local(seen: Siege) -> list[Row]:
     flood = f"{FLOOD_PROCESSES * FLOOD_VMS}"
     return [
         Row("VM births by another uid", f"{born:,}", "honest VMs in every scrape", f"{missed} missing", missed == 0),
-        Row("standing VM flood", flood, f"{over} over budget", f"{seen.over_budget:.0f}", seen.over_budget == over),
+        Row(
+            "standing VM flood",
+            flood,
+            f"{over} or more over budget",
+            f"{seen.over_budget:.0f}",
+            seen.over_budget >= over,
+        ),
         Row(
             "squatters and births as others",
             f"{born + 1:,}",
@@ -121,7 +127,7 @@ def _judge_agent(seen: Siege) -> list[Row]:
     allowed = STEADY_KB + BIRTH_KB * (remembered[1] - remembered[0])
     threads = max(sample.threads for sample in last) - max(sample.threads for sample in middle)
     fds = _median(last, "fds") - _median(middle, "fds")
-    lines = len(seen.log) / minutes
+    lines = len(seen.log) / (minutes + 1)  # as many as in two windows may fall into the first minute
     crashed = sum("Traceback" in line for line in seen.log)
     pages = sorted(name for name, severity in seen.alerts.items() if severity == "page")
     tickets = sorted(name for name, severity in seen.alerts.items() if severity != "page")
