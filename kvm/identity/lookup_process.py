@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvm.errors import KvmReadError
+from kvm.identity.lookup_child import READY
 from kvm.identity.owners import OwnerReading, Problem
 from kvm.model import CpuTopology, Identity, Owner
 
@@ -70,6 +71,8 @@ class LookupProcess:
         os.set_blocking(self._requests, False)
         os.set_blocking(self._answers, False)
         self._received = b""
+        self.is_ready = False
+        """Whether it has started: on a busy machine, or an emulated one, that takes longer than any lookup."""
 
     @property
     def fd(self) -> int:
@@ -110,6 +113,10 @@ class LookupProcess:
         if not piece:
             raise LookupFailed("the lookup process has ended")
         self._received += piece
+        if not self.is_ready and self._received.startswith(READY):
+            self.is_ready, self._received = True, self._received.removeprefix(READY)
+            if not self._received:
+                return self.read_answer(start_ticks)  # or its end, if that has come as well
         if not self._received.endswith(b"\n"):
             if len(self._received) > ANSWER_BYTES:
                 raise LookupFailed("the lookup process says too much")

@@ -40,7 +40,7 @@ class _Lookup:
 
 @dataclass(slots=True, eq=False)
 class _Child:
-    """A lookup process, and what it was asked since when; None while it has nothing to do."""
+    """A lookup process, and what it was asked since when (or has been ready for); None while it has nothing to do."""
 
     process: LookupProcess
     lookup: _Lookup | None = None
@@ -153,7 +153,9 @@ class OwnerCache:
         now = self._clock()
         hung_uids = {uid for process, uid in self._left_behind if not process.has_ended}
         hung_uids |= {
-            child.lookup.uid for child in self._children if child.lookup and now - child.since >= self.STUCK_SECONDS
+            child.lookup.uid
+            for child in self._children
+            if child.lookup and child.process.is_ready and now - child.since >= self.STUCK_SECONDS
         }
         return any(
             lookup.reading is None and lookup.is_queued and (lookup.uid is None or lookup.uid not in hung_uids)
@@ -218,13 +220,15 @@ class OwnerCache:
             return
         for fd, _event in poll.poll(wait_seconds * 1000):
             child = asked[fd]
-            lookup = child.lookup
+            lookup, was_ready = child.lookup, child.process.is_ready
             assert lookup is not None
             try:
                 is_there, reading = child.process.read_answer(lookup.start_ticks)
             except LookupFailed as err:
                 self._drop(child, str(err))
                 continue
+            if child.process.is_ready and not was_ready:
+                child.since = self._clock()
             if is_there:
                 lookup.reading, lookup.is_queued, child.lookup = reading, False, None
 

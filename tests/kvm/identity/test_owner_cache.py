@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_hung_process_delays_only_its_first_look(proc: FakeProc, errors: Errors,
     assert time.monotonic() - began < PATIENCE_SECONDS / 2
     proc.release(pid)
     wait_until(lambda: cache.find(wanted, 0.0))
+
+
+def test_a_child_that_starts_slowly_is_waited_for(
+    proc: FakeProc, make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine Python takes its time, and under emulation seconds: that is no hung lookup."""
+    python = tmp_path / "slow-python"
+    python.write_text(f'#!/bin/sh\nsleep {4 * OwnerCache.STUCK_SECONDS}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    pid = proc.add("crosvm", 200)
+    assert make_cache().find({(pid, START_TICKS): pid}, PATIENCE_SECONDS) == {(pid, START_TICKS): TERMINA}
 
 
 def test_new_processes_of_who_makes_look_ups_hang_are_not_waited_for(proc: FakeProc, make_cache: Make) -> None:
