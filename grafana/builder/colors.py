@@ -30,6 +30,8 @@ GREEN_UNTIL_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, GOOD), (1, BAD))
 # Every stall is bad, however short.
 STALLED_FOR: Final[Thresholds] = ((None, NEUTRAL), (0, BAD))
 WARN_FROM_ONE: Final[Thresholds] = ((None, NEUTRAL), (0, GOOD), (1, WARN))
+# Of what is no whole number: however little above 0.
+WARN_ABOVE_ZERO: Final[Thresholds] = ((None, NEUTRAL), (0, GOOD), (1e-9, WARN))
 
 
 def map_values(**texts: tuple[str, str]) -> Mappings:
@@ -50,6 +52,7 @@ STALLED: Final = map_values(_0=("not stalled", GOOD), _1=("stalled", BAD))
 SCRAPED: Final = map_values(_0=("down", BAD), _1=("up", GOOD))
 WORKS: Final = map_values(_0=("does not work", WARN), _1=("works", GOOD))
 SEVERITY: Final = map_values(page=("page", BAD), ticket=("ticket", WARN))
+CANNOT_TELL: Final = map_values(down=("down", BAD), blind=("blind", WARN))
 MISSING: Final = map_values(_1=("VMs may be missing", WARN))
 
 

@@ -1,4 +1,4 @@
-"""The tables that the first screen is for: who is stalled now and whose it is, and which alerts fire."""
+"""The tables that the first screen is for: who is stalled and whose it is, where nobody can tell, which alerts fire."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ from typing import Final
 
 from exporter.prometheus import metrics as m
 from exporter.prometheus.metrics import Metric
-from grafana.builder.colors import SEVERITY, STALLED_FOR
+from grafana.builder.colors import CANNOT_TELL, SEVERITY, STALLED_FOR
 from grafana.builder.layout import Panel, link_to_host, link_to_vm
 from grafana.builder.queries import (
+    AGENTS,
     ALERT_ACTIVE_SINCE,
     ALERTS,
+    HOST_KEYS,
+    UP,
     VM_KEYS,
     call_by_name,
     find_stalled,
     lead_to_what_is_known,
     name_stalled,
     select,
+    tell_by,
 )
 from grafana.builder.tables import JOB, Column, count_of, hide, make_table
 
 VCPU_KEYS: Final = f"{VM_KEYS}, vcpu"
 ALERT_KEYS: Final = f"{VM_KEYS}, alertname, severity, microcode"
+# The alerts about hosts where a stall would go unseen.
+DOWN: Final = "KvmNotifyExporterDown"
+INCOMPLETE: Final = "KvmNotifyAgentBlind"
+NO_RIPS: Final = "KvmNotifyStallsNotDetected"
 # Of the job and instance that were chosen, and those about a whole fleet, which have neither.
 SCOPES: Final = ('job=~"$job", instance=~"$instance"', 'job="", instance=""')
 
 
-def make_stalled_table(number: int, vm_exit_rate: str, *info: Metric) -> Panel:
+def make_stalled_table(number: int, vm_exit_rate: str, *info: Metric, rows: int, no_value: str) -> Panel:
     """Return the table of stalled vCPUs; ``vm_exit_rate`` is a query by VM, ``info`` has names and owners."""
     start = f"max by ({VCPU_KEYS}) ({select(m.VCPU_STALL_START)})"
     return make_table(
@@ -52,8 +60,56 @@ def make_stalled_table(number: int, vm_exit_rate: str, *info: Metric) -> Panel:
             JOB,
         ],
         sort_by=["Stalled for"],
+        rows=rows,
+        no_value=no_value,
+    )
+
+
+def make_blind_table(number: int) -> Panel:
+    """Return the table of hosts on which a stall would go unseen, and why; since when, the alerts' series know."""
+    down, incomplete = f"{AGENTS} == 0", f"max by ({HOST_KEYS}) ({select(m.COMPLETE)}) == 0"
+    reasons = f"max by ({HOST_KEYS}, reason) ({select(m.INCOMPLETE_REASON)})"
+    untold = (
+        f"max by ({HOST_KEYS}, lockdown) ({select(m.HOST_INFO)}) unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
+    )
+    no_rips = f'label_replace({untold}, "reason", "no RIPs", "instance", ".*")'
+    no_rips = f'label_replace({no_rips}, "reason", "no RIPs: kernel lockdown", "lockdown", "confidentiality")'
+    known_to_prometheus = select(UP)
+    hosts = " or ".join(
+        (
+            tell_by(f"{down} and on ({HOST_KEYS}) {known_to_prometheus}", DOWN, state="down", reason="does not answer"),
+            tell_by(
+                f"{down} unless on ({HOST_KEYS}) {known_to_prometheus}", DOWN, state="down", reason="no target now"
+            ),
+            tell_by(
+                f"({reasons} and on ({HOST_KEYS}) {incomplete} or on ({HOST_KEYS}) {incomplete})",
+                INCOMPLETE,
+                state="blind",
+            ),
+            tell_by(f"max by ({HOST_KEYS}, reason) ({no_rips})", NO_RIPS, state="blind"),
+        )
+    )
+    keys = f"{HOST_KEYS}, alertname"
+    names = "|".join((DOWN, INCOMPLETE, NO_RIPS))
+    since = f'{ALERT_ACTIVE_SINCE.name}{{alertname=~"{names}", {SCOPES[0]}}}'
+    return make_table(
+        number,
+        "Agents down or blind",
+        "Hosts where a stall would go unseen, and why: down, Prometheus cannot scrape the agent; blind, the agent "
+        "does not see every VM, or cannot have RIPs. Since when is known where the alerts' rules run.",
+        {"hosts": hosts, "since": f"max by ({keys}) ({since}) * 1000 and on ({keys}) ({hosts})"},
+        [
+            Column(field="state", title="State", width=80, mappings=CANNOT_TELL),
+            Column(field="instance", title="Host", width=160, grows=True, links=[link_to_host()]),
+            Column(field="reason", title="Reason", width=210),
+            Column(field="since", title="Since", width=130, unit="dateTimeFromNow"),
+            hide("alertname"),
+            JOB,
+        ],
+        sort_by=["State", "Host"],
         rows=3,
-        no_value="no vCPU is known to be stalled",
+        width=12,
+        no_value="no agent is known to be down or blind",
     )
 
 
@@ -84,6 +140,6 @@ def make_alerts_table(number: int) -> Panel:
         ],
         sort_by=["Severity", "Host"],
         ascending=True,
-        rows=3,
+        rows=2,
         no_value="no firing alert is known",
     )

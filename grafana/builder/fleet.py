@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from exporter.prometheus import metrics as m
 from grafana.builder.annotations import stall_annotation
-from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION_COLORS, WARN_FROM_ONE
-from grafana.builder.first_screen import make_alerts_table, make_stalled_table
+from grafana.builder.colors import GREEN_UNTIL_ONE, PROTECTION_COLORS, WARN_ABOVE_ZERO, WARN_FROM_ONE
+from grafana.builder.first_screen import make_alerts_table, make_blind_table, make_stalled_table
 from grafana.builder.fleet_members import make_agents_row, make_hosts_row, make_vms_row
 from grafana.builder.layout import (
     Json,
+    Panel,
+    Pile,
     Row,
     instance_variable,
     job_variable,
@@ -35,7 +37,6 @@ from grafana.builder.queries import (
     count_or_zero,
     count_stalled,
     increase,
-    rate,
     select,
     with_cpu,
 )
@@ -72,68 +73,82 @@ def render() -> Json:
 
 
 def _now() -> Row:
+    numbers = _make_numbers()
+    return Row(
+        1,
+        "Now",
+        [
+            Pile([numbers[:3], numbers[3:]]),
+            make_blind_table(9),
+            make_stalled_table(
+                31,
+                select(VM_EXIT_RATE),
+                m.VM_INFO,
+                VM_NOTIFIED,
+                rows=1,
+                no_value="no vCPU is known to be stalled",
+            ),
+            make_alerts_table(8),
+        ],
+    )
+
+
+def _make_numbers() -> list[Panel]:
     all_vms, armed_vms = (
         f"sum({selector})" for selector in (select(m.HOST_VMS), select(m.HOST_VMS, protection="armed"))
     )
     hosts = select(m.HOST_INFO)
     untold = f"max by ({HOST_KEYS}) ({hosts}) unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
     blind = f"{untold} or max by ({HOST_KEYS}) ({select(m.COMPLETE)} == 0)"
-    return Row(
-        1,
-        "Now",
-        [
-            make_stat(
-                2,
-                "Stalled vCPUs",
-                "vCPUs that are stuck at one RIP now. Hosts where RIPs cannot be had are not in it: see the next "
-                "panel.",
-                Query(f"sum({count_stalled()})"),
-                thresholds=GREEN_UNTIL_ONE,
-            ),
-            make_stat(
-                3,
-                "Blind to stalls",
-                "Hosts where a stall may go unseen: the agent cannot have RIPs, or does not see every VM. Its log says "
-                "why.",
-                Query(count_or_zero(blind, hosts)),
-                thresholds=WARN_FROM_ONE,
-            ),
-            make_stat(
-                4,
-                "Notify exits",
-                "Notify VM exits in the time range, those of VMs that are gone among them.",
-                Query(f"sum({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"),
-                unit=COUNT,
-                decimals=0,
-            ),
-            make_stat(
-                5,
-                "VMs protected",
-                "Share of VMs with notify exits armed.",
-                Query(f"{armed_vms} / ({all_vms} > 0)"),
-                unit="percentunit",
-                no_value="no VMs, or not known",
-            ),
-            make_stat(
-                6,
-                "Hosts",
-                "Hosts whose agent answers.",
-                Query(f"count(max by ({HOST_KEYS}) ({hosts}))"),
-                unit=COUNT,
-                decimals=0,
-            ),
-            make_stat(
-                7,
-                "Agents down",
-                "Agents that Prometheus cannot scrape now, and hosts that it has lost while they had VMs: those of the "
-                "alert KvmNotifyExporterDown, which waits for 10 minutes. Not known without the recording rules.",
-                Query(count_or_zero(f"{AGENTS} == 0", AGENTS)),
-                thresholds=GREEN_UNTIL_ONE,
-            ),
-            make_stalled_table(31, select(VM_EXIT_RATE), m.VM_INFO, VM_NOTIFIED),
-            make_alerts_table(8),
-        ],
-    )
+    return [
+        make_stat(
+            2,
+            "Stalled vCPUs",
+            "vCPUs that are stuck at one RIP now. Hosts where RIPs cannot be had are not in it: see Blind to stalls.",
+            Query(f"sum({count_stalled()})"),
+            thresholds=GREEN_UNTIL_ONE,
+        ),
+        make_stat(
+            3,
+            "Blind to stalls",
+            "Hosts where a stall may go unseen: the agent cannot have RIPs, or does not see every VM. Its log says "
+            "why.",
+            Query(count_or_zero(blind, hosts)),
+            thresholds=WARN_FROM_ONE,
+        ),
+        make_stat(
+            7,
+            "Agents down",
+            "Agents that Prometheus cannot scrape now, and hosts that it has lost while they had VMs: those of the "
+            "alert KvmNotifyExporterDown, which waits for 10 minutes. Not known without the recording rules.",
+            Query(count_or_zero(f"{AGENTS} == 0", AGENTS)),
+            thresholds=GREEN_UNTIL_ONE,
+        ),
+        make_stat(
+            4,
+            "Notify exits",
+            "Notify VM exits in the time range, those of VMs that are gone among them.",
+            Query(f"sum({increase(m.HOST_NOTIFY_WINDOW_EXITS)})"),
+            unit=COUNT,
+            decimals=0,
+        ),
+        make_stat(
+            5,
+            "VMs protected",
+            "Share of VMs with notify exits armed.",
+            Query(f"{armed_vms} / ({all_vms} > 0)"),
+            unit="percentunit",
+            no_value="no VMs, or not known",
+        ),
+        make_stat(
+            6,
+            "Hosts",
+            "Hosts whose agent answers.",
+            Query(f"count(max by ({HOST_KEYS}) ({hosts}))"),
+            unit=COUNT,
+            decimals=0,
+        ),
+    ]
 
 
 def _protection() -> Row:
@@ -171,14 +186,7 @@ def _protection() -> Row:
 
 def _cpus() -> Row:
     group = f"sum by ({CPU})"
-    exits_per_day = f"{group} ({with_cpu(f'sum by ({HOST_KEYS}) ({rate(m.HOST_NOTIFY_WINDOW_EXITS)})')}) * 86400"
     armed = f"{group} ({with_cpu(ARMED_VCPUS)})"
-    # Samples of both are taken at the same time, so the ratio needs neither their distance nor the age of the history.
-    exits_sum, armed_sum = (
-        f"sum by ({HOST_KEYS}) (sum_over_time({select(metric)}[$__range]))"
-        for metric in (HOST_EXIT_RATE, HOST_ARMED_VCPUS)
-    )
-    per_vcpu_day = with_cpu(f"({exits_sum} * 86400 / {armed_sum})")
     vms = f"count by ({VM_KEYS}) (count_over_time({select(VM_EXIT_RATE)}[$__range]))"
     vms_hit = f"count by ({HOST_KEYS}) ({vms})"
     interval = f"max by ({HOST_KEYS}, window_cycles) ({select(m.HOST_INTERVAL_MIN)})"
@@ -199,7 +207,7 @@ def _cpus() -> Row:
                     "vms_hit": f"{group} ({with_cpu(vms_hit)})",
                     "armed_vcpus": armed,
                     "exits": f"{group} ({with_cpu(HOST_EXITS)})",
-                    "per_vcpu_day": f"quantile by ({CPU}) (0.5, {per_vcpu_day})",
+                    "per_vcpu_day": _find_median_per_vcpu_day("$__range"),
                 },
                 [
                     *CPU_COLUMNS,
@@ -207,7 +215,14 @@ def _cpus() -> Row:
                     count_of("hosts", "Hosts", 70),
                     count_of("hosts_hit", "Hosts with exits", 152),
                     count_of("vms_hit", "VMs with exits", 136),
-                    Column(field="per_vcpu_day", title="Median per vCPU-day", width=176, unit=COUNT, decimals=2),
+                    Column(
+                        field="per_vcpu_day",
+                        title="Median per vCPU-day",
+                        width=176,
+                        unit=COUNT,
+                        decimals=2,
+                        thresholds=WARN_ABOVE_ZERO,
+                    ),
                     count_of("exits", "Notify exits", 120),
                     count_of("armed_vcpus", "vCPUs armed", 112),
                 ],
@@ -216,10 +231,11 @@ def _cpus() -> Row:
             ),
             make_graph(
                 22,
-                "Notify exits a day per armed vCPU",
-                "By CPU and microcode: a microcode update that moves the CPU's own threshold shows here. The axis is "
+                "Notify exits a day per armed vCPU, median host",
+                "Of each CPU and microcode, over the hour before each point: a microcode update "
+                "that moves the CPU's own threshold shows here, and a guest that floods one host does not. The axis is "
                 "logarithmic from 1 on.",
-                [Query(f"{exits_per_day} / ({armed} > 0)", "{{cpu_model_name}} {{cpu_stepping}} {{microcode}}")],
+                [Query(_find_median_per_vcpu_day("1h"), "{{microcode}} {{cpu_model_name}} {{cpu_stepping}}")],
                 unit="short",
                 lines=4,
                 linear_below=1,
@@ -245,3 +261,15 @@ def _cpus() -> Row:
             ),
         ],
     )
+
+
+def _find_median_per_vcpu_day(time_range: str) -> str:
+    """Return the median, by CPU and microcode, of the hosts' notify exits per armed vCPU and day in the time range.
+
+    Samples of both are taken at the same time, so the ratio needs neither their distance nor the age of the history.
+    """
+    exits, armed = (
+        f"sum by ({HOST_KEYS}) (sum_over_time({select(metric)}[{time_range}]))"
+        for metric in (HOST_EXIT_RATE, HOST_ARMED_VCPUS)
+    )
+    return f"quantile by ({CPU}) (0.5, {with_cpu(f'({exits} * 86400 / {armed})')})"

@@ -40,8 +40,9 @@ def make_vms_row() -> Row:
             make_table(
                 32,
                 "Top VMs",
-                "The ten VMs with the most notify exits in the time range, from the rates that are recorded each "
-                "minute: of a short burst it is an estimate. Names are there where kvm_vm_info is kept.",
+                "The ten VMs with the most notify exits in the time range, from rates over 5 minutes, recorded each "
+                "minute. Such a rate lags: of a VM that still takes exits, those of some 2 minutes are not in it yet; "
+                "the dashboards of host and VM have them. Names are there where kvm_vm_info is kept.",
                 {"exits": call_by_name(name_few(top, info=[m.VM_INFO, VM_NOTIFIED]), VM_KEYS)},
                 [
                     Column(field="who", title="VM", width=180, links=[link_to_vm()]),
@@ -64,6 +65,7 @@ def make_vms_row() -> Row:
                 [Query(f"{rates} * 3600", "{{who}} on {{instance}}")],
                 unit=PER_HOUR,
                 lines=4,
+                last=False,
                 linear_below=1,
                 links=[link_to_vm("__field.labels")],
                 no_value="no VM is known to take notify exits",
@@ -115,6 +117,7 @@ def make_hosts_row() -> Row:
                 [Query(f"topk(10, {rates} > 0) * 3600", "{{instance}}")],
                 unit=PER_HOUR,
                 lines=4,
+                last=False,
                 linear_below=1,
                 links=[link_to_host("__field.labels")],
                 no_value="no host is known to take notify exits",
@@ -122,12 +125,13 @@ def make_hosts_row() -> Row:
             make_graph(
                 43,
                 "Guest time lost",
-                "Notify exits times the shortest interval between two of them with that window: 1 is one vCPU that "
+                "Notify exits times the shortest interval between two of them with that window: 100 % is one vCPU that "
                 "gets nothing done. Ten hosts with the most, as it is recorded. Empty until an agent has seen a stall "
                 "with that window.",
                 [Query(f"topk(10, sum by ({HOST_KEYS}) ({select(HOST_SECONDS_LOST)}) > 0)", "{{instance}}")],
-                unit="short",
+                unit="percentunit",
                 lines=4,
+                last=False,
                 links=[link_to_host("__field.labels")],
                 no_value="no guest time is known to be lost",
             ),

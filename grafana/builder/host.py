@@ -140,7 +140,13 @@ def _what_it_is() -> Row:
                 "vCPU threads whose exits are traced now; none while nothing happens.",
                 Query(f"sum({select(m.TRACED_VCPUS)})"),
             ),
-            make_stalled_table(21, rate(m.VM_NOTIFY_WINDOW_EXITS), m.VM_INFO),
+            make_stalled_table(
+                21,
+                rate(m.VM_NOTIFY_WINDOW_EXITS),
+                m.VM_INFO,
+                rows=3,
+                no_value="no vCPU is known to be stalled; while the agent is down, nobody can tell",
+            ),
         ],
     )
 
@@ -168,6 +174,7 @@ def _exits() -> Row:
                 [Query(f"{call_by_name(name_few(top), VM_KEYS)} * 3600", "{{who}}")],
                 unit=PER_HOUR,
                 lines=4,
+                last=False,
                 linear_below=1,
                 links=[link_to_vm("__field.labels")],
                 no_value="no VM is known to take notify exits",
@@ -182,10 +189,10 @@ def _exits() -> Row:
             make_graph(
                 14,
                 "Guest time lost",
-                "Notify exits times the shortest interval between two of them with that window: 1 is one vCPU that "
+                "Notify exits times the shortest interval between two of them with that window: 100 % is one vCPU that "
                 "gets nothing done. Empty until the agent has seen a stall with that window.",
                 [Query(f"sum by ({HOST_KEYS}) ({lost})", "{{instance}}")],
-                unit="short",
+                unit="percentunit",
                 lines=4,
             ),
             make_graph(

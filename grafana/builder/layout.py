@@ -37,6 +37,23 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
+class Pile:
+    """Lines of panels, one upon the other, that stand beside a higher panel; all lines are equally wide."""
+
+    lines: Sequence[Sequence[Panel]]
+
+    @property
+    def width(self) -> int:
+        """How many columns it takes."""
+        return sum(panel.width for panel in self.lines[0])
+
+    @property
+    def height(self) -> int:
+        """How high it is, in units of the grid."""
+        return sum(max(panel.height for panel in line) for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """A heading and the panels below it.
 
@@ -46,7 +63,7 @@ class Row:
 
     number: int
     title: str
-    panels: Sequence[Panel]
+    panels: Sequence[Panel | Pile]
     collapsed: bool = False
     repeat: str = ""
 
@@ -153,21 +170,33 @@ def _place(rows: Sequence[Row]) -> list[Json]:
     return placed
 
 
-def _place_panels(panels: Sequence[Panel], y: int) -> tuple[list[Json], int]:
+def _place_panels(panels: Sequence[Panel | Pile], y: int) -> tuple[list[Json], int]:
     """Return panels with their places from ``y`` on, and where they end."""
     placed: list[Json] = []
     for line in _break_lines(panels):
-        x, height = 0, max(panel.height for panel in line)
-        for panel in line:
-            placed.append(_place_panel(panel, {"h": height, "w": panel.width, "x": x, "y": y}))
-            x += panel.width
-        y += height
+        placed += _place_line(line, 0, y)
+        y += max(panel.height for panel in line)
     return placed, y
 
 
-def _break_lines(panels: Sequence[Panel]) -> list[list[Panel]]:
+def _place_line(line: Sequence[Panel | Pile], x: int, y: int) -> list[Json]:
+    placed: list[Json] = []
+    height = max(panel.height for panel in line)
+    for panel in line:
+        if isinstance(panel, Pile):
+            below = y
+            for part in panel.lines:
+                placed += _place_line(part, x, below)
+                below += max(one.height for one in part)
+        else:
+            placed.append(_place_panel(panel, {"h": height, "w": panel.width, "x": x, "y": y}))
+        x += panel.width
+    return placed
+
+
+def _break_lines(panels: Sequence[Panel | Pile]) -> list[list[Panel | Pile]]:
     """Return the panels by lines; those of one line are made equally high."""
-    lines: list[list[Panel]] = [[]]
+    lines: list[list[Panel | Pile]] = [[]]
     for panel in panels:
         if sum(placed.width for placed in lines[-1]) + panel.width > COLUMNS:
             lines.append([])

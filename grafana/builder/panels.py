@@ -88,12 +88,14 @@ def make_graph(
     colors: Mapping[str, str] | None = None,
     links: Sequence[Json] = (),
     maximum: float | None = None,
+    last: bool = True,
     no_value: str = "not known",
 ) -> Panel:
     """Return a panel with lines over time; gaps stay gaps.
 
     ``lines`` is how many the legend has room for, the highest first. With ``linear_below`` the axis is logarithmic from
     there on: one guest that floods would press all others to the ground. COUNT as the unit is for whole numbers.
+    Without ``last`` the legend has no last value: that of a line which has ended is not of now.
     """
     custom: Json = {
         "axisLabel": "",
@@ -126,7 +128,11 @@ def make_graph(
     body = {
         "fieldConfig": {"defaults": defaults, "overrides": _color_overrides(colors or {})},
         "options": {
-            "legend": {"calcs": ["lastNotNull", "max"], "displayMode": "table", "placement": "bottom"}
+            "legend": {
+                "calcs": [*(["lastNotNull"] if last else []), "max"],
+                "displayMode": "table",
+                "placement": "bottom",
+            }
             | {"showLegend": True, "sortBy": "Max", "sortDesc": True},
             "tooltip": {"mode": "multi", "sort": "desc"},
         },

@@ -118,6 +118,13 @@ def lead_to_what_is_known(expr: str) -> str:
     return expr
 
 
+def tell_by(expr: str, alertname: str, **labels: str) -> str:
+    """Return a query whose rows bear the alert that is about them, and those labels."""
+    for label, value in {"alertname": alertname, **labels}.items():
+        expr = f'label_replace({expr}, "{label}", "{value}", "instance", ".*")'
+    return expr
+
+
 def count_or_zero(found: str, known: str) -> str:
     """Return how many series there are in ``found``: 0 if ``known`` has any, and nothing if it has none."""
     return f"count({found}) or 0 * count({known})"

@@ -12,8 +12,8 @@ from grafana.builder.layout import (
 )
 from grafana.builder.panels import COUNT, Query, make_stat
 from grafana.builder.queries import (
-    OWNER,
     VM_KEYS,
+    call_by_name,
     increase,
     select,
     vm_seconds_lost,
@@ -34,7 +34,7 @@ def make_who_row() -> Row:
                 "Who it is",
                 "Names and owner as the VMM's command line and the host's files tell, and where its counts come from.",
                 {
-                    "who": f"max by ({VM_KEYS}, {OWNER}, vmm) ({select(m.VM_INFO, vm=VM)})",
+                    "named": call_by_name(select(m.VM_INFO, vm=VM), f"{VM_KEYS}, name, display_name, vmm"),
                     "read_by": f"max by ({VM_KEYS}, source) ({select(m.VM_SOURCE_INFO, vm=VM)})",
                     "state_info": f"max by ({VM_KEYS}, state) ({select(m.VM_NOTIFY_PROTECTION, vm=VM)} == 1)",
                     "started": f"max by ({VM_KEYS}) ({select(m.VM_START_TIME, vm=VM)}) * 1000",
@@ -42,8 +42,7 @@ def make_who_row() -> Row:
                 [
                     Column(field="name", title="Name", width=160, grows=True),
                     Column(field="display_name", title="User's name", width=140),
-                    Column(field="project", title="Project", width=110),
-                    Column(field="vm_namespace", title="Namespace", width=110),
+                    Column(field="owner", title="Owner", width=130),
                     Column(field="instance", title="Host", width=220, links=[link_to_host()]),
                     Column(field="state", title="Protection", width=110, mappings=PROTECTION),
                     Column(field="source", title="Source", width=80),
@@ -51,6 +50,7 @@ def make_who_row() -> Row:
                     Column(field="started", title="Started", width=160, unit="dateTimeAsIso"),
                     JOB,
                     hide("vm"),
+                    hide("who"),
                 ],
                 sort_by=["Started"],
                 rows=1,

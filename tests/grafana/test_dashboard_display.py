@@ -44,7 +44,12 @@ def test_what_is_not_known_is_neutral(uid: str, panel: str, title: str, field: J
         (FLEET, "Hosts", "vCPUs stalled", 3, Shown("3", BAD)),
         (FLEET, "Notify exits", "Notify exits", 36_933_157, Shown("36,933,157", "text")),
         (FLEET, "Hosts", "Notify exits", 22_932_038.4, Shown("22,932,038", "text")),
-        (FLEET, "Groups of hosts", "Median per vCPU-day", 240_992.614, Shown("240,992.61", "text")),
+        (FLEET, "Groups of hosts", "Median per vCPU-day", 240_992.614, Shown("240,992.61", WARN)),
+        (FLEET, "Groups of hosts", "Median per vCPU-day", 0.02, Shown("0.02", WARN)),
+        (FLEET, "Groups of hosts", "Median per vCPU-day", 0, Shown("0.00", GOOD)),
+        (FLEET, "Groups of hosts", "Median per vCPU-day", None, Shown("-", NEUTRAL)),
+        (FLEET, "Agents down or blind", "State", "down", Shown("down", BAD)),
+        (FLEET, "Agents down or blind", "State", "blind", Shown("blind", WARN)),
         (HOST, "VMs", "Notify exits", 0, Shown("0", "text")),
         (FLEET, "Stalled now", "Stalled for", None, Shown("-", NEUTRAL)),
         (FLEET, "Stalled now", "Stalled for", 1, Shown("1", BAD)),
@@ -64,7 +69,9 @@ def test_a_quiet_dashboard_says_what_is_quiet() -> None:
         for dashboard in read_dashboards()
         for panel in find_panels(dashboard)
     }
-    assert texts[FLEET, "Stalled now"] == texts[HOST, "Stalled now"] == "no vCPU is known to be stalled"
+    assert texts[FLEET, "Stalled now"] == "no vCPU is known to be stalled"
+    assert texts[HOST, "Stalled now"] == "no vCPU is known to be stalled; while the agent is down, nobody can tell"
+    assert texts[FLEET, "Agents down or blind"] == "no agent is known to be down or blind"
     assert texts[FLEET, "Top VMs"] == "no VM is known to take notify exits"
     assert texts[FLEET, "Agents with problems"] == "no problem is known"
     assert not {"nothing found", "No data", ""} & set(texts.values())

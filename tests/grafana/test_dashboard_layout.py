@@ -82,22 +82,32 @@ SCREEN_HEIGHT = 768
 
 @pytest.mark.parametrize("uid", ["kvm-notify-fleet", "kvm-notify-host"])
 def test_who_is_stalled_is_on_the_first_screen(uid: str) -> None:
-    """Directly below the numbers: who, whose, for how long, since when, how hard, and where."""
+    """Directly below the numbers: who, whose, for how long, since when, how hard, and where.
+
+    On the fleet's, the hosts where nobody can tell stand beside the numbers.
+    """
     (dashboard,) = (one for one in read_dashboards() if one["uid"] == uid)
     (table,) = (panel for panel in find_panels(dashboard) if panel["title"] == "Stalled now")
     place = table["gridPos"]
     assert CHROME_HEIGHT + (place["y"] + place["h"]) * GRID_UNIT <= SCREEN_HEIGHT
     above = [p for p in find_panels(dashboard) if p["gridPos"]["y"] + p["gridPos"]["h"] == place["y"]]
-    assert {panel["type"] for panel in above} == {"stat"}
+    assert {panel["type"] for panel in above if panel["title"] != "Agents down or blind"} == {"stat"}
     wanted = ["VM", "Owner", "vCPU", "Stalled for", "Since", "Exits/s of VM", "Host"]
     assert list(find_widths(table))[: len(wanted)] == wanted
     linked = [title for title, field in find_fields(table).items() if field.get("links")]
     assert {"VM", "Host"} <= set(linked)
 
 
-def test_the_first_screen_of_the_fleet_names_the_alerts_that_fire() -> None:
+def test_the_first_screen_of_the_fleet_names_whatever_it_counts() -> None:
+    """Who is down or blind stands beside the numbers, with room for three."""
     fleet = next(one for one in read_dashboards() if one["uid"] == "kvm-notify-fleet")
     tables = [panel for panel in find_panels(fleet) if panel["type"] == "table"]
-    assert [table["title"] for table in tables[:2]] == ["Stalled now", "Firing alerts"]
-    place = tables[1]["gridPos"]
-    assert CHROME_HEIGHT + (place["y"] + place["h"]) * GRID_UNIT <= SCREEN_HEIGHT
+    assert [table["title"] for table in tables[:3]] == ["Agents down or blind", "Stalled now", "Firing alerts"]
+    for place in (table["gridPos"] for table in tables[:3]):
+        assert CHROME_HEIGHT + (place["y"] + place["h"]) * GRID_UNIT <= SCREEN_HEIGHT
+    beside = tables[0]["gridPos"]
+    height = beside["h"] * GRID_UNIT - GRID_GAP - TITLE_HEIGHT - PANEL_PADDING
+    assert height // LINE_HEIGHT - 1 >= 3
+    numbers = [panel["gridPos"] for panel in find_panels(fleet) if panel["type"] == "stat"]
+    assert {place["x"] + place["w"] <= beside["x"] for place in numbers} == {True}
+    assert max(place["y"] + place["h"] for place in numbers) == beside["y"] + beside["h"]

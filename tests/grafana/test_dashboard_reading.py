@@ -63,6 +63,13 @@ def test_the_first_screen_says_how_many_and_how_bad(read: Read) -> None:
     }
 
 
+def test_it_names_the_hosts_where_nobody_can_tell(read: Read) -> None:
+    table = read(FLEET)["table Agents down or blind"]
+    assert table.find_row(Host="gone:9750")["State"] == table.find_row(Host="lost:9750")["State"] == Cell("down", BAD)
+    assert table.find_row(Host="lost:9750")["Reason"].text == "no target now"
+    assert len({row["Host"].text for row in table.rows if row["State"] == Cell("blind", WARN)}) == 2
+
+
 def test_it_names_who_is_stalled_and_leads_there(read: Read) -> None:
     for uid, instance in ((FLEET, ".+"), (HOST, "fleet-1:9750")):
         (row,) = read(uid, instance)["table Stalled now"].rows
@@ -146,7 +153,7 @@ def test_a_vm_is_described_with_units(read: Read) -> None:
     (row,) = shown["table vCPUs"].rows
     assert row["Forward progress"] == Cell("stalled", BAD)
     (row,) = shown["table Who it is"].rows
-    assert (row["Name"].text, row["Project"].text) == ("guest-1", "research")
+    assert (row["Name"].text, row["Owner"].text) == ("guest-1", "research")
 
 
 def test_an_alert_has_its_severity_in_words_and_colour(read: Read) -> None:

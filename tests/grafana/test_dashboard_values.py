@@ -100,6 +100,22 @@ OF_VCPU: Final = f'{{instance="a", job="kvm", vcpu="1", vm="{GUEST}"}}'
 OF_VM: Final = f'{{instance="a", job="kvm", vm="{GUEST}"}}'
 NAMED: Final = samples(m.VM_INFO, still(1), vm=GUEST, name="web-1", project="shop")
 PROBLEMS = "Agents with problems"
+BLIND: Final = (
+    samples(AGENT_SCRAPED, still(0), "dead"),
+    samples(UP, still(0), "dead"),
+    samples(AGENT_SCRAPED, still(0), "lost"),
+    samples(m.COMPLETE, still(0), "partial"),
+    samples(m.INCOMPLETE_REASON, still(1), "partial", reason="pid_namespace"),
+    samples(m.COMPLETE, still(0), "untold"),
+    samples(m.HOST_INFO, still(1), "locked", lockdown="confidentiality"),
+    samples(m.HOST_INFO, still(1), "untraced", lockdown="integrity"),
+)
+
+
+def _blind(alert: str, state: str, instance: str, reason: str) -> str:
+    labels = {"alertname": alert, "state": state, "instance": instance, "job": "kvm", "reason": reason}
+    return f"{{{', '.join(f'{name}={json.dumps(value)}' for name, value in labels.items() if value)}}}"
+
 
 CASES: Final = (
     # Grafana's times are in milliseconds.
@@ -161,25 +177,67 @@ CASES: Final = (
         0,
         [samples(m.VCPU_NOTIFY_WINDOW_EXITS, still(0), **VCPU), samples(m.VCPU_EXITS, still(0), **VCPU)],
     ),
-    # 1 exit a second, by 4 vCPUs.
+    # 1 exit a second, by 4 vCPUs. Of three hosts, one takes none, and on one a guest floods.
     Case(
         "exits a day over time",
         FLEET,
-        "Notify exits a day per armed vCPU",
+        "Notify exits a day per armed vCPU, median host",
         0,
         [
-            INFO_A,
-            samples(m.HOST_VCPUS, still(4), **ARMED),
-            samples(m.HOST_NOTIFY_WINDOW_EXITS, by_second(1)),
+            *(samples(m.HOST_INFO, still(1), host, **CPU) for host in "abc"),
+            *(samples(HOST_ARMED_VCPUS, still(4), host) for host in "abc"),
+            samples(HOST_EXIT_RATE, still(1)),
+            samples(HOST_EXIT_RATE, still(0), "b"),
+            samples(HOST_EXIT_RATE, still(9000), "c"),
         ],
         {CPU_SERIES: 21_600},
     ),
     Case(
         "exits a day of no armed vCPUs",
         FLEET,
-        "Notify exits a day per armed vCPU",
+        "Notify exits a day per armed vCPU, median host",
         0,
         [INFO_A, samples(m.HOST_VCPUS, still(0), **ARMED), samples(m.HOST_NOTIFY_WINDOW_EXITS, still(0))],
+    ),
+    Case(
+        "agents down or blind, and why",
+        FLEET,
+        "Agents down or blind",
+        0,
+        [
+            *BLIND,
+            samples(m.HOST_INFO, still(1), "well"),
+            samples(m.HOST_NO_PROGRESS, still(0), "well"),
+            samples(m.COMPLETE, still(1), "well"),
+            samples(AGENT_SCRAPED, still(1), "well"),
+            samples(UP, still(1), "well"),
+        ],
+        {
+            _blind("KvmNotifyExporterDown", "down", "dead", "does not answer"): 0,
+            _blind("KvmNotifyExporterDown", "down", "lost", "no target now"): 0,
+            _blind("KvmNotifyAgentBlind", "blind", "partial", "pid_namespace"): 1,
+            _blind("KvmNotifyAgentBlind", "blind", "untold", ""): 0,
+            _blind("KvmNotifyStallsNotDetected", "blind", "locked", "no RIPs: kernel lockdown"): 1,
+            _blind("KvmNotifyStallsNotDetected", "blind", "untraced", "no RIPs"): 1,
+        },
+    ),
+    # An alert that no host of now is about has no row of its own.
+    Case(
+        "since when agents are down or blind",
+        FLEET,
+        "Agents down or blind",
+        1,
+        [
+            *BLIND,
+            samples(ALERT_ACTIVE_SINCE, still(60), "dead", alertname="KvmNotifyExporterDown"),
+            samples(ALERT_ACTIVE_SINCE, still(90), "partial", alertname="KvmNotifyAgentBlind"),
+            samples(ALERT_ACTIVE_SINCE, still(30), "partial", alertname="KvmNotifyExporterDown"),
+            samples(ALERT_ACTIVE_SINCE, still(30), "dead", alertname="KvmNotifySourceLost"),
+        ],
+        {
+            '{alertname="KvmNotifyExporterDown", instance="dead", job="kvm"}': 60_000,
+            '{alertname="KvmNotifyAgentBlind", instance="partial", job="kvm"}': 90_000,
+        },
     ),
     # The time range is an hour, and there are ten minutes of history.
     # Of three hosts, one takes none, and on one a guest floods.

@@ -122,6 +122,7 @@ SERIES: tuple[Series, ...] = (
     *_make_changed_host("changed:9750"),
     *_make_alert("", "KvmMicrocodeNotifyExits"),
     *_make_alert("fleet-1:9750", "KvmMicrocodeUpdateNotifyExits"),
+    *_make_alert("gone:9750", "KvmNotifyExporterDown"),
     Series(UP, "gone:9750", lambda hour: float(hour < RISE_HOURS), {}),
     Series(m.HOST_VMS, "lost:9750", lambda hour: 2 if hour < RISE_HOURS else None, {"protection": Protection.ARMED}),
 )

@@ -70,6 +70,7 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("documents", "kvm_exporter_scrape_collector_success"): _NO_FAULT,
     ("alert KvmNotifyStallsNotDetected", ""): _TRACED,
     ("kvm-notify-fleet: Blind to stalls", "kvm_host_vcpus_no_forward_progress"): _TRACED,
+    ("kvm-notify-fleet: Agents down or blind", "kvm_host_vcpus_no_forward_progress"): _TRACED,
     ("kvm-notify-fleet: Firing alerts", ""): _FLEET_WIDE,
     ("kvm-notify-host: Statistics left out", ""): _NO_STATISTICS,
     ("kvm-notify-host: annotation Microcode or kernel changed", ""): _NO_REBOOT,

@@ -53,6 +53,16 @@ def test_the_numbers_say_how_bad_it_is(fleet: dict[str, Reading]) -> None:
     assert fleet["Agents down"].cells == (Cell("1", BAD),)
 
 
+def test_whoever_is_counted_is_named(fleet: dict[str, Reading]) -> None:
+    rows = fleet["table Agents down or blind"].rows
+    assert sorted((row["Host"].text, row["State"], row["Reason"].text) for row in rows) == [
+        (day.DEAD_HOST, Cell("down", BAD), "does not answer"),
+        ("kvm13.fra1:9750", Cell("blind", WARN), "no RIPs: kernel lockdown"),
+        ("kvm14.fra1:9750", Cell("blind", WARN), "pid_namespace"),
+    ]
+    assert "" not in {row["Since"].text for row in rows} and "-" not in {row["Since"].text for row in rows}
+
+
 def test_the_microcode_is_first_although_others_have_more_exits(fleet: dict[str, Reading]) -> None:
     rows = sorted(fleet["table Groups of hosts"].rows, key=lambda row: -int(row["Hosts with exits"].text))
     assert [rows[0][title].text for title in ("Microcode", "Hosts", "Hosts with exits")] == [day.NEW, "5", "5"]
@@ -101,6 +111,7 @@ def test_a_healthy_host_looks_healthy(prometheus: Prometheus) -> None:
         assert shown[title].cells == (Cell("0", GOOD),)
     empty = {title: shown[title].no_value for title in shown if title.startswith("table") and not shown[title].rows}
     assert empty == {
+        "table Agents down or blind": "no agent is known to be down or blind",
         "table Stalled now": "no vCPU is known to be stalled",
         "table Shortest interval between notify exits": "no interval has been seen",
         "table Top VMs": "no VM is known to take notify exits",
