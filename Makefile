@@ -19,7 +19,7 @@ run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve
 
 demo: $(VENV)/.installed
-	KVM_NOTIFY_EXPORTER=$(BIN)/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751
+	exec env KVM_NOTIFY_EXPORTER=$(BIN)/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751
 
 test: $(VENV)/.installed-dev test-packages
 	$(BIN)/python -m pytest

@@ -21,6 +21,7 @@ from exporter.commands.drill import run_drill
 from exporter.commands.once import run_once
 from exporter.commands.serve import run_server
 from exporter.flags import (
+    WrongUsage,
     add_collector_flags,
     add_drill_flags,
     add_from_agent_flag,
@@ -51,6 +52,8 @@ COMMANDS = {
 }
 # Each VM is held by one pidfd; the rest is for sockets and what one snapshot opens and closes.
 WANTED_FDS = 65536
+# As argparse's, and as the unit's RestartPreventExitStatus= has it.
+WRONG_USAGE = 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -112,7 +115,8 @@ def open_missing_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, mode)  # takes the lowest number that is free
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
@@ -177,5 +181,5 @@ def run_command(words: Sequence[str]) -> int:
     except (OSError, ValueError) as err:
         log.error("cannot go on", extra={"fields": {"err": str(err)}})
         discard_output()
-        return 1
+        return WRONG_USAGE if isinstance(err, WrongUsage) else 1
     return code

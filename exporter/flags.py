@@ -13,6 +13,7 @@ from exporter.prometheus.selection import COLLECTORS, DEFAULT_COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from exporter.stalls.verdicts import StallRule
 from exporter.web.listeners import Address, TcpAddress, UnixAddress, parse_address
+from exporter.web.settings import check_telemetry_path
 from kvm.bpf.notify_trigger import FUNCTION
 from kvm.host.paths import HostPaths
 from kvm.statistics import StatScope, StatSelection
@@ -42,6 +43,10 @@ def parse_pattern(text: str) -> NamePattern:
         raise argparse.ArgumentTypeError(f"{text!r}: {err}") from err
 
 
+class WrongUsage(ValueError):
+    """Flags that contradict each other: to try again with the same would be in vain."""
+
+
 def parse_group(text: str) -> int:
     """Return the number of a group, by name or as it is; raises argparse.ArgumentTypeError."""
     try:
@@ -58,6 +63,21 @@ def parse_listen_address(text: str) -> Address:
         return parse_address(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def parse_telemetry_path(text: str) -> str:
+    """Return where the metrics are to be; raises argparse.ArgumentTypeError."""
+    try:
+        return check_telemetry_path(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def parse_file(text: str) -> Path:
+    """Return the path of a file, which need not be there; raises argparse.ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path of a file is wanted")
+    return Path(text)
 
 
 def parse_directory(text: str) -> Path:
@@ -255,6 +275,7 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         "--web.telemetry-path",
         dest="telemetry_path",
         metavar="PATH",
+        type=parse_telemetry_path,
         default="/metrics",
         help="where the metrics are (default: %(default)s)",
     )
@@ -276,7 +297,7 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_web_config_flag(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the flag of the web configuration."""
-    parser.add_argument("--web.config.file", dest="web_config_file", metavar="FILE", type=Path, help=text)
+    parser.add_argument("--web.config.file", dest="web_config_file", metavar="FILE", type=parse_file, help=text)
 
 
 def choose_collectors(arguments: argparse.Namespace) -> frozenset[str]:

@@ -181,11 +181,13 @@ def _describe_source(source: SourceReport) -> str:
 def _describe_vms(snapshot: Snapshot) -> str:
     if not snapshot.readings:
         return "none runs" if snapshot.complete else "none found, but there may be some"
-    sources = Counter(reading.source or "no source" for reading in snapshot.readings)
+    sources = Counter(reading.source for reading in snapshot.readings if reading.source)
+    unread = len(snapshot.readings) - sources.total()
     states = Counter(reading.protection for reading in snapshot.readings)
-    by_source = ", ".join(f"{number} by {source}" for source, number in sorted(sources.items()))
-    by_state = ", ".join(f"{states[state]} {state}" for state in Protection if states[state])
-    return f"{len(snapshot.readings)} found, read {by_source}; notify exits {by_state}"
+    by_source = [f"{number} by {source}" for source, number in sorted(sources.items())] or ["none"]
+    by_source += [f"not {unread}"] * bool(unread and sources)
+    by_state = ", ".join(f"{state} for {states[state]}" for state in Protection if states[state])
+    return f"{len(snapshot.readings)} found, read {', '.join(by_source)}; notify exits {by_state}"
 
 
 def _describe_verdict(snapshot: Snapshot) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from exporter.commands.agent_report import is_all_known, read_agent_report, render_report
 from exporter.commands.columns import render_columns
 from exporter.commands.statistics_report import render_statistics, render_statistics_json
-from exporter.flags import choose_paths, choose_statistics, select_statistics
+from exporter.flags import WrongUsage, choose_paths, choose_statistics, select_statistics
 from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
@@ -34,7 +34,7 @@ MEMORIES = frozenset({metrics.HOST_NOTIFY_WINDOW_EXITS})
 def run_once(arguments: argparse.Namespace) -> int:
     """Print one snapshot of the host, or write it to a file; 0 if counters could be read, else 1."""
     if arguments.stats and arguments.from_agent is not None:
-        raise ValueError("--stats reads the host, --from-agent asks the agent: one of them")
+        raise WrongUsage("--stats reads the host, --from-agent asks the agent: one of them")
     if arguments.from_agent is not None:
         return print_agent_report(arguments.from_agent, "prometheus" if arguments.output else arguments.format)
     if arguments.stats:
@@ -60,9 +60,9 @@ def run_once(arguments: argparse.Namespace) -> int:
 
 
 def print_statistics(arguments: argparse.Namespace) -> int:
-    """Print everything that KVM counts, as a table or JSON; 0 if counters could be read, else 1. Raises ValueError."""
+    """Print everything that KVM counts, as a table or JSON; 0 if counters could be read, else 1. Raises WrongUsage."""
     if arguments.output is not None or arguments.format == "prometheus":
-        raise ValueError("--stats prints a table or JSON; as metrics statistics are had with --collector.stats")
+        raise WrongUsage("--stats prints a table or JSON; as metrics statistics are had with --collector.stats")
     selection = select_statistics(arguments, arguments.stats_level)
     with contextlib.ExitStack() as stack:
         host = open_host(
@@ -79,7 +79,7 @@ def print_statistics(arguments: argparse.Namespace) -> int:
 def print_agent_report(address: Address, form: str | None) -> int:
     """Print what a running agent knows; 0 if nothing can be missing in that, else 1. Raises OSError, ValueError."""
     if form == "prometheus":
-        raise ValueError("--from-agent prints a table or JSON; the agent's metrics are at its /metrics")
+        raise WrongUsage("--from-agent prints a table or JSON; the agent's metrics are at its /metrics")
     document = read_agent_report(address)
     sys.stdout.write(json.dumps(document, indent=2) + "\n" if form == "json" else render_report(document))
     return 0 if is_all_known(document) else 1

@@ -67,8 +67,13 @@ class ServerSettings:
     status: StatusLimits = field(default_factory=StatusLimits)
 
     def __post_init__(self) -> None:
-        path = self.telemetry_path
-        if not path.startswith("/") or not path.isprintable() or any(char in path for char in "{}?#%\\ "):
-            raise ValueError(f"telemetry path {path!r}: want a plain path such as /metrics")
-        if path in (HEALTHY_PATH, READY_PATH, VCPUS_PATH, DRILL_PATH, STATUS_PATH):
-            raise ValueError(f"telemetry path {path!r} is taken by the agent itself")
+        check_telemetry_path(self.telemetry_path)
+
+
+def check_telemetry_path(path: str) -> str:
+    """Return a path at which the metrics may be; raises ValueError for another."""
+    if not path.startswith("/") or not path.isprintable() or any(char in path for char in "{}?#%\\ "):
+        raise ValueError(f"telemetry path {path!r}: want a plain path such as /metrics")
+    if path in (HEALTHY_PATH, READY_PATH, VCPUS_PATH, DRILL_PATH, STATUS_PATH):
+        raise ValueError(f"telemetry path {path!r} is taken by the agent itself")
+    return path

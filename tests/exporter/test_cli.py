@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -221,3 +222,28 @@ def test_output_that_cannot_be_written_is_an_error_of_one_line(words: str, where
 def test_no_stream_at_all_leaves_the_exit_code() -> None:
     command = f"exec {sys.executable} -m exporter --version <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], cwd=ROOT, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["serve", "--web.telemetry-path=metrics"], "want a plain path such as /metrics"),
+        (["serve", "--web.telemetry-path=/api/v1/vcpus"], "is taken by the agent itself"),
+        (["serve", "--web.config.file="], "the path of a file is wanted"),
+        (["once", "--from-agent", "--stats"], "one of them"),
+        (["once", "--stats", "--format=prometheus"], "a table or JSON"),
+        (["once", "--from-agent", "--format=prometheus"], "a table or JSON"),
+    ],
+)
+def test_wrong_flags_end_it_with_2_so_that_nobody_starts_it_again(words: list[str], text: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "exporter", *words], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert (run.returncode, text in run.stderr) == (2, True), run.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >/dev/null"])
+def test_top_without_stdin_prints_once(closed: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m exporter top --interval=0.1 {closed}"
+    run = subprocess.run(["sh", "-c", command], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert "Traceback" not in run.stderr

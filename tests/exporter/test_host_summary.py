@@ -35,7 +35,7 @@ def test_a_good_host_is_told_so() -> None:
     assert lines["source debugfs"].strip() == "does not work: the kernel's lockdown forbids it -> nothing to do"
     assert "family 6 model 143 stepping 8, microcode 0x2b000620" in lines["host"]
     assert lines["notify exits"].strip().startswith("supported")
-    assert lines["VMs"].strip() == "2 found, read 1 by no source, 1 by stats_fd; notify exits 2 unknown"
+    assert lines["VMs"].strip() == "2 found, read 1 by stats_fd, not 1; notify exits unknown for 2"
     assert can_read(snapshot)
 
 

@@ -81,18 +81,18 @@ def test_the_command_prints_what_a_running_agent_knows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "code", "said"),
     [
-        (["--from-agent=unix:/nowhere/agent.sock"], "No such file or directory; start it (systemctl start"),
-        (["--from-agent=127.0.0.1:9750"], "want unix:PATH"),
-        (["--from-agent=unix:/nowhere/agent.sock", "--format=prometheus"], "prints a table or JSON"),
-        (["--from-agent=unix:/nowhere/agent.sock", "--output=/nowhere/a.prom"], "prints a table or JSON"),
+        (["--from-agent=unix:/nowhere/agent.sock"], 1, "No such file or directory; start it (systemctl start"),
+        (["--from-agent=127.0.0.1:9750"], 1, "want unix:PATH"),
+        (["--from-agent=unix:/nowhere/agent.sock", "--format=prometheus"], 2, "prints a table or JSON"),
+        (["--from-agent=unix:/nowhere/agent.sock", "--output=/nowhere/a.prom"], 2, "prints a table or JSON"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line_and_an_exit_code(words: list[str], said: str) -> None:
+def test_what_cannot_be_asked_is_one_line_and_an_exit_code(words: list[str], code: int, said: str) -> None:
     command = [sys.executable, "-m", "exporter", "once", *words]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (1, "")
+    assert (run.returncode, run.stdout) == (code, "")
     assert said in run.stderr
     assert len(run.stderr.splitlines()) == 1
 
