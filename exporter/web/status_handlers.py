@@ -30,7 +30,7 @@ from exporter.logs.rate_limit import RateLimitedLog
 from exporter.stalls.verdicts import State, VcpuReport
 from exporter.status_page import page
 from exporter.status_page.page import hash_asset, read_asset
-from exporter.status_page.view import StatusView, clean_query, make_status_view
+from exporter.status_page.view import Found, StatusView, clean_query, make_status_view
 from exporter.web.access import PRIVATE_HEADERS, sees_details
 from exporter.web.cpu_budget import Budget
 from exporter.web.settings import StatusLimits
@@ -56,7 +56,7 @@ class _Answer(NamedTuple):
 class StatusHandlers:
     """The handlers of the page and of its changing parts; ``run`` is to go on for as long as they are asked.
 
-    ``clock`` is CLOCK_MONOTONIC, ``unix_clock`` the time of day.
+    ``clock`` is CLOCK_MONOTONIC, ``unix_clock`` the time of day; ``render_parts`` renders what changes of the page.
     """
 
     def __init__(
@@ -69,11 +69,12 @@ class StatusHandlers:
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
         limits: StatusLimits | None = None,
+        render_parts: Callable[[page.Frame, StatusView, Found, bool], str] = page.render_parts,
     ) -> None:
         limits = self._limits = limits or StatusLimits()
         self._recorder, self._watcher, self._frame = recorder, watcher, frame
         self._rate_limited_log = rate_limited_log
-        self._clock, self._unix_clock = clock, unix_clock
+        self._clock, self._unix_clock, self._render_parts = clock, unix_clock, render_parts
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status-snapshot")
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status")
         self._reading: asyncio.Future[Snapshot] | None = None
@@ -150,7 +151,7 @@ class StatusHandlers:
         if question.is_page:
             text = page.render_page(self._frame, view, found, question.with_details, question.refresh)
         else:
-            text = page.render_parts(self._frame, view, found, question.with_details)
+            text = self._render_parts(self._frame, view, found, question.with_details)
         body = text.encode(errors="replace")
         etag = f'"{hashlib.blake2s(body, digest_size=12).hexdigest()}"'
         return _Answer(body, etag, time.thread_time() - began)

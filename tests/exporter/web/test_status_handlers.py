@@ -103,12 +103,21 @@ def run_pages(
     watcher: FixedWatcher | None = None,
     clock: Callable[[], float] = time.monotonic,
     limits: StatusLimits = USUAL,
+    *,
+    render_parts: Callable[..., str] = page.render_parts,
 ) -> None:
     async def main() -> None:
         recorder = SnapshotRecorder(host or FixedHost(make_snapshot(*READINGS)))
         frame = Frame("", "", "hv-17", {})
         pages = StatusHandlers(
-            recorder, watcher, frame, RateLimitedLog(), clock=clock, unix_clock=lambda: 1.7e9, limits=limits
+            recorder,
+            watcher,
+            frame,
+            RateLimitedLog(),
+            clock=clock,
+            unix_clock=lambda: 1.7e9,
+            limits=limits,
+            render_parts=render_parts,
         )
         async with open_pages(pages) as address:
             await asyncio.wait_for(scenario(address), PATIENCE_SECONDS)
@@ -268,35 +277,33 @@ def test_answers_are_kept_for_a_moment_and_in_bounds() -> None:
     run_pages(scenario, limits=StatusLimits(answers=5, view_seconds=2.0))
 
 
-class Renderings:
-    """Counts what is rendered, and how many at once; each takes a while."""
+class MeetingRenderer:
+    """Counts what it renders, and how many meet another one that is under way at once: each waits a while for that."""
 
     def __init__(self) -> None:
-        self.number = self.at_once = self.most_at_once = 0
-        self._lock = threading.Lock()
+        self.begun = self.met = 0
+        self._together = threading.Barrier(2)
 
-    def __call__(self, *_arguments: object) -> str:
-        with self._lock:
-            self.number += 1
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
-        time.sleep(0.02)  # so that two that are under way at once are seen to be
-        with self._lock:
-            self.at_once -= 1
+    def render_parts(self, *_arguments: object) -> str:
+        self.begun += 1
+        try:
+            self._together.wait(0.05)
+            self.met += 1
+        except threading.BrokenBarrierError:  # alone
+            self._together.reset()
         return "rendered"
 
 
-def test_who_asks_the_same_gets_the_same_and_one_is_rendered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    renderings = Renderings()
-    # What it renders is pure and has tests of its own; here only when, and beside what, matters.
-    monkeypatch.setattr(page, "render_parts", renderings)
+def test_who_asks_the_same_gets_the_same_and_one_is_rendered_at_a_time() -> None:
+    renderer = MeetingRenderer()
 
     async def scenario(address: Address) -> None:
-        await asyncio.gather(*(ask(address, f"/-/status?q=x{number % 4}") for number in range(20)))
-        assert renderings.number == 4
-        assert renderings.most_at_once == 1
+        answers = await asyncio.gather(*(ask(address, f"/-/status?q=x{number % 4}") for number in range(20)))
+        assert {answer.body for answer in answers} == {b"rendered"}
+        assert (renderer.begun, renderer.met) == (4, 0)
 
-    run_pages(scenario)
+    # What it renders is pure and has tests of its own; here only when, and beside what, matters.
+    run_pages(scenario, limits=StatusLimits(view_seconds=PATIENCE_SECONDS), render_parts=renderer.render_parts)
 
 
 def test_what_costs_more_than_its_share_is_put_together_less_often() -> None:
