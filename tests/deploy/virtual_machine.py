@@ -35,14 +35,14 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t devtmpfs dev /dev
 for module in $(cat /lab/order); do insmod "/lab/$module.ko" || echo "lab: $module cannot be loaded"; done
-mount -t ext4 /dev/vda /root || { echo "lab: no disk"; poweroff -f; }
-mount -t tmpfs run /root/run
-mkdir -p /root/run/systemd/system/multi-user.target.wants
-cp /lab/job.service /root/run/systemd/system/lab-job.service
-ln -s ../lab-job.service /root/run/systemd/system/multi-user.target.wants/
+mount -t ext4 /dev/vda /sysroot || { echo "lab: no disk"; poweroff -f; }
+mount -t tmpfs run /sysroot/run
+mkdir -p /sysroot/run/systemd/system/multi-user.target.wants
+cp /lab/job.service /sysroot/run/systemd/system/lab-job.service
+ln -s ../lab-job.service /sysroot/run/systemd/system/multi-user.target.wants/
 umount /proc
-mount --move /dev /root/dev
-exec switch_root /root /lib/systemd/systemd
+mount --move /dev /sysroot/dev
+exec switch_root /sysroot /lib/systemd/systemd
 """
 JOB_UNIT = """[Unit]
 Description=What the lab runs here
@@ -94,7 +94,7 @@ def write_initramfs(kernel: Kernel, path: Path) -> None:
     modules = read_modules(kernel, (*WANTED, "virtio_blk", "crc32c_generic", "ext4"))
     with path.open("wb") as file:
         writer = CpioWriter(file)
-        for name in ("proc", "dev", "root"):
+        for name in ("proc", "dev", "sysroot"):
             writer.add_directory(name)
         writer.add_file("bin/busybox", (open_userland().path / "usr/bin/busybox").read_bytes(), executable=True)
         writer.add_file("init", INIT.encode(), executable=True)
