@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.blind.alerts import UP, find_firing, split_sample
@@ -157,6 +157,7 @@ SOME_WAY = st.builds(
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(way=SOME_WAY)
+@example(way=Way(name="ProcSubset=pid, user", mounts=(PROC_SUBSET,), held=CAPABILITIES, sees=Sees.ANY))
 def test_nor_in_any_combination(way: Way, scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> None:
     truth, answers = ask_beside_root(scene, way)
     row = make_row(way.name, judge_sight(truth, answers), truth, answers)

@@ -9,7 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from kvm import abi
 from kvm.host.privileges import NEEDED_CAPABILITIES
 from tests.own_mounts import UNMOUNT_ALL
 
@@ -78,12 +77,11 @@ class Way:
         words = ["unshare", *self.namespaces] if self.namespaces else []
         if self.max_fds is not None:
             words += ["prlimit", f"--nofile={self.max_fds}:{self.max_fds}"]
-        scripts = stage / "repository" / Path(__file__).parent.relative_to(ROOT)
+        scripts = stage / "repository/tests"
         if self.refused:
-            words += [PYTHON, "-I", str(scripts / "refuse_syscalls.py"), ",".join(self.refused)]
+            words += [PYTHON, "-I", str(scripts / "blind/refuse_syscalls.py"), ",".join(self.refused)]
         if self.held is not None:
-            numbers = ",".join(str(getattr(abi, name)) for name in self.held)
-            words += [PYTHON, "-I", str(scripts / "drop_rights.py"), str(NOBODY), numbers]
+            words += [PYTHON, "-I", str(scripts / "with_capabilities.py"), str(NOBODY), ",".join(self.held)]
         return words or ["env"]
 
 
