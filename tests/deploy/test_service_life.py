@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,8 +94,7 @@ class Scraper:
 
     def wait_for_scrape(self) -> None:
         """Wait for one that began after now."""
-        before = self.query("sum(scrape_samples_scraped) + 0 * timestamp(up)") and self.query("timestamp(up)")
-        wait_until(lambda: self.query("up") == 1 and self.query("timestamp(up)") != before, "a scrape", 60)
+        self.wait_for(f"up == 1 and timestamp(up) > {time.time():f}", 1)
 
 
 @contextlib.contextmanager
