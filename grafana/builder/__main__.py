@@ -17,7 +17,7 @@ def render_files() -> dict[str, str]:
     return {f"{d['uid']}.json": json.dumps(d, indent=2, ensure_ascii=False) + "\n" for d in dashboards}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], directory: Path = DASHBOARDS) -> int:
     """Write what changed, and say so."""
     check = arguments == ["--check"]
     if arguments and not check:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         return 2
     changed = 0
     for name, text in render_files().items():
-        path = DASHBOARDS / name
+        path = directory / name
         if path.exists() and path.read_text() == text:
             continue
         changed += 1

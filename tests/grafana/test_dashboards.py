@@ -39,16 +39,13 @@ def test_files_are_what_the_builder_makes(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == ""
 
 
-def test_builder_tells_what_it_would_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("grafana.builder.__main__.DASHBOARDS", tmp_path)
-    assert main(["--check"]) == 1
+def test_builder_tells_what_it_would_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"], tmp_path) == 1
     assert list(tmp_path.iterdir()) == []
-    assert main([]) == 0
+    assert main([], tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{uid}.json" for uid in (FLEET, HOST, VM)]
-    assert main(["--check"]) == 0
-    assert main(["--chekc"]) == 2
+    assert main(["--check"], tmp_path) == 0
+    assert main(["--chekc"], tmp_path) == 2
     assert "usage" in capsys.readouterr().err
 
 
