@@ -17,25 +17,35 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+class AttackFailed(Exception):
+    """A program that was to hold something or to attack has ended by itself, or said nothing."""
+
+
+def start(words: Sequence[str], executable: str | None, env: Mapping[str, str] | None) -> subprocess.Popen[str]:
+    """Start a program whose input and output are ours."""
+    return subprocess.Popen(
+        words, executable=executable, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    """Wait for the line that says so; raises AttackFailed."""
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        raise AttackFailed(f"{process.args!r} did not begin")
+
+
 @contextmanager
 def open_held(
     words: Sequence[str], executable: str | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[int]:
     """Run a program while it holds what it has made; gives its pid."""
-    with subprocess.Popen(
-        words, executable=executable, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
+    with start(words, executable, env) as process:
         try:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError(f"{words} did not make what it should hold")
+            wait_until_ready(process)
             yield process.pid
         finally:
             process.communicate()
-
-
-class AttackFailed(Exception):
-    """A program that was to attack has ended by itself, or said nothing."""
 
 
 class Attack:
@@ -63,13 +73,9 @@ def open_attack(
     name: str, words: Sequence[str], executable: str | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[Attack]:
     """Run a program that attacks from now on, until it is stopped."""
-    with subprocess.Popen(
-        words, executable=executable, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
+    with start(words, executable, env) as process:
         try:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise AttackFailed(f"{name} did not begin")
+            wait_until_ready(process)
             yield Attack(name, process)
         finally:
             if process.poll() is None:
