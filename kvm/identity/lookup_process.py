@@ -84,6 +84,10 @@ class LookupProcess:
         """Whether nothing is left of it."""
         return self._process.poll() is not None
 
+    def open_pidfd(self) -> int:
+        """Return an fd that is readable once it has ended; raises OSError, also where it was reaped."""
+        return os.pidfd_open(self._process.pid)
+
     def wait(self, seconds: float) -> None:
         """Wait until it has ended, and reap it; for at most so many seconds."""
         with suppress(subprocess.TimeoutExpired):

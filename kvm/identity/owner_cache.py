@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,9 +183,10 @@ class OwnerCache:
             self._begin(child, lookup)
 
     def _find_child(self, lookup: _Lookup) -> _Child | None:
-        for child in self._children:
-            if child.lookup is None:
+        for child in [child for child in self._children if child.lookup is None]:
+            if not child.process.has_ended:
                 return child
+            self._leave(child)
         now = self._clock()
         busy = sum(now - child.since < self.STUCK_SECONDS for child in self._children)
         if busy >= self.BUSY_CHILDREN or self.children >= self.CHILDREN:
@@ -209,16 +211,19 @@ class OwnerCache:
             self._drop(child, str(err))
 
     def _receive(self, wait_seconds: float) -> None:
-        """Take the answers that have come, or come within so many seconds."""
+        """Take the answers that have come, or come within so many seconds, or until a killed child has made room."""
         poll = select.poll()
         asked = {child.process.fd: child for child in self._children if child.lookup}
         for fd in asked:
             poll.register(fd, select.POLLIN)
-        if not asked:
-            if wait_seconds:
-                time.sleep(min(wait_seconds, 0.01))  # no answer can come, but a child that was killed may make room
-            return
-        for fd, _event in poll.poll(wait_seconds * 1000):
+        with ExitStack() as stack:
+            for process, _uid in self._left_behind if wait_seconds else ():
+                with suppress(OSError):  # no fd is left: then what it makes room for waits a little longer
+                    pidfd = process.open_pidfd()
+                    stack.callback(os.close, pidfd)
+                    poll.register(pidfd, select.POLLIN)
+            ready = [fd for fd, _event in poll.poll(wait_seconds * 1000) if fd in asked]
+        for fd in ready:
             child = asked[fd]
             lookup, was_ready = child.lookup, child.process.is_ready
             assert lookup is not None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,6 +234,63 @@ def test_a_child_that_dies_is_replaced(proc: FakeProc, errors: Errors, make_cach
     wait_until(lambda: not find_children())
     wanted = {(first, START_TICKS): first, (second, START_TICKS): second}
     assert cache.find(wanted, PATIENCE_SECONDS).keys() == wanted.keys()
+    assert errors == []
+
+
+def test_an_idle_child_that_has_died_is_replaced_at_once(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
+    cache = make_cache()
+    first, second = proc.add("crosvm", 10), proc.add("firecracker", 11)
+    assert cache.find({(first, START_TICKS): first}, PATIENCE_SECONDS)
+    (dead,) = find_children()
+    dead.kill()
+    wait_until(lambda: not find_children())
+    cache.find({(second, START_TICKS): second}, 0.0)
+    assert [child != dead for child in find_children()] == [True]
+    assert errors == []
+
+
+class Unkillable:
+    """A lookup process that was killed and lives on, as one that hangs in the kernel; ``end`` lets it go."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def open_pidfd(self) -> int:
+        return os.pidfd_open(self._process.pid)
+
+    def wait(self, seconds: float) -> None:
+        assert seconds >= 0.0
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+def test_whoever_waits_for_room_is_woken_when_a_killed_child_ends(
+    proc: FakeProc, errors: Errors, make_cache: Make
+) -> None:
+    cache = make_cache()
+    cache.STUCK_SECONDS = PATIENCE_SECONDS
+    unkillable = [Unkillable() for _ in range(cache.CHILDREN)]
+    cache._left_behind = [(process, 1000 + number) for number, process in enumerate(unkillable)]  # type: ignore[misc]
+    pid = proc.add("crosvm", 10)
+    timer = threading.Timer(0.2, unkillable[0].end)
+    timer.start()
+    try:
+        fds = set(os.listdir("/proc/self/fd"))
+        began = time.monotonic()
+        assert cache.find({(pid, START_TICKS): pid}, PATIENCE_SECONDS) == {(pid, START_TICKS): TERMINA}
+        assert time.monotonic() - began < PATIENCE_SECONDS / 2
+        assert len(set(os.listdir("/proc/self/fd")) - fds) <= 3  # the child's two pipes, and the listing's own
+    finally:
+        timer.join()
+        for process in unkillable:
+            process.end()
+        wait_until(lambda: all(process.has_ended for process in unkillable))
     assert errors == []
 
 
