@@ -13,11 +13,13 @@ from exporter.top.columns import UNKNOWN, render_amount, render_value
 from exporter.top.comparison import Comparison, Subject
 from exporter.untrusted_text import clean_name
 from kvm.model import VmReading
-from kvm.statistics import StatDescriptor, StatScope, cut_values
+from kvm.statistics import StatDescriptor, cut_values
 
 T = TypeVar("T")
 
 MAX_NAME: Final = 40
+# The source works, and has no such statistic, or no other than histograms.
+NOTHING_READ: Final = "nothing was read that --collector.stats.include and .exclude leave; histograms: --format=json"
 _HEADER: Final = ("VM", "NAME", "VCPU", "STATISTIC", "VALUE", "PER SECOND", "SOURCE")
 _RIGHT: Final = {"VCPU", "VALUE", "PER SECOND"}
 
@@ -29,20 +31,13 @@ def render_statistics(comparison: Comparison) -> str:
     return (render_columns(_HEADER, rows, _RIGHT) if rows else "no VM found\n") + told
 
 
-def _build_rows(comparison: Comparison, reading: VmReading) -> Iterator[Sequence[object]]:
-    who, source = (reading.vm.id, clean_name(reading.vm.owner.name, MAX_NAME) or UNKNOWN), reading.source
-    statistics = reading.counters.statistics
-    if statistics is None:
-        yield (*who, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, _explain_missing(comparison, reading))
-        return
-    for descriptor, _ in _list_values(reading, StatScope.VM):
-        yield (*who, UNKNOWN, *_render(comparison, Subject(reading), descriptor), source)
-    for descriptor, _ in _list_values(reading, StatScope.VCPU):
-        if statistics.vcpu_columns is None:
-            yield (*who, "all", *_render(comparison, Subject(reading), descriptor), source)
-            continue
-        for position, vcpu in enumerate(reading.vcpus):
-            yield (*who, vcpu.index, *_render(comparison, Subject(reading, position), descriptor), source)
+def _build_rows(comparison: Comparison, reading: VmReading) -> Sequence[Sequence[object]]:
+    who = (reading.vm.id, clean_name(reading.vm.owner.name, MAX_NAME) or UNKNOWN)
+    rows = [
+        (*who, which, *_render(comparison, subject, descriptor), reading.source)
+        for which, subject, descriptor in _list_read(reading)
+    ]
+    return rows or [(*who, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, _explain_missing(comparison, reading))]
 
 
 def _render(comparison: Comparison, subject: Subject, descriptor: StatDescriptor) -> tuple[str, str, str]:
@@ -51,14 +46,24 @@ def _render(comparison: Comparison, subject: Subject, descriptor: StatDescriptor
     return descriptor.key, value, render_amount(rate, descriptor)
 
 
-def _list_values(reading: VmReading, scope: StatScope) -> Iterable[tuple[StatDescriptor, Sequence[object]]]:
-    """Yield the statistics that were read of a VM, or of its vCPUs, without histograms."""
+def _list_read(reading: VmReading) -> Iterator[tuple[object, Subject, StatDescriptor]]:
+    """Yield the statistics that were read of a VM and of its vCPUs, without histograms, and which vCPU it is."""
     statistics = reading.counters.statistics
     if statistics is None:
         return
-    of_vcpus: Sequence[object] | None = statistics.vcpu_columns or statistics.vcpu_sums
-    read = _cut(statistics.table.vm, statistics.vm) if scope is StatScope.VM else _cut(statistics.table.vcpu, of_vcpus)
-    yield from ((descriptor, of_one) for descriptor, of_one in read if not descriptor.is_histogram)
+    whole = Subject(reading)
+    if statistics.vm:
+        yield from ((UNKNOWN, whole, descriptor) for descriptor in _leave_histograms_out(statistics.table.vm))
+    for descriptor in _leave_histograms_out(statistics.table.vcpu):
+        if statistics.vcpu_columns:
+            for position, vcpu in enumerate(reading.vcpus):
+                yield vcpu.index, Subject(reading, position), descriptor
+        elif statistics.vcpu_sums:
+            yield "all", whole, descriptor
+
+
+def _leave_histograms_out(descriptors: Iterable[StatDescriptor]) -> Iterable[StatDescriptor]:
+    return (descriptor for descriptor in descriptors if not descriptor.is_histogram)
 
 
 def _cut(
@@ -69,9 +74,9 @@ def _cut(
 
 
 def _explain_missing(comparison: Comparison, reading: VmReading) -> str:
-    """Say why there are no statistics of a VM."""
+    """Say why a VM has no row of its own."""
     limits = [source.reason for source in comparison.now.sources if source.source == reading.source and source.reason]
-    return reading.counters.problem or "; ".join(limits) or "its statistics could not be read"
+    return reading.counters.problem or "; ".join(limits) or NOTHING_READ
 
 
 def build_statistics(comparison: Comparison, reading: VmReading) -> list[dict[str, object]] | None:

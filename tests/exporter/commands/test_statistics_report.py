@@ -11,6 +11,7 @@ from exporter.cli import parse_command_line
 from exporter.commands.once import build_document, run_once
 from exporter.commands.statistics_report import render_statistics, render_statistics_json
 from kvm.model import SourceReport
+from kvm.statistics import StatScope, StatTable, VmStatistics
 from tests.exporter.top.scene import compare, make_summed, make_vm
 from tests.snapshots import HIDDEN, make_reading, make_unread
 
@@ -40,10 +41,19 @@ def test_a_vm_without_statistics_says_why() -> None:
     both = compare([], [make_unread(), plain])
     assert [line.split("  ")[-1] for line in render_statistics(both).splitlines()[1:]] == [
         "its VMM holds no stats fds",
-        "its statistics could not be read",
+        "nothing was read that --collector.stats.include and .exclude leave; histograms: --format=json",
     ]
     both.now = replace(both.now, sources=(SourceReport("stats_fd", up=True, reason="without a table of them"),))
     assert render_statistics(both).splitlines()[-1].endswith("without a table of them")
+
+
+def test_a_vm_of_which_no_statistic_is_wanted_is_there_and_says_why() -> None:
+    reading = make_vm()
+    of_none = reading.counters._replace(statistics=VmStatistics(StatTable(StatScope.VCPU)))
+    both = compare([], [replace(reading, counters=of_none)])
+    (row,) = render_statistics(both).splitlines()[1:]
+    assert row.startswith("uuid-4242  web ")
+    assert "--collector.stats.include" in row
 
 
 def test_vms_that_may_be_missing_are_told() -> None:
