@@ -29,6 +29,7 @@ from kvm.model import VmCounters, VmKey
 from kvm.statistic_plan import plan_statistics
 from kvm.statistics import StatDescriptor, StatScope, StatSelection, StatTable, VmStatistics
 
+CLOSED = "the kernel's lockdown forbids reading counters in debugfs"
 _VM_DIRECTORY = re.compile(r"(\d{1,10})-(\d{1,10})")
 _VCPU_DIRECTORY = re.compile(r"vcpu(\d{1,10})")
 
@@ -142,9 +143,10 @@ class DebugfsSource:
         except FileNotFoundError as err:
             if self._kvm_directory.is_dir():
                 raise SourceUnavailable(f"this kernel has no {path}", "Linux 6.0 or later has it") from err
-            raise SourceUnavailable(
-                f"{self._kvm_directory} is not there", "mount -t debugfs none /sys/kernel/debug; load kvm"
-            ) from err
+            absence = f"{self._kvm_directory} is not there"
+            if read_lockdown(self._sysfs).mode not in ("", "none"):  # to mount it would be in vain
+                raise SourceUnavailable(f"{absence}; {CLOSED}") from err
+            raise SourceUnavailable(absence, "mount -t debugfs none /sys/kernel/debug; load kvm") from err
         except PermissionError as err:
             lockdown = read_lockdown(self._sysfs)
             raise explain_refusal(err, lockdown, read_privileges(self._proc, self._sysfs)) from err
@@ -218,8 +220,7 @@ def explain_refusal(err: OSError, lockdown: Lockdown, privileges: Privileges) ->
         reason = f"debugfs: {err.strerror}, although there is no lockdown"
         return SourceUnavailable(reason, "ask who set this host up: a security module or a seccomp filter forbids it")
     if lockdown.mode:
-        reason = "the kernel's lockdown forbids reading counters in debugfs"
-        return SourceUnavailable(reason)
+        return SourceUnavailable(CLOSED)
     if privileges.is_unrestricted:
         reason = f"debugfs: {err.strerror} with every capability: the kernel is locked down, in a mode not known"
         return SourceUnavailable(reason)

@@ -124,7 +124,10 @@ def test_a_hidden_process_may_hold_a_vm_only_if_it_may_have_made_one(tmp_path: P
 
 
 def test_open_says_what_is_missing(tmp_path: Path) -> None:
-    source = DebugfsSource(WANTED, tmp_path / "kvm", tmp_path / "proc", Troubles().tell)
+    sysfs, security = tmp_path / "sys", tmp_path / "sys/kernel/security"
+    security.mkdir(parents=True)
+    (security / "lockdown").write_text("[none] integrity confidentiality\n")
+    source = DebugfsSource(WANTED, tmp_path / "kvm", tmp_path / "proc", Troubles().tell, sysfs)
     with pytest.raises(SourceUnavailable) as foreign:
         source.open()
     assert foreign.value.remedy == "run with hostPID: true"
@@ -133,6 +136,10 @@ def test_open_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SourceUnavailable) as unmounted:
         source.open()
     assert "mount -t debugfs" in unmounted.value.remedy
+    (security / "lockdown").write_text("none [integrity] confidentiality\n")
+    with pytest.raises(SourceUnavailable, match="lockdown forbids reading counters") as closed:
+        source.open()
+    assert closed.value.remedy == ""
     (tmp_path / "kvm").mkdir()
     with pytest.raises(SourceUnavailable) as too_old:
         source.open()
