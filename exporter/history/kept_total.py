@@ -62,7 +62,9 @@ class KeptTotal:
             write_state(self._path, json.dumps(document) + "\n")
         except OSError as err:
             self.succeeded = False
-            fields = {"file": str(self._path), "err": err.strerror, "remedy": "make its directory the agent's own"}
+            is_directory = os.path.isdir(self._path)  # noqa: PTH112 - Path.is_dir() raises PermissionError
+            remedy = "name a file in that directory" if is_directory else "make its directory the agent's own"
+            fields = {"file": str(self._path), "err": err.strerror, "remedy": remedy}
             log.error("the total of notify exits cannot be kept", extra={"fields": fields})
             with contextlib.suppress(OSError):  # no total is better than an old one; a disk that is full allows that
                 self._path.unlink(missing_ok=True)
@@ -77,14 +79,17 @@ def read_boot_id(proc: Path) -> str:
 
 def read_state(path: Path) -> bytes:
     """Read a small plain file, and no other; raises OSError and BadState."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    with open(path, "rb", opener=_open_unfollowed) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise BadState("it is no plain file")
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise BadState(f"it has more than {MAX_BYTES} bytes")
     return content
+
+
+def _open_unfollowed(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def parse_state(content: bytes, boot_id: str) -> int | None:

@@ -98,10 +98,18 @@ def test_what_is_no_plain_file_is_not_read_and_not_waited_for(kind: str, tmp_pat
         path.mkdir()
     else:
         path.symlink_to("/dev/zero")
-    before = other.read_bytes()
+    before, fds = other.read_bytes(), os.listdir("/proc/self/fd")
     kept = KeptTotal(path, BOOT)
     assert (kept.take(), kept.succeeded) == (0, False)
     assert other.read_bytes() == before
+    assert os.listdir("/proc/self/fd") == fds
+
+
+def test_who_names_a_directory_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    KeptTotal(tmp_path, BOOT).take()
+    fields = [getattr(record, "fields", {}) for record in caplog.records]
+    assert "Is a directory" in fields[0]["err"]
+    assert fields[-1]["remedy"] == "name a file in that directory"
 
 
 def test_a_file_put_where_the_new_one_is_written_is_not_written_through(tmp_path: Path) -> None:
