@@ -139,7 +139,7 @@ def choose_passed(wanted: bool, passed: Sequence[socket.socket]) -> tuple[socket
 def choose_addresses(wanted: Sequence[Address] | None, *, is_protected: bool) -> tuple[Address, ...]:
     """Return where to listen; unless somebody says where, on the network only if the web configuration protects it."""
     if wanted:
-        return tuple(wanted)
+        return tuple(dict.fromkeys(wanted))
     if is_protected:
         return (OPEN_ADDRESS,)
     how = f"--web.config.file with TLS or users, or --web.listen-address={OPEN_ADDRESS} for a network that is trusted"

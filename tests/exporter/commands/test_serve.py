@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from exporter.cli import parse_command_line
 from exporter.commands.agent_socket import UnixConnection
+from exporter.commands.serve import choose_addresses
+from exporter.web.listeners import TcpAddress
 from tests.agents import ROOT
 from tests.exporter.service.listening_manager import open_manager
 
@@ -26,6 +29,11 @@ for number, fd in enumerate(fds):
 os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": "http:local"}
 os.execv(sys.executable, [sys.executable, "-m", "exporter", *sys.argv[2:]])
 """
+
+
+def test_an_address_that_is_named_twice_is_listened_on_once() -> None:
+    twice = parse_command_line(["--web.listen-address=:9751", "--web.listen-address=:9751"]).listen_addresses
+    assert choose_addresses(twice, is_protected=False) == (TcpAddress("", 9751),)
 
 
 def get(connection: http.client.HTTPConnection) -> int:
