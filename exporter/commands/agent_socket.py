@@ -62,7 +62,7 @@ def ask_agent(address: Address, method: str, target: str, headers: Mapping[str, 
 def _explain(err: OSError) -> str:
     what = err.strerror or str(err)
     if err.errno in _NOT_THERE:
-        return f"{what}; start it (systemctl start kvm-notify-exporter), or say where it listens (--web.listen-address)"
+        return f"{what}; start it (systemctl start kvm-notify-exporter), or name the socket that it has (unix:PATH)"
     if err.errno in (errno.EACCES, errno.EPERM):
         return f"{what}; ask as root, or as a member of its --web.details-group"
     return f"{what}; its log says more"

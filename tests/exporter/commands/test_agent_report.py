@@ -83,7 +83,12 @@ def test_the_command_prints_what_a_running_agent_knows() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--from-agent=unix:/nowhere/agent.sock"], 1, "No such file or directory; start it (systemctl start"),
+        (
+            ["--from-agent=unix:/nowhere/agent.sock"],
+            1,
+            "No such file or directory; start it (systemctl start kvm-notify-exporter), or name the socket that it "
+            "has (unix:PATH)",
+        ),
         (["--from-agent=127.0.0.1:9750"], 1, "want unix:PATH"),
         (["--from-agent=unix:/nowhere/agent.sock", "--format=prometheus"], 2, "prints a table or JSON"),
         (["--from-agent=unix:/nowhere/agent.sock", "--output=/nowhere/a.prom"], 2, "prints a table or JSON"),
