@@ -122,8 +122,8 @@ def open_missing_streams() -> None:
 
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
     """Return what a command line asks for; exits with 2 for a wrong one, as argparse does."""
-    known = {*COMMANDS, "-h", "--help", "--version"}
-    return build_parser().parse_args(words if words and words[0] in known else ["serve", *words])
+    names_command = words and (not words[0].startswith("-") or words[0] in ("-h", "--help", "--version"))
+    return build_parser().parse_args(words if names_command else ["serve", *words])
 
 
 def main(words: Sequence[str] | None = None) -> int:

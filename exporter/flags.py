@@ -88,6 +88,14 @@ def parse_directory(text: str) -> Path:
     return path
 
 
+def parse_procfs(text: str) -> Path:
+    """Return the absolute path of a directory where a proc file system is; raises argparse.ArgumentTypeError."""
+    path = parse_directory(text)
+    if not (path / "self").is_symlink():  # to nothing where its pid namespace is another one
+        raise argparse.ArgumentTypeError(f"{text!r}: the mount point of a procfs is wanted")
+    return path
+
+
 def parse_prom_path(text: str) -> Path:
     """Return the path of a file that node_exporter's textfile collector reads: one that ends in .prom."""
     if not text.endswith(".prom"):
@@ -128,16 +136,16 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 def add_path_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where the host's file systems are."""
     default = HostPaths()
-    for name, path, what in (
-        ("procfs", default.procfs, "proc is mounted, of the host's pid namespace"),
-        ("sysfs", default.sysfs, "sysfs is mounted, with what is mounted below it"),
-        ("rootfs", default.rootfs, "the host's root is, for libvirt's files"),
+    for name, parse, path, what in (
+        ("procfs", parse_procfs, default.procfs, "proc is mounted, of the host's pid namespace"),
+        ("sysfs", parse_directory, default.sysfs, "sysfs is mounted, with what is mounted below it"),
+        ("rootfs", parse_directory, default.rootfs, "the host's root is, for libvirt's files"),
     ):
         parser.add_argument(
             f"--path.{name}",
             dest=f"path_{name}",
             metavar="PATH",
-            type=parse_directory,
+            type=parse,
             default=path,
             help=f"where {what} (default: %(default)s)",
         )

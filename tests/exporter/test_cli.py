@@ -71,7 +71,8 @@ def test_flags_are_what_they_say() -> None:
         (["once", "--output=metrics.txt"], "reads *.prom only"),
         (["once", "--output=a.prom", "--format=json"], "not allowed with"),
         (["--web.listen-addres=:1"], "unrecognized"),
-        (["explode"], "unrecognized"),
+        (["explode"], "invalid choice: 'explode' (choose from 'serve', 'once', 'top', "),
+        (["--path.procfs=/tmp"], "the mount point of a procfs is wanted"),
     ],
 )
 def test_a_wrong_flag_is_explained_and_ends_the_program(
