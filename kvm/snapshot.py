@@ -229,7 +229,8 @@ class HostReader:
             # It has ended, or its fds are others by now: a leader thread that exits takes the fds with it.
             again = [vm for vm in self._discovery.scan_again(key.pid for key in missing) if vm.key in missing]
             self._held |= {vm.key: vm for vm in again}
-            read |= source.read(again)
+            if again:
+                read |= source.read(again, again=True)
             changed = VmCounters(problem="its fds change faster than they can be read")
             read |= {vm.key: changed for vm in again if vm.key not in read}
         for key in asked:

@@ -177,7 +177,7 @@ class BpfSource:
             fields = {"method": self.method, "reason": self.method_reason, "programs": self.programs}
             log.info("eBPF source ready", extra={"fields": fields})
 
-    def read(self, vms: Sequence[HeldVm] = ()) -> dict[VmKey, VmCounters]:
+    def read(self, vms: Sequence[HeldVm] = (), *, again: bool = False) -> dict[VmKey, VmCounters]:
         """Read every VM of the host, whoever is asked for; raises SourceUnavailable."""
         del vms
         with self._lock:

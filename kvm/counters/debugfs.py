@@ -170,7 +170,7 @@ class DebugfsSource:
         vms, vcpus = tuple(filter(has_file, table.vm)), tuple(filter(has_file, summed))
         return StatTable(table.level, vms, vcpus, table.left_out)
 
-    def read(self, vms: Sequence[HeldVm]) -> dict[VmKey, VmCounters]:
+    def read(self, vms: Sequence[HeldVm], *, again: bool = False) -> dict[VmKey, VmCounters]:
         """Read the sums of these VMs; one whose directory is not found says so, one that has ended has no entry."""
         readings = {}
         for vm in vms:
@@ -187,7 +187,8 @@ class DebugfsSource:
             except (OSError, MalformedData) as err:
                 self._on_error(vm.key.pid, "malformed" if isinstance(err, MalformedData) else "unreadable", str(err))
                 readings[vm.key] = VmCounters(problem=str(err))
-        self._directories = {key: path for key, path in self._directories.items() if key in readings}
+        if not again:
+            self._directories = {key: path for key, path in self._directories.items() if key in readings}
         return readings
 
     def close(self) -> None:

@@ -38,9 +38,10 @@ class CounterSource(Protocol):
         """Make the source ready; raises SourceUnavailable with the reason and a remedy."""
         ...
 
-    def read(self, vms: Sequence[HeldVm]) -> Mapping[VmKey, VmCounters]:
+    def read(self, vms: Sequence[HeldVm], *, again: bool = False) -> Mapping[VmKey, VmCounters]:
         """Read the counters of these VMs; a VM that has ended has no entry.
 
+        With ``again`` they are VMs that had no entry a moment ago, described anew: what was read of the others stands.
         Raises SourceUnavailable if the source has stopped working as a whole.
         """
         ...

@@ -135,10 +135,15 @@ class StatsFdSource:
         os.close(own)
         self.is_open = True
 
-    def read(self, vms: Sequence[HeldVm]) -> dict[VmKey, VmCounters]:
+    def read(self, vms: Sequence[HeldVm], *, again: bool = False) -> dict[VmKey, VmCounters]:
         """Read these VMs; one whose process has ended has no entry, one without stats fds says so."""
         with self._lock:
-            return self._read(vms)
+            if not again:
+                self._held = {}
+            readings = self._read(vms)
+            self._held |= {vm.key: vm for vm in vms if vm.key in readings}
+            self._known = {key: files for key, files in self._known.items() if key in self._held}
+            return readings
 
     def read_vcpu(self, key: VmKey, vcpu_id: int) -> VcpuState | None:
         """Read all statistics of one vCPU of the newest snapshot, None if it is gone or has no stats fd.
@@ -177,8 +182,6 @@ class StatsFdSource:
             except OSError as err:
                 self._on_error(vm.key.pid, "unreadable", f"cannot borrow its stats fds: {err.strerror}")
                 readings[vm.key] = VmCounters(problem=f"cannot borrow its stats fds: {err.strerror}")
-        self._known = {key: files for key, files in self._known.items() if key in readings}
-        self._held = {vm.key: vm for vm in vms if vm.key in readings}
         if self.doubt and any(counters.per_vcpu for counters in readings.values()):
             self.doubt = ""
         return readings

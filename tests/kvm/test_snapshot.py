@@ -35,6 +35,7 @@ class ToldSource:
         self.name, self.finds_vms, self.unavailable = name, finds_vms, unavailable
         self.answers: dict[VmKey, VmCounters] = {}
         self.asked: list[list[VmKey]] = []
+        self.again: list[bool] = []
         self.opened = 0
         self.doubt = ""
 
@@ -43,8 +44,9 @@ class ToldSource:
         if self.unavailable:
             raise SourceUnavailable(self.unavailable, "mend it")
 
-    def read(self, vms: Sequence[HeldVm]) -> Mapping[VmKey, VmCounters]:
+    def read(self, vms: Sequence[HeldVm], *, again: bool = False) -> Mapping[VmKey, VmCounters]:
         self.asked.append([vm.key for vm in vms])
+        self.again.append(again)
         if self.unavailable:
             raise SourceUnavailable(self.unavailable, "mend it")
         return self.answers
@@ -205,6 +207,7 @@ def test_a_vm_that_ended_while_it_was_read_is_not_listed(sources: tuple[ToldSour
     scene.discovery.vms = (HeldVm(KEY, 0, -1, (0, 1), {}),)  # another look finds it no more
     assert scene.look().readings == ()
     assert scene.discovery.again == [{PID}]
+    assert sources[0].asked == [[KEY]]
 
 
 def test_a_vm_whose_fds_changed_while_it_was_read_is_looked_at_again(sources: tuple[ToldSource, ToldSource]) -> None:
@@ -212,6 +215,7 @@ def test_a_vm_whose_fds_changed_while_it_was_read_is_looked_at_again(sources: tu
     scene = Scene(*sources)
     (reading,) = scene.look().readings
     assert first.asked == [[KEY], [KEY]]
+    assert first.again == [False, True]
     assert (reading.source, reading.counters.problem) == ("", "its fds change faster than they can be read")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,21 @@ def test_single_vcpus_are_read_where_kvm_tells_more_than_counters_do(
         assert stats_fd.read_vcpu(vm.key, 5) is None
     stats_fd.read([])
     assert stats_fd.read_vcpu(vm.key, 5) is None
+
+
+def test_a_vm_that_is_read_again_costs_no_other_what_is_known_of_it(
+    discovery: Discovery, stats_fd: StatsFdSource
+) -> None:
+    """A VM that moves its fds all the time is read again in each snapshot: others' vCPUs can be read all the same."""
+    with open_guest_process(stats_fds=True, port_writes=1) as steady, open_guest_process(stats_fds=True) as moving:
+        (vm,), (moved,) = (find_held(discovery, guest.pid) for guest in (steady, moving))
+        assert stats_fd.read([vm, replace(moved, stats_fds={0: 1023})]).keys() == {vm.key}
+        exits = stats_fd.read([moved], again=True)[moved.key].per_vcpu[EXITS]
+        stats_fd.tells_rips = True  # as on a KVM with the patches
+        for key in (vm.key, moved.key):
+            assert stats_fd.read_vcpu(key, 0) is not None
+        assert stats_fd.read([moved])[moved.key].per_vcpu[EXITS] == exits
+        assert stats_fd.read_vcpu(vm.key, 0) is None
 
 
 def test_reading_leaves_no_fd_behind(discovery: Discovery, stats_fd: StatsFdSource) -> None:
