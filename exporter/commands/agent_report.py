@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from exporter.commands.agent_socket import AgentUnreachable, ask_agent
 from exporter.commands.columns import render_columns
-from exporter.top.columns import UNKNOWN
+from exporter.top.cells import UNKNOWN
 from exporter.web.listeners import Address
 from exporter.web.settings import VCPUS_PATH
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from exporter.top.columns import fit, measure_width
+from exporter.top.cells import fit, measure_width
 
 
 def render_columns(

@@ -20,7 +20,7 @@ from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text
 from exporter.stalls.verdicts import State
-from exporter.top.columns import UNKNOWN
+from exporter.top.cells import UNKNOWN
 from exporter.top.feed import read_twice
 from exporter.web.listeners import Address
 from exporter.wiring import SINGLE_SNAPSHOT_WAIT_SECONDS, build_collector, open_host

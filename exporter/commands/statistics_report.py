@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from exporter.commands.columns import render_columns
 from exporter.host_summary import describe_blind_spots
-from exporter.top.columns import UNKNOWN, render_amount, render_value
+from exporter.top.cells import UNKNOWN, render_amount, render_value
 from exporter.top.comparison import Comparison, Subject
 from exporter.untrusted_text import clean_name
 from kvm.model import VmReading

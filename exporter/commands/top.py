@@ -25,7 +25,7 @@ from typing import Final
 from exporter.commands.held_log import HeldLog, hold_log
 from exporter.flags import choose_paths, select_statistics
 from exporter.host_summary import can_read
-from exporter.top.columns import measure_width
+from exporter.top.cells import measure_width
 from exporter.top.comparison import Comparison
 from exporter.top.feed import SnapshotFeed, read_twice
 from exporter.top.notes import Status

@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Final, NamedTuple
 
-from exporter.top.columns import UNKNOWN, cut, fit, measure_width, render_amount, render_value
+from exporter.top.cells import UNKNOWN, cut, fit, measure_width, render_amount, render_value
 from exporter.top.comparison import EXITS_KEY, NOTIFY_KEY, Comparison, Subject
 from exporter.top.notes import Status, find_notes
 from exporter.top.rows import Row, build_rows, find_subject, name_vm

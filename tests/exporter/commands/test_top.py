@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from exporter.commands.top import make_encodable
-from exporter.top.columns import measure_width
+from exporter.top.cells import measure_width
 from tests.tmux import Terminal, needs_tmux, open_terminal
 
 ROOT = Path(__file__).parent.parent.parent.parent

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.top.columns import measure_width
+from exporter.top.cells import measure_width
 from exporter.top.comparison import Comparison
 from exporter.top.notes import Status
 from exporter.top.screen import Style, render_screen

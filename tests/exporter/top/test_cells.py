@@ -1,4 +1,4 @@
-"""Text in columns: as wide as a terminal shows it, and numbers that stay short."""
+"""Text in cells: as wide as a terminal shows it, and numbers that stay short."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.top.columns import cut, fit, measure_width, render_amount, render_quantity, render_value
+from exporter.top.cells import cut, fit, measure_width, render_amount, render_quantity, render_value
 from exporter.untrusted_text import clean_name
 from kvm.statistics import StatDescriptor, StatKind, StatScope, StatUnit
 from tests.exporter.top.scene import BLOCKED, HALTS, PAGES

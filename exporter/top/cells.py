@@ -1,4 +1,4 @@
-"""Text in the columns of a terminal: as wide as it looks there, and numbers that stay short."""
+"""Text in the cells of a table in a terminal: as wide as it looks there, and numbers that stay short."""
 
 from __future__ import annotations
 
