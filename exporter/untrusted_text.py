@@ -14,6 +14,8 @@ BLANK: Final = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 def clean_name(text: str, limit: int = MAX_NAME) -> str:
     """Return untrusted text as it may be shown: what is invisible, or turns text around, is spelled out."""
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text
     cleaned, length, marks = [], 0, 0
     for character in text:
         marks = marks + 1 if unicodedata.category(character) in ("Mn", "Me") else 0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Sequence
 
 from exporter.top.cells import fit, measure_width
+from exporter.untrusted_text import clean_name
 
 
 def render_columns(
     header: Sequence[str], rows: Iterable[Sequence[object]], right: Collection[str] = frozenset()
 ) -> str:
-    """Render rows under a header, columns aligned, those of ``right`` to the right; not printable shows as ``?``."""
-    cells = [list(header), *([_make_printable(str(cell)) for cell in row] for row in rows)]
+    """Render rows of untrusted cells under a header, columns aligned, those of ``right`` to the right."""
+    cells = [list(header), *([clean_name(str(cell), sys.maxsize) for cell in row] for row in rows)]
     widths = [max(map(measure_width, column)) for column in zip(*cells, strict=True)]
     lines = (
         "  ".join(
@@ -20,7 +22,3 @@ def render_columns(
         for row in cells
     )
     return "\n".join(lines) + "\n"
-
-
-def _make_printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)

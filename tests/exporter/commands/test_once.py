@@ -34,8 +34,9 @@ def test_an_empty_host_says_so() -> None:
 
 
 def test_no_name_can_drive_a_terminal() -> None:
-    table = render_table(make_snapshot(make_reading("\x1b[2Jevil\nrow\u202e")))
+    table = render_table(make_snapshot(make_reading("\x1b[2Jevil\nrow\u202eo" + "\u0335" * 50)))
     assert "\x1b" not in table
+    assert "\u0335" * 5 not in table, "it would cover the lines around it"
     assert "\u202e" not in table
     assert len(table.splitlines()) == 3
 
