@@ -66,7 +66,7 @@ STYLES: Final = {Style.PLAIN: curses.A_NORMAL, Style.BOLD: curses.A_BOLD, Style.
 def run_top(arguments: argparse.Namespace) -> int:
     """Show the table until somebody leaves it; 0. Raises ValueError for a terminal that cannot show it.
 
-    Where stdin and stdout are no terminal it is printed once, and the exit code is that of ``once``.
+    Where stdin or stdout is no terminal it is printed once, and the exit code is that of ``once``.
     """
     view = View(all_vcpus=arguments.all_vcpus)
     is_live = sys.stdin.isatty() and sys.stdout.isatty()

@@ -129,7 +129,11 @@ def _title_column(key: str) -> str:
 
 def _measure_fixed(view: View, width: int) -> int:
     """Return how wide all but the statistics is, with the shortest name: the mark, the name, the number of vCPUs."""
-    return 2 + (10 if width < NARROW else 14) + (0 if view.opened else _COUNT_WIDTH)
+    return 2 + _find_shortest_name(width) + (0 if view.opened else _COUNT_WIDTH)
+
+
+def _find_shortest_name(width: int) -> int:
+    return 10 if width < NARROW else 14
 
 
 class _Table:
@@ -137,7 +141,7 @@ class _Table:
 
     def __init__(self, view: View, comparison: Comparison, columns: Sequence[str], width: int) -> None:
         self._view, self._comparison, self._columns, self._width = view, comparison, columns, width
-        room = width - _measure_fixed(view, width) + (10 if width < NARROW else 14)
+        room = width - _measure_fixed(view, width) + _find_shortest_name(width)
         room -= sum(2 + _measure_column(key) for key in columns)
         self._name_width = max(1, min(MOST_NAME, room))
         count = f"{'VCPU' if view.all_vcpus else 'VCPUS':>{_COUNT_WIDTH}}"
@@ -161,9 +165,16 @@ class _Table:
         name = mark + fit(clean_name(name_vm(reading)), self._name_width)
         if not reading.source:
             return f"{name}  not read: {clean_name(reading.counters.problem)}"
-        number = vcpu.index if vcpu else reading.vcpu_count
-        count = f"{UNKNOWN if number is None else number:>{_COUNT_WIDTH}}"
-        return name + count + self._render_numbers(subject)
+        return f"{name}{self._name_vcpus(subject):>{_COUNT_WIDTH}}{self._render_numbers(subject)}"
+
+    def _name_vcpus(self, subject: Subject) -> str:
+        """Say which vCPU it is, or how many the VM has."""
+        reading, position = subject
+        if position is not None:
+            return str(reading.vcpus[position].index)
+        if self._view.all_vcpus:  # of which only sums were read: a number would be that of a vCPU
+            return "all"
+        return UNKNOWN if reading.vcpu_count is None else str(reading.vcpu_count)
 
     def _render_numbers(self, subject: Subject) -> str:
         described = self._comparison.statistics

@@ -57,6 +57,12 @@ def test_forty_columns_and_ten_lines() -> None:
     ]
 
 
+def test_a_vm_of_which_only_sums_are_known_is_no_vcpu() -> None:
+    rows = [line.split() for line in draw(View(all_vcpus=True))]
+    assert ["db", "0"] in [row[:2] for row in rows]
+    assert ["old", "all"] in [row[:2] for row in rows], "not 2, which is another vCPU's number"
+
+
 def test_vcpus_of_a_vm_and_their_statistics() -> None:
     of_vm = Opened(Place(VCPU.vm), False)
     assert [line.split() for line in draw(View(opened=(of_vm,)))[3:6]] == [
