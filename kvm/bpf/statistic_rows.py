@@ -59,7 +59,8 @@ class StatisticCutter:
                 made.append(before if row is not None else None)
                 continue
             own, sums = row[: self._own_values], row[self._own_values :]
-            made.append(VmStatistics(self._table, own or None, sums if sums and place.is_whole else None))
+            now = VmStatistics(self._table, own or None, sums if sums and place.is_whole else None)
+            made.append(before if now == before else now)
         return made
 
     def _take(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from operator import itemgetter
 
+import pytest
+
 from kvm.bpf.statistic_rows import StatisticCutter, VmPlace
 from kvm.statistics import StatDescriptor, StatKind, StatScope, StatTable, VmStatistics
 
@@ -57,6 +59,17 @@ def test_what_has_not_moved_is_the_same_object() -> None:
     second = cutter.cut(pack((1, 2, 3, 4), (5, 6, 7, 9)), ())
     assert second[0] is first[0]
     assert second[1] == VmStatistics(SUMMED, (5,), (6, 7, 9))
+
+
+@pytest.mark.parametrize("table", [SUMMED, SPLIT])
+def test_what_has_not_moved_is_the_same_object_also_where_another_vm_has_come(table: StatTable) -> None:
+    cutter = StatisticCutter(table)
+    row, columns = (1, 2, 3, 4) if table is SUMMED else (1,), () if table is SUMMED else ((2, 3), (3, 4), (4, 5))
+    cutter.place([VmPlace(0, slice(0, 1), None, True)], [None])
+    (first,) = cutter.cut(pack(row), columns)
+    places = [VmPlace(number, slice(number, number + 1), None, True) for number in range(2)]
+    cutter.place(places, [first, None])
+    assert cutter.cut(pack(row, row), columns)[0] is first
 
 
 def test_a_vm_that_is_complete_again_has_its_sums_back() -> None:
