@@ -11,17 +11,17 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
+from kvm.log_limit import LogLimit
 from kvm.model import Vm
 
 log = logging.getLogger(__name__)
 
 # Troubles of processes that hold no VM are remembered too, but not for ever.
 MAX_LOGGED = 10_000
-# Of one kind, in so many seconds.
-LINES, LINES_SECONDS = 10, 60.0
+# Of one kind, in a minute.
+LINES = 10
 
 MESSAGES = {
     "duplicate": "two VMs claim one identity",
@@ -32,15 +32,6 @@ MESSAGES = {
 }
 
 
-@dataclass(slots=True)
-class _Lines:
-    """Of one kind of trouble: since when, how many were logged, and how many more there were."""
-
-    since: float
-    written: int = 0
-    withheld: int = 0
-
-
 class ReadErrors:
     """The tally of what could not be read, by (source, kind), since start.
 
@@ -49,8 +40,7 @@ class ReadErrors:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lines: dict[str, _Lines] = {}
+        self._limit = LogLimit(LINES, clock)
         self._counts: Counter[tuple[str, str]] = Counter()
         self._logged: dict[tuple[int, str, str], None] = {}
         self._vm_pids: set[int] = set()
@@ -80,29 +70,19 @@ class ReadErrors:
             return
         vms = {vm.key.pid: vm for vm in found}
         for (pid, source, kind), why in self._new.items():
+            admitted = self._limit.admit(kind)
+            if admitted is None:
+                continue
             fields: dict[str, object] = {"source": source, "kind": kind, "reason": why}
             if pid:
                 fields["pid"] = pid
             if pid in vms:
                 fields |= {"vm": vms[pid].id, "name": vms[pid].owner.name}
-            self._log(kind, fields)
+            log.warning(MESSAGES.get(kind, "something could not be read"), extra={"fields": {**fields, **admitted}})
         ended = self._vm_pids - vms.keys()
         logged = [entry for entry in (*self._logged, *self._new) if entry[0] not in ended]
         self._logged = dict.fromkeys(logged[-MAX_LOGGED:])
         self._vm_pids, self._new = set(vms), {}
-
-    def _log(self, kind: str, fields: dict[str, object]) -> None:
-        now = self._clock()
-        lines = self._lines.setdefault(kind, _Lines(now))
-        if now - lines.since >= LINES_SECONDS:
-            if lines.withheld:
-                fields["withheld"] = lines.withheld
-            lines.since, lines.written, lines.withheld = now, 0, 0
-        if lines.written == LINES:
-            lines.withheld += 1
-            return
-        lines.written += 1
-        log.warning(MESSAGES.get(kind, "something could not be read"), extra={"fields": fields})
 
     @property
     def counts(self) -> Mapping[tuple[str, str], int]:

@@ -6,8 +6,9 @@ import logging
 
 import pytest
 
+from kvm.log_limit import WINDOW_SECONDS
 from kvm.model import Owner, Vm, VmKey
-from kvm.read_errors import LINES, LINES_SECONDS, ReadErrors
+from kvm.read_errors import LINES, ReadErrors
 
 
 def make_vm(pid: int, fd: int = 4) -> Vm:
@@ -34,7 +35,7 @@ def test_troubles_by_the_thousand_are_a_few_lines_and_their_number(caplog: pytes
         errors.record("bpf", 7, "malformed", "nonsense")
         errors.log_new([])
         assert len(caplog.records) == LINES + 1
-        now[0] += LINES_SECONDS
+        now[0] += WINDOW_SECONDS
         errors.record("owners", 2000, "hung", "it hangs")
         errors.log_new([])
     assert len(caplog.records) == LINES + 2

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
-from exporter.logs.rate_limit import LINES, WINDOW_SECONDS, RateLimitedLog
+from exporter.logs.rate_limit import LINES, RateLimitedLog
 from exporter.web.protocol import HttpProtocol
+from kvm.log_limit import WINDOW_SECONDS
 from tests.agents import open_agent
 
 NONSENSE = [
