@@ -1,6 +1,6 @@
 """Layouts and numbers of the kernel's interfaces, named as in the headers; no logic and no I/O.
 
-``tests/test_abi.py`` compares every number here with the system's own headers through the C compiler. x86-64 only:
+``tests/kvm/test_abi.py`` compares every number here with the system's own headers through the C compiler. x86-64 only:
 that is where notify VM exits exist.
 """
 

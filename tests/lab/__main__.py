@@ -54,7 +54,7 @@ def report_kernel(series: str, boots: Boots, verbose: bool) -> bool:
         outcomes.append(outcome)
         well = well and outcome.passed
         if verbose or not outcome.passed:
-            print(outcome.run.output, *outcome.rate_limited_log, sep="\n")
+            print(outcome.run.output, *outcome.kernel_warnings, sep="\n")
         if verbose:
             print(outcome.run.console)
         for figure in outcome.figures:

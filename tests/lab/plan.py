@@ -82,14 +82,14 @@ class Outcome:
     tests: int
     failed: int
     skipped: int
-    rate_limited_log: tuple[str, ...]
+    kernel_warnings: tuple[str, ...]
     figures: tuple[str, ...] = ()
     blind: tuple[Row, ...] = ()
 
     @property
     def passed(self) -> bool:
         """True when tests ran, all of them, none failed, alerts tell what is not seen, and the kernel is content."""
-        well = self.run.exit_status == 0 and not self.rate_limited_log and not count_wrong(self.blind)
+        well = self.run.exit_status == 0 and not self.kernel_warnings and not count_wrong(self.blind)
         return well and self.tests > 0 and self.failed == self.skipped == 0
 
 

@@ -82,7 +82,7 @@ def check_outcome(outcome: Outcome, tell: Callable[[str], None]) -> None:
     tell(f"{run.release} {boot}: {outcome.tests} tests, {outcome.skipped} skipped, {run.seconds:.0f} s")
     for figure in outcome.figures:
         tell(f"{run.release} {boot}: {figure}")
-    assert not outcome.rate_limited_log, f"{run.release} complained:\n{run.console}"
+    assert not outcome.kernel_warnings, f"{run.release} complained:\n{run.console}"
     assert outcome.passed, f"{run.release}, {outcome.failed} of {outcome.tests} tests failed inside:\n{run.output}"
 
 
