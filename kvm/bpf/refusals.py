@@ -35,7 +35,7 @@ def explain(
     ``attaches`` says that the programs attach to a function of KVM, for which they need its module's own types.
     """
     privileges = read_privileges(proc, sys)
-    module = (sys / "module/kvm/initstate").exists()
+    module = privileges.kvm_is_module is True
     denied = err.errno in (errno.EPERM, errno.EACCES)
     refusal = find_refusal(messages)
     searched = denied and _SEARCHES_MODULES in refusal
