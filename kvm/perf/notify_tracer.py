@@ -25,7 +25,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from kvm.errors import KvmReadError, MalformedData, SourceUnavailable, VmGone
+from kvm.errors import KvmReadError, SourceUnavailable, VmGone
 from kvm.host.private_mount import PrivateMount
 from kvm.host.privileges import read_privileges
 from kvm.model import NotifyExit
@@ -290,11 +290,6 @@ class NotifyTracer:
         except FileNotFoundError as err:
             reason = f"{tracefs} has no tracepoint {SYSTEM}:{NAME}: the module kvm is not loaded"
             raise SourceUnavailable(reason, "load kvm_intel or kvm_amd") from err
-        except OSError as err:
-            remedy = "run as root or give CAP_DAC_READ_SEARCH"
-            raise SourceUnavailable(f"{tracefs}/events/{SYSTEM}/{NAME}: {err.strerror}", remedy) from err
-        except MalformedData as err:
-            raise SourceUnavailable(str(err), "please report this with the kernel's version") from err
         if missing := tracepoint.find_missing(FIELDS):
             reason = f"the records of {SYSTEM}:{NAME} have no {', '.join(missing)} on this kernel"
             raise SourceUnavailable(reason, "please report this with the kernel's version")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvm.errors import SourceUnavailable
+from kvm.errors import MalformedData, SourceUnavailable
 from kvm.host.lockdown import read_lockdown
 from kvm.host.private_mount import PrivateMount
 from kvm.perf.tracepoint_format import Tracepoint, parse_format
@@ -96,6 +96,13 @@ def open_tracefs(
 
 
 def read_tracepoint(tracefs: Path, system: str, name: str) -> Tracepoint:
-    """Read a tracepoint's number and format; raises FileNotFoundError, OSError, MalformedData."""
+    """Read a tracepoint's number and format; raises FileNotFoundError where there is none, else SourceUnavailable."""
     path = tracefs / "events" / system / name / "format"
-    return parse_format(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    try:
+        return parse_format(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    except FileNotFoundError:
+        raise  # what is missing, and where to get it, its reader knows
+    except OSError as err:
+        raise SourceUnavailable(f"{path.parent}: {err.strerror}", "run as root or give CAP_DAC_READ_SEARCH") from err
+    except MalformedData as err:
+        raise SourceUnavailable(str(err), "please report this with the kernel's version") from err
