@@ -58,8 +58,7 @@ class Heartbeat:
         """Say how the host is, if that is new, and give a sign of life."""
         stuck_seconds = self.find_stuck()
         status = f"stuck for {stuck_seconds:.0f} s, " * bool(stuck_seconds) + self.describe()
-        if status != self._status:
-            self._manager.tell(STATUS=status)
+        if status != self._status and self._manager.tell(STATUS=status):
             self._status = status
         if self._manager.watchdog_seconds is None:
             return

@@ -39,16 +39,18 @@ class ServiceManager:
         """Whether there is anybody to tell."""
         return self._socket is not None
 
-    def tell(self, **assignments: str | int) -> None:
-        """Send assignments, as READY=1; one that cannot be sent is logged and costs nothing else."""
+    def tell(self, **assignments: str | int) -> bool:
+        """Send assignments, as READY=1, and tell whether that was done; what cannot be sent is logged."""
         if self._socket is None:
-            return
+            return False
         lines = [f"{name}={clean_value(str(value))}" for name, value in assignments.items()]
         try:
             self._socket.sendto("\n".join(lines).encode(errors="replace"), self._address)
         except OSError as err:
             names = ",".join(assignments)
             self._rate_limited_log.write(logging.WARNING, "the service manager is not told", what=names, err=str(err))
+            return False
+        return True
 
     def tell_reloading(self) -> None:
         """Say that files are read anew, until READY says that this is done."""

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,17 @@ def test_where_no_watchdog_waits_only_the_state_is_told() -> None:
     with open_manager() as listening, ServiceManager(listening.address) as manager:
         Heartbeat(manager, lambda: "2 VMs", []).beat()
         assert listening.take_waiting() == [{"STATUS": "2 VMs"}]
+
+
+def test_a_state_that_could_not_be_sent_is_sent_with_the_next_sign(tmp_path: Path) -> None:
+    address = str(tmp_path / "notify")
+    with ServiceManager(address) as manager:
+        heartbeat = Heartbeat(manager, lambda: "blind", [])
+        heartbeat.beat()  # there is no such socket yet
+        with open_manager(address) as listening:
+            heartbeat.beat()
+            heartbeat.beat()
+            assert listening.take_waiting() == [{"STATUS": "blind"}]
 
 
 def test_an_event_loop_that_hangs_gives_no_sign() -> None:
