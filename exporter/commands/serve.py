@@ -82,9 +82,13 @@ def run_server(arguments: argparse.Namespace) -> int:
             if kept:
                 kept.keep(collector.total)
 
+        def describe() -> str:
+            report = monitor.report(with_verdicts=False)
+            return describe_state(recorder.snapshot, report, time.monotonic(), has_failed=recorder.has_failed)
+
         heartbeat = Heartbeat(
             manager,
-            lambda: describe_state(recorder.snapshot, monitor.report(with_verdicts=False), time.monotonic()),
+            describe,
             (lambda: recorder.reading_since, lambda: monitor.busy_since),
         )
         reload = web_config.reload if web_config else tell_nothing_to_reload

@@ -17,6 +17,8 @@ class SnapshotRecorder:
         self.history = RateHistory()
         self.reading_since: float | None = None
         """Since when, by ``clock``, a snapshot has been under way; None where none is."""
+        self.has_failed = False
+        """Whether the last reading of the host ended with an exception, so that ``snapshot`` is one before that."""
         self._reader, self._clock = reader, clock
         self._snapshot: Snapshot | None = None
         self._lock = threading.Lock()
@@ -33,9 +35,12 @@ class SnapshotRecorder:
             try:
                 snapshot = self._reader.read()
                 self.history.observe(snapshot)
-                self._snapshot = snapshot
+            except Exception:
+                self.has_failed = True
+                raise
             finally:
                 self.reading_since = None
+            self._snapshot, self.has_failed = snapshot, False
         return snapshot
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -26,6 +27,7 @@ STATUS_SECONDS: Final = 5.0
 OLD_SECONDS: Final = 330.0
 # So many signs fit into the time after which the service manager despairs: one that is late does no harm.
 SIGNS: Final = 3
+_GOES_ON: Final = (State.NOTIFYING, State.PROGRESSING, State.RECOVERED)
 
 
 class Heartbeat:
@@ -83,24 +85,31 @@ class Heartbeat:
         return busy_seconds if busy_seconds >= STUCK_SECONDS else 0.0
 
 
-def describe_state(snapshot: Snapshot | None, report: MonitorReport, now: float) -> str:
-    """Say in a line how many VMs there are and what is the matter; who they are is not for every local user."""
+def describe_state(snapshot: Snapshot | None, report: MonitorReport, now: float, *, has_failed: bool = False) -> str:
+    """Say in a line how many VMs there are and what is the matter; who they are is not for every local user.
+
+    ``has_failed`` says that the host could not be read since that snapshot.
+    """
+    if has_failed:
+        return "blind: the host cannot be read, the log says why"
     if snapshot is None:
         return "the host has not been read yet"
     if snapshot.is_blind:
         return f"blind: {describe_blindness(snapshot)}"
-    states = [found.state for vcpus in report.figures.values() for found in vcpus.values()]
+    figures = [found for vcpus in report.figures.values() for found in vcpus.values()]
+    states = Counter(found.state for found in figures)
     counts = {
-        "without a context": states.count(State.CONTEXT_LOST),
-        "stalled": states.count(State.STALLED),
-        "suspect": states.count(State.SUSPECT),
-        "not judged": states.count(State.UNKNOWN),
+        "without a context": states[State.CONTEXT_LOST],
+        "stalled": states[State.STALLED],
+        "suspect": states[State.SUSPECT],
+        "not judged": states[State.UNKNOWN] + sum(not found.can_judge for found in figures if found.state in _GOES_ON),
     }
     vms = len(snapshot.readings)
-    unread = sum(not reading.source for reading in snapshot.readings)
+    unread = sum(reading.notify_exits is None for reading in snapshot.readings)
     parts = [f"{vms} VM{'' if vms == 1 else 's'}"]
     parts += [f"{count} {what}" for what, count in counts.items() if count]
     parts += [f"{unread} cannot be read"] * bool(unread)
+    parts += ["no source works"] * (not any(source.up for source in snapshot.sources))
     parts += ["others may be missing"] * (not snapshot.complete)
     parts += ["stalls are not detected"] * bool(report.problem)
     age = now - snapshot.monotonic_seconds

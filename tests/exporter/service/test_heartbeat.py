@@ -15,7 +15,7 @@ from exporter.stalls.verdicts import MonitorReport, State
 from kvm.model import Snapshot, SourceReport
 from tests.exporter.service.listening_manager import open_manager
 from tests.reports import make_report, with_figures
-from tests.snapshots import HIDDEN, make_reading, make_snapshot, make_unread
+from tests.snapshots import HIDDEN, UP, make_reading, make_snapshot, make_unread
 from tests.waiting import wait_until
 
 NOW = 100.0
@@ -40,6 +40,20 @@ def test_what_is_the_matter_is_said_in_a_line() -> None:
     incomplete = make_snapshot(make_reading(), blind_spots=HIDDEN)
     assert describe(incomplete) == "1 VM, others may be missing"
     assert describe(host, later=OLD_SECONDS + 1) == "2 VMs; 331 s ago"
+
+
+def test_what_was_not_read_or_judged_is_not_left_out() -> None:
+    host = make_snapshot(make_reading())
+    assert describe_state(host, MonitorReport(), NOW, has_failed=True).startswith("blind: the host cannot be read")
+    assert describe_state(None, MonitorReport(), NOW, has_failed=True).startswith("blind: the host cannot be read")
+    assert (
+        describe(make_snapshot(make_reading(), replace(make_reading(pid=5), vcpu_count=3))) == "2 VMs, 1 cannot be read"
+    )
+    assert describe(make_snapshot(sources=(replace(UP, up=False),))) == "0 VMs, no source works"
+    states = (State.NOTIFYING, State.QUIET, State.STALLED)
+    vcpus = [replace(make_report(state, vcpu=number), can_judge=False) for number, state in enumerate(states)]
+    report = with_figures(MonitorReport(vcpus=tuple(vcpus)))
+    assert describe_state(host, report, NOW) == "1 VM, 1 stalled, 1 not judged"
 
 
 def test_who_the_vms_are_is_not_said() -> None:
@@ -155,3 +169,31 @@ def test_the_recorder_says_since_when_a_snapshot_is_under_way() -> None:
     for thread in threads:
         thread.join()
     assert recorder.reading_since is None
+
+
+class FailingOnce:
+    """A host that cannot be read the second time."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def read(self) -> Snapshot:
+        self.reads += 1
+        if self.reads == 2:
+            raise OSError("no such host")
+        return make_snapshot(make_reading())
+
+    def close(self) -> None:
+        return
+
+
+def test_the_recorder_says_whether_the_last_reading_has_failed() -> None:
+    recorder = SnapshotRecorder(FailingOnce())
+    recorder.read()
+    assert not recorder.has_failed
+    with pytest.raises(OSError, match="no such host"):
+        recorder.read()
+    assert recorder.has_failed
+    assert recorder.snapshot is not None
+    recorder.read()
+    assert not recorder.has_failed
