@@ -67,9 +67,7 @@ class TrackedVcpu:
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
     _slowest: float = SESSION_SECONDS
-    _figures: VcpuFigures | None = None
-    _figures_of: int = 0
-    _tid_of_figures: int | None = None
+    _figures: tuple[int, int | None, VcpuFigures] | None = None
 
     def renew(self, reading: VmReading, position: int | None) -> Counts | None:
         """Take in a newer reading of the VM, in which the vCPU stands at ``position``; returns its counters, if any."""
@@ -88,10 +86,10 @@ class TrackedVcpu:
     @property
     def figures(self) -> VcpuFigures:
         """What metrics tell of it; the same object until that changes. From any thread."""
-        stamp, tid = self.detector.stamp, self.vcpu.tid
-        if self._figures is None or self._figures_of != stamp or self._tid_of_figures != tid:
-            self._figures_of, self._tid_of_figures, self._figures = stamp, tid, self._build_figures()
-        return self._figures
+        stamp, tid, kept = self.detector.stamp, self.vcpu.tid, self._figures
+        if kept is None or kept[0] != stamp or kept[1] != tid:
+            kept = self._figures = stamp, tid, self._build_figures()  # in one: two threads may ask at once
+        return kept[2]
 
     def _build_figures(self) -> VcpuFigures:
         detector = self.detector
@@ -101,8 +99,13 @@ class TrackedVcpu:
             verdict.stuck_since_seconds if verdict.state is State.STALLED else None,
             detector.traced_exits,
             detector.same_rip_exits,
-            not detector.rip_hidden and self.vcpu.tid is not None,
+            self.can_judge,
         )
+
+    @property
+    def can_judge(self) -> bool:
+        """Whether it can be told where it is, if anything tells that on this host."""
+        return not self.detector.rip_hidden and self.vcpu.tid is not None
 
     def see_counts(self, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
         """Take in the counters, read between ``began`` and ``ended``, once the detector has.
@@ -217,7 +220,7 @@ def build_report(vcpu: TrackedVcpu, verdict: Verdict | None, problem: str, now: 
         moved_seconds=detector.moved_seconds,
         traced_exits=detector.traced_exits,
         same_rip_exits=detector.same_rip_exits,
-        can_judge=not problem and not detector.rip_hidden and vcpu.vcpu.tid is not None,
+        can_judge=not problem and vcpu.can_judge,
         deferred_reason=_explain_deferral(vcpu, problem or vcpu.problem, now),
     )
 

@@ -72,7 +72,7 @@ class StallDetector:
         """How often progress has been proved, so that a session can tell whether it was in its time."""
         self.rip_hidden = False
         self.stamp = 0
-        """Another number whenever the state, ``rip_hidden`` or a count of records may be another."""
+        """Another number once the state, ``rip_hidden`` or a count of records may be another: from any thread."""
         self.evidence: Evidence | None = None
         """What told of RIPs last."""
         self._rule = rule
@@ -220,6 +220,7 @@ class StallDetector:
             self._run = RecordRun()
             if self._window:
                 self._window.interrupt()
+        self.stamp += 1
         if other_rip:
             self._prove(now, "it left the guest at another RIP")
         if self._at_rip is not None and self._suspicion:
@@ -237,9 +238,9 @@ class StallDetector:
         finding = self._kernel.observe(counts, has_registers=has_registers)
         if counts.place is not None:
             self.rip_hidden = False
-            self.stamp += 1
             self.traced_exits += finding.exits
             self.same_rip_exits += finding.repeats
+            self.stamp += 1
             self._runs_nested |= counts.last_guest_mode
         if finding.kind not in (Kind.NOTHING, Kind.INTERRUPTED):
             self.evidence = Evidence.KERNEL
@@ -323,7 +324,6 @@ class StallDetector:
 
     def _take_record(self, record: NotifyExit, trusted: bool) -> None:
         seconds = record.time_ns / _NS
-        self.stamp += 1
         self.traced_exits += 1
         self.rip_hidden = False
         if record.rip is None:

@@ -9,8 +9,9 @@ import pytest
 from exporter.monitor.tracked_vcpu import TrackedVcpu
 from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
 from exporter.stalls.detector import StallDetector
+from exporter.stalls.kernel_evidence import KernelCounts
 from exporter.stalls.verdicts import StallRule, State, VcpuFigures
-from kvm.model import VcpuKey, VmKey, VmReading
+from kvm.model import NotifyExit, VcpuKey, VmKey, VmReading
 from tests.fake_host import FakeVm
 
 
@@ -48,6 +49,34 @@ def test_figures_are_the_same_object_until_they_change() -> None:
     assert now[2] is before[2]
     vcpu.vcpu = replace(vcpu.vcpu, tid=None)
     assert not tracked.find_figures()[vm.key][0].can_judge
+
+
+class AskedMeanwhile(StallDetector):
+    """Has its vCPU's figures asked for at each change of its own, as a scrape may in its thread."""
+
+    vcpu: TrackedVcpu | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if self.vcpu is not None:
+            assert self.vcpu.figures
+
+
+@pytest.mark.parametrize("evidence", ["records", "kernel"])
+def test_figures_that_are_asked_for_during_a_change_are_not_kept(evidence: str) -> None:
+    vm, detector = FakeVm("web", 100, 1), AskedMeanwhile(StallRule(), 0.0)
+    (thread,) = vm.read().vcpus
+    vcpu = detector.vcpu = TrackedVcpu(VcpuKey(vm.key, 0), vm.vm, thread, "bpf", detector)
+    counts = KernelCounts(10, 10, 0, 0x1000, False, 11, 11, 100, 0)
+    for second in range(1, 5):  # it is suspected after two: from then on nothing but the counts changes
+        if evidence == "records":
+            detector.observe_records(second, [NotifyExit(second * 10**9, 7, 0x1000, 0, 0)])
+        else:
+            repeats = 10 + second
+            more = replace(counts, same_rip_exits=repeats, stuck_exits=repeats, streak=repeats + 1)
+            detector.observe_kernel(second, second, replace(more, notify_exits=repeats + 1, exits=100 + second))
+        assert vcpu.figures[2:4] == (detector.traced_exits, detector.same_rip_exits)
+    assert (detector.state, detector.same_rip_exits) == (State.SUSPECT, 3)
 
 
 def test_a_vcpu_that_a_snapshot_lacks_is_gone_after_a_minute_and_one_that_comes_back_is_not() -> None:
