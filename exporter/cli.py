@@ -20,8 +20,8 @@ from exporter.commands.check import run_check
 from exporter.commands.drill import run_drill
 from exporter.commands.once import run_once
 from exporter.commands.serve import run_server
+from exporter.flag_values import WrongUsage, parse_prom_path
 from exporter.flags import (
-    WrongUsage,
     add_collector_flags,
     add_drill_flags,
     add_from_agent_flag,
@@ -34,7 +34,6 @@ from exporter.flags import (
     add_top_flags,
     add_web_config_flag,
     add_web_flags,
-    parse_prom_path,
 )
 from exporter.logs import journal
 from exporter.logs.formatters import start_logging

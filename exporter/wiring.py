@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from exporter.build_info import BuildInfo, read_version
-from exporter.flags import choose_collectors, choose_paths
+from exporter.flag_values import choose_collectors, choose_paths
 from exporter.monitor.agent_usage import read_agent_usage
 from exporter.monitor.backends import Backends, Trigger
 from exporter.monitor.cpu_time import read_cpu_time

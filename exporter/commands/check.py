@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from exporter.flags import choose_paths, choose_statistics
+from exporter.flag_values import choose_paths, choose_statistics
 from exporter.host_summary import can_read, render_check
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.series_warning import MANY_SERIES, count_series

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from exporter.flags import choose_paths
+from exporter.flag_values import choose_paths
 from exporter.web.listeners import Address, TcpAddress, UnixAddress
 from kvm.host.capabilities import give_up_capabilities
 from kvm.host.paths import HostPaths

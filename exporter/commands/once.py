@@ -15,7 +15,7 @@ from pathlib import Path
 from exporter.commands.agent_report import is_all_known, read_agent_report, render_report
 from exporter.commands.columns import render_columns
 from exporter.commands.statistics_report import render_statistics, render_statistics_json
-from exporter.flags import WrongUsage, choose_paths, choose_statistics, select_statistics
+from exporter.flag_values import WrongUsage, choose_paths, choose_statistics, select_statistics
 from exporter.host_summary import can_read, describe_blind_spots
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import render_text

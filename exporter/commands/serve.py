@@ -20,7 +20,8 @@ from typing import Final
 
 from exporter.commands.least_privilege import give_up_the_rest
 from exporter.commands.lifetime import Lifetime, run_until_signalled
-from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS, choose_paths, choose_statistics
+from exporter.flag_values import choose_paths, choose_statistics
+from exporter.flags import LOOPBACK_ADDRESS, OPEN_ADDRESS, SOCKET_ADDRESS
 from exporter.history.kept_total import KeptTotal, read_boot_id
 from exporter.history.recorder import SnapshotRecorder
 from exporter.prometheus.metrics import STATE_FILE_SUCCESS, WEB_CONFIG_RELOAD_SUCCESS, Metric

@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 from typing import Final
 
 from exporter.commands.held_log import HeldLog, hold_log
-from exporter.flags import choose_paths, select_statistics
+from exporter.flag_values import choose_paths, select_statistics
 from exporter.host_summary import can_read
 from exporter.top.cells import measure_width
 from exporter.top.comparison import Comparison

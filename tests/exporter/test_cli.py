@@ -15,7 +15,7 @@ import pytest
 
 from exporter.cli import build_parser, parse_command_line
 from exporter.commands.once import write_whole
-from exporter.flags import choose_collectors
+from exporter.flag_values import choose_collectors
 from exporter.prometheus.selection import DEFAULT_COLLECTORS
 from exporter.prometheus.vm_series import VcpuSeries, VmLabels
 from tests.agents import ROOT, open_agent, run_agent

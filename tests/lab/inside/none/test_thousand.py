@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from exporter.flags import SOURCES
+from exporter.flag_values import SOURCES
 from tests.lab.inside.agent import find_labels, find_per_vcpu, run_once
 from tests.lab.inside.conftest import UUID
 from tests.lab.inside.kvm_readers import read_vcpu_statistics, read_vm_statistic
