@@ -14,11 +14,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench.__main__ import Agent, describe, open_agent
+from tests.bench.__main__ import Agent, describe, open_agent, settle
 from tests.bench.crowd import Crowd, open_crowd
 
 ROUNDS = 15
@@ -68,7 +67,6 @@ def main() -> None:
     parser.add_argument("--source", default="bpf")
     parser.add_argument("--kvm-stat", type=Path)
     parser.add_argument("--ways", default=",".join(WAYS), help="which of them, by name")
-    parser.add_argument("--settle-seconds", type=float, default=31)
     arguments = parser.parse_args()
     print(
         f"{arguments.vms * arguments.vcpus} vCPUs in {arguments.vms} processes; medians of {ROUNDS} scrapes, CPU time"
@@ -77,11 +75,11 @@ def main() -> None:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         crowd = stack.enter_context(open_crowd(arguments.vms, arguments.vcpus))
-        crowd.run()
-        time.sleep(arguments.settle_seconds)
+        crowd.run()  # the first run of a guest makes its page tables
         without = stack.enter_context(open_agent(directory, arguments.source))
         for name in arguments.ways.split(","):
             with open_agent(directory, arguments.source, *WAYS[name]) as with_it:
+                settle(arguments.source)
                 for moving in (False, True):
                     text = compare(without, with_it, crowd, moving=moving)
                     print(f"{name:18}  {'moving' if moving else 'still':8} {text}", flush=True)
