@@ -92,6 +92,7 @@ async def run(vms: int, vcpus: int, seconds: float) -> Figures:
                 if time.monotonic() >= next_scrape:
                     next_scrape = time.monotonic() + SCRAPE_SECONDS
                     scrapes.append(await loop.run_in_executor(worker, scrape))
+                # Real time passes, in which the loop is the monitor's: that is what is measured.
                 await asyncio.sleep(0.05)
 
         await live(time.monotonic() + QUIET_SECONDS, figures.quiet_scrapes)

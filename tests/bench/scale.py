@@ -37,6 +37,8 @@ from tests.pictures.answers import View
 SCRAPE_SECONDS: Final = 15
 # So that rates over 5 minutes are whole, and rules have been evaluated some times.
 LIVE_SECONDS: Final = 7 * 60
+# More often than any group is evaluated, as Prometheus tells of the last evaluation alone.
+EVALUATIONS_SECONDS: Final = 5
 ASKED: Final = 3
 MISSED: Final = r'^prometheus_rule_group_iterations_missed_total\{rule_group="[^;]*;([^"]+)"\} (\S+)'
 SLOWEST: Final = 6
@@ -158,7 +160,7 @@ def watch_rules(prometheus: Prometheus, seconds: float) -> dict[str, list[float]
     found: dict[str, dict[str, float]] = {}
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        time.sleep(5)
+        time.sleep(EVALUATIONS_SECONDS)
         for group in prometheus.ask("rules")["groups"]:
             found.setdefault(group["name"], {})[group["lastEvaluation"]] = group["evaluationTime"]
     return {name: [took for at, took in times.items() if not at.startswith("0001")] for name, times in found.items()}

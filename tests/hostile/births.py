@@ -28,7 +28,7 @@ def live(kvm: int, births: int) -> None:
     os.setresuid(NOBODY, NOBODY, NOBODY)
     vms = [fcntl.ioctl(kvm, KVM_CREATE_VM, 0) for _ in range(births)]
     fcntl.ioctl(vms[0], KVM_CREATE_VCPU, 0)
-    time.sleep(LIFE_SECONDS)
+    time.sleep(LIFE_SECONDS)  # that is the attack; nobody waits for it
 
 
 def main(births_a_second: int) -> None:

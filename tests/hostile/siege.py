@@ -206,6 +206,7 @@ def run_siege(
                 sample = read_sample(stage.agent, elapsed, shown_seconds, dict(errors))
                 seen.samples.append(sample)
                 tell(sample)
+                # Samples are spread evenly over the time that it is to take.
                 time.sleep(max(0.0, began + number * seconds / samples - time.monotonic()))
             _ask_what_was_seen(seen, stage, time.monotonic() - began)
             with open_hung():
