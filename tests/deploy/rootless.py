@@ -12,7 +12,7 @@ from pathlib import Path
 USER, UID, FIRST_SUBORDINATE = "image-builder", 71_000, 300_000
 TABLES = ("passwd", "group", "subuid", "subgid")
 # cgroup2 alone, as on any Debian 12: with version 1 beside it, crun starts nothing.
-SCRIPT = """
+SCRIPT = f"""
 set -e
 for name in passwd group subuid subgid; do
     [ -e /etc/$name ] || touch /etc/$name
@@ -23,7 +23,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 export HOME="$1/home" XDG_RUNTIME_DIR="$1/run"
 cd "$1/home"
 shift
-exec setpriv --reuid=71000 --regid=71000 --clear-groups "$@"
+exec setpriv --reuid={UID} --regid={UID} --clear-groups "$@"
 """
 PODMAN = ("podman", "--storage-driver=vfs", "--cgroup-manager=cgroupfs")
 

@@ -89,6 +89,6 @@ def test_the_image_serves_as_the_manifest_starts_it(podman: Podman, image: str, 
     tell(f"{version}: the image was built and run by a rootless podman, {size >> 20} MiB")
 
 
-def test_once_in_the_image_says_that_it_is_blind(podman: Podman, image: str) -> None:
+def test_check_in_the_image_says_that_it_is_blind(podman: Podman, image: str) -> None:
     text = podman.run("run", "--rm", "--network=none", "--read-only", image, "check", expect=(1,))
     assert "run with hostPID: true" in text
