@@ -18,7 +18,7 @@ from exporter.prometheus.metrics import order_labels
 from grafana.builder.queries import UP
 from kvm.model import Protection
 from tests.live.history_writer import ByHour
-from tests.live.simulated_fleet import Host, Spell, Vm, make_series
+from tests.live.simulated_fleet import Host, Spell, Vm, make_series, make_uuid
 
 VCPUS: Final = 4
 LARGEST_HOST_VMS: Final = 1000
@@ -54,8 +54,7 @@ def make_host(number: int, vms: int) -> Host:
 
 
 def _make_vm(host: int, number: int, supported: bool, chance: random.Random) -> Vm:
-    bits = [chance.getrandbits(size) for size in (32, 16, 12, 12, 48)]
-    uuid = "{:08x}-{:04x}-4{:03x}-8{:03x}-{:012x}".format(*bits)
+    uuid = make_uuid(chance)
     names = {"uuid": uuid, "name": f"instance-{uuid[:8]}", "display_name": f"web-{number}", "project": f"p-{host % 60}"}
     spells: dict[int, list[Spell]] = {}
     if supported and number == 1 and host in STALLED_HOSTS:

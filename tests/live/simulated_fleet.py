@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,12 @@ def _count_stalled(spells: Sequence[Spell]) -> ByHour:
 
 def _since(hour_of_birth: float, value: ByHour) -> ByHour:
     return lambda hour: value(hour) if hour >= hour_of_birth else None
+
+
+def make_uuid(chance: random.Random) -> str:
+    """Return a random UUID."""
+    bits = [chance.getrandbits(size) for size in (32, 16, 12, 12, 48)]
+    return "{:08x}-{:04x}-4{:03x}-8{:03x}-{:012x}".format(*bits)
 
 
 def make_series(host: Host, end: float) -> Iterator[Series]:

@@ -21,7 +21,7 @@ from typing import Final
 
 from kvm.model import Protection
 from tests.live.history_writer import Sampling, Series
-from tests.live.simulated_fleet import Host, Spell, Vm, make_series
+from tests.live.simulated_fleet import Host, Spell, Vm, make_series, make_uuid
 
 # The whole day, and what rates and sums over a day ask for besides.
 SAMPLING: Final = Sampling(hours=27.0)
@@ -99,8 +99,7 @@ def _make_vm(host: int, number: int, protection: Protection, spells: Mapping[int
 
 def _make_vms(host: int, supported: bool, spells: Spells, chance: random.Random) -> Iterator[Vm]:
     for number in range(len(VCPUS)):
-        bits = [chance.getrandbits(size) for size in (32, 16, 12, 12, 48)]
-        uuid = "{:08x}-{:04x}-4{:03x}-8{:03x}-{:012x}".format(*bits)
+        uuid = make_uuid(chance)
         state = Protection.ARMED if supported else Protection.UNSUPPORTED
         if host == 15 and number >= 4:  # a VMM that does not ask for them
             yield Vm(f"fc-{uuid[:8]}", "firecracker", VCPUS[number], -30.0, {"uid": "1001"}, Protection.OFF)
