@@ -48,6 +48,5 @@ def _show_log(agent: AgentProcess) -> str:
 
 def _show_metrics(agent: AgentProcess) -> str:
     lines = [line for line in agent.get()[2].decode().splitlines() if re.match(METRICS, line)]
-    return "\n".join(html.escape(line, quote=False) for line in (f"$ {COMMANDS[1]}", *lines)).replace(
-        f"$ {COMMANDS[1]}", f"<b>$ {COMMANDS[1]}</b>"
-    )
+    shown = [html.escape(line, quote=False) for line in lines]
+    return "\n".join([f"<b>$ {html.escape(COMMANDS[1], quote=False)}</b>", *shown])
