@@ -40,7 +40,8 @@ _KNOWN_CGROUP = re.compile(
     r"[\w-]*\.slice|machine|emulator|vcpu\d+|libvirt|kubepods|besteffort|burstable|guaranteed|[\w-]*\.libvirt-qemu"
 )
 # Imitated: directory of the program, program, its own name for itself, arguments. From getting-started.md and jailer.md
-# of Firecracker, README.md of cloud-hypervisor, the book of crosvm, and what `qm showcmd` of Proxmox VE prints.
+# of Firecracker, README.md of cloud-hypervisor, the book of crosvm, and what `qm showcmd` of Proxmox VE prints. The
+# jail's directory is jailer.md's own example, with its id: the jailer makes <base>/<program>/<id>/root of any.
 _JAILED = "551e7604-e35c-42b3-b825-416853441234"
 _IMITATED = {
     "firecracker": ("usr/bin", "firecracker", "./firecracker", "--api-sock /run/fc.socket --id web-7"),
