@@ -1,4 +1,4 @@
-"""VMs of an unprivileged user whose owner nobody can look up: a look-up hangs in the kernel. ``COUNT``.
+"""VMs of an unprivileged user whose owner nobody can look up: a lookup hangs in the kernel. ``COUNT``.
 
 It opens /dev/kvm as root, becomes that user, and then root of a user and mount namespace of its own, with a FUSE file
 system of its own over ``/run/libvirt``. Whoever looks for a file there waits for an answer of this program, which

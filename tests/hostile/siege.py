@@ -160,7 +160,7 @@ class _Stage:
 
 @contextmanager
 def open_hung() -> Iterator[None]:
-    """Let look-ups hang. Not all the time: ``ps`` and ``pgrep -f`` of whoever works on this machine hang with them."""
+    """Let lookups hang. Not all the time: ``ps`` and ``pgrep -f`` of whoever works on this machine hang with them."""
     with ExitStack() as stack:
         with nicer(NICE):
             stack.enter_context(open_hung_owners(HUNG))

@@ -89,7 +89,7 @@ def _judge_local(seen: Siege) -> list[Row]:
             not seen.claimed_owners,
         ),
         Row(
-            "owners whose look-up hangs",
+            "owners whose lookup hangs",
             f"{HUNG * (len(shown) + 1):,}",
             f"{len(shown)} new VMs named in {FOUND_SECONDS:g} s",
             f"{max(shown):.1f} s",

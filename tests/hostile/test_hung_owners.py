@@ -34,7 +34,7 @@ def test_33_look_ups_that_hang_cost_nobody_a_name_and_the_agent_ends(tell: Calla
         assert agent.close() == 0
         stopped = time.perf_counter() - started
         tell(
-            f"{HUNG} VMs whose look-up hangs: 3 VMs that come later have their names, scrape {max(seconds):.2f} s, "
+            f"{HUNG} VMs whose lookup hangs: 3 VMs that come later have their names, scrape {max(seconds):.2f} s, "
             f"stopped in {stopped:.2f} s"
         )
         assert stopped < STOP_SECONDS

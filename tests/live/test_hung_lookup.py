@@ -49,7 +49,7 @@ def test_the_agent_ends_though_a_lookup_hangs_in_the_kernel(tell: Callable[[str]
         open_guest_process(name="web", port_writes=1),
         open_agent() as agent,
     ):
-        wait_until(lambda: find_hung(agent.pid), "a look-up hangs", 60)
+        wait_until(lambda: find_hung(agent.pid), "a lookup hangs", 60)
         (hung, *_) = find_hung(agent.pid)
         assert "web" in find_named(agent.samples("kvm_vm_info"))
         began = time.monotonic()
@@ -59,4 +59,4 @@ def test_the_agent_ends_though_a_lookup_hangs_in_the_kernel(tell: Callable[[str]
         assert is_hung(hung)
     psutil.wait_procs([hung], timeout=30)
     assert not hung.is_running()
-    tell(f"SIGTERM while a look-up hangs in the kernel: the agent has ended after {seconds:.2f} s")
+    tell(f"SIGTERM while a lookup hangs in the kernel: the agent has ended after {seconds:.2f} s")
