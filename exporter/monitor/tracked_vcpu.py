@@ -10,7 +10,7 @@ from exporter.stalls.interval import SESSION_SECONDS
 from exporter.stalls.verdicts import State, VcpuFigures, VcpuReport, Verdict
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Instruction, Protection, Vcpu, VcpuKey, Vm, VmReading
 
-# After so many readings in a row in which other exits came between repeats, a trace has to tell what they are.
+# After so many readings in which other exits came between repeats, a trace has to tell what they are.
 INTERRUPTIONS: Final = 5
 SUSPECT_SECONDS: Final = 1.0
 STALLED_SECONDS: Final = 10.0

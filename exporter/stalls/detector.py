@@ -127,7 +127,7 @@ class StallDetector:
 
     @property
     def interruptions(self) -> int:
-        """For how many readings in a row KVM could not tell what came between repeats: a trace can."""
+        """In how many readings KVM could not tell what came between repeats, nor for long enough meanwhile."""
         return self._kernel.interruptions
 
     def is_undecided(self, now: float) -> bool:
@@ -234,8 +234,10 @@ class StallDetector:
 
         ``has_registers`` where registers were read with them, to be observed next: else KVM's comparison has to do.
         """
-        (before_began, before_ended), self._kernel_read = self._kernel_read, (began, ended)
+        before_began, before_ended = self._kernel_read
         finding = self._kernel.observe(counts, has_registers=has_registers)
+        if not self._kernel.in_doubt:
+            self._kernel_read = (began, ended)
         if counts.place is not None:
             self.rip_hidden = False
             self.traced_exits += finding.exits
@@ -359,6 +361,8 @@ class StallDetector:
         window.take_exits(after, until, finding.exits)
         if suspicion.enough_seconds is None and suspicion.sum(window)[0] >= self._rule.exits:
             suspicion.enough_seconds = until
+        if window.exits >= self._rule.exits and window.seconds >= self._rule.seconds:
+            self._kernel.interruptions = 0  # without a trace, too, it is seen for long enough
         self._judge_records(suspicion, until)
 
     def _hide(self, seconds: float, reason: str) -> None:

@@ -15,7 +15,9 @@ all exits in between, and none has to be traced:
 - all else was **at the RIP**, exit after exit.
 
 A reading may fall into the nanoseconds in which KVM counts an exit. Statistics disagree by one then, and agree in the
-next reading. So what the numbers alone suggest is believed once two readings say so; a RIP is believed at once.
+next reading. So what the numbers alone suggest is believed once two readings say so; a RIP is believed at once. That
+one other exit came in between takes three: KVM counts an exit long before it knows of which kind it is, longer still
+where the trigger's programs run meanwhile, and a stall is seen only where nothing interrupts it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from typing import Final
 
 # By how much two readings may disagree because each fell into the middle of an exit.
 TORN: Final = 2
+# In so many readings in a row, at most, one more exit than is accounted for may be one that is under way.
+UNDER_WAY: Final = 2
 _NOT_KNOWN: Final = (
     "KVM does not know its RIP: registers are protected, it was in an SGX enclave, or the CPU has lost its state"
 )
@@ -80,9 +84,15 @@ class KernelEvidence:
 
     def __init__(self) -> None:
         self.interruptions = 0
-        """How many readings in a row showed repeats with other exits between them: only a trace can tell of those."""
+        """How many readings showed repeats with other exits between them, since the last sign of progress or since it
+        could be judged without: only a trace can tell of those."""
         self._before: KernelCounts | None = None
-        self._in_doubt = False
+        self._doubts = 0
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the newest reading is not believed yet: the next one will be compared with those before it."""
+        return self._doubts > 0
 
     def observe(self, now: KernelCounts, *, has_registers: bool = True) -> Finding:
         """Take in a reading, and say what it shows; ``has_registers`` where they came with it, to be compared."""
@@ -100,22 +110,22 @@ class KernelEvidence:
             kind, reason = _compare(before, now, delta, repeats)
             if kind is Kind.AT_RIP and not has_registers and now.stuck_exits == before.stuck_exits:
                 kind = Kind.INTERRUPTED
-        if kind is Kind.PROGRESS and now.place == before.place and not self._in_doubt:
-            self._in_doubt = True  # what was read last is still what the next reading is compared with
+        if self._doubts < _count_doubts(kind, before, now):
+            self._doubts += 1
             return Finding(Kind.NOTHING)
         self._restart(now)
         if kind is Kind.INTERRUPTED:
             self.interruptions += repeats > 0
-        elif delta:
+        elif kind not in (Kind.NOTHING, Kind.AT_RIP):
             self.interruptions = 0
         return Finding(kind, reason, delta, max(0, repeats))
 
     def forget(self) -> None:
         """Say that what happens from now on does not connect with the last reading."""
-        self._before, self._in_doubt, self.interruptions = None, False, 0
+        self._before, self._doubts, self.interruptions = None, 0, 0
 
     def _restart(self, now: KernelCounts) -> None:
-        self._before, self._in_doubt = now, False
+        self._before, self._doubts = now, 0
 
 
 def _began_anew(before: KernelCounts, now: KernelCounts) -> bool:
@@ -130,6 +140,19 @@ def _judge_first(now: KernelCounts) -> Finding:
     return Finding(Kind.HIDDEN, _NOT_KNOWN) if now.notify_exits and now.place is None else Finding(Kind.NOTHING)
 
 
+def _count_others(before: KernelCounts, now: KernelCounts) -> int:
+    """Count the exits that are no notify exits."""
+    return now.exits - before.exits - (now.notify_exits - before.notify_exits)
+
+
+def _count_doubts(kind: Kind, before: KernelCounts, now: KernelCounts) -> int:
+    """Say after how many readings that suggest something it is believed of the next."""
+    if kind is Kind.PROGRESS and now.place == before.place:
+        return 1
+    under_way = _count_others(before, now) - (now.irq_exits - before.irq_exits) == 1
+    return UNDER_WAY if kind is Kind.INTERRUPTED and under_way else 0
+
+
 def _compare(before: KernelCounts, now: KernelCounts, delta: int, repeats: int) -> tuple[Kind, str]:
     """Say what became of ``delta`` notify exits; the RIP of the last one is known, if there was one."""
     if before.place is None:
@@ -138,7 +161,7 @@ def _compare(before: KernelCounts, now: KernelCounts, delta: int, repeats: int) 
         return Kind.PROGRESS, "it took a notify exit at another RIP"
     if min(now.streak - before.streak, repeats) < delta:
         return Kind.PROGRESS, "it took notify exits at another RIP, and is back"
-    others = now.exits - before.exits - delta
+    others = _count_others(before, now)
     moved = delta - (now.stuck_exits - before.stuck_exits)
     if moved > others + TORN:
         return Kind.PROGRESS, "its registers changed from one notify exit to the next"

@@ -94,7 +94,7 @@ class Listener:
     def tell_of(self, vm: str) -> str:
         """What there is to know when something has not come."""
         samples = [line for line in self.agent.get()[2].decode().splitlines() if line.startswith("kvm_exporter_trace")]
-        found = [vcpu for vcpu in self.agent.get_json("/api/v1/vcpus")["vcpus"] if vcpu["vm"] == vm]
+        found = [vcpu for vcpu in self.agent.get_json("/api/v1/vcpus")["vcpus"] if vcpu["vm"].startswith(vm)]
         lines = [line for line in self.agent.log if vm in line or "level=DEBUG" not in line]
         return "\n".join([*lines[-40:], *samples, *(json.dumps(vcpu) for vcpu in found)])
 
