@@ -126,10 +126,11 @@ def find_qemu10() -> Path:
     """Returns the path of an executable that runs QEMU 10's ``qemu-system-x86_64`` on this host."""
     tree = open_qemu10_tree()
     wrapper = CACHE / "bin" / f"{tree.path.name}-system-x86_64"
-    if not wrapper.exists():
+    text = QEMU_WRAPPER.format(version=tree.version("qemu-system-x86"), tree=tree.path)
+    if not wrapper.exists() or wrapper.read_text() != text:  # a cache that was moved has the old place in it
         wrapper.parent.mkdir(parents=True, exist_ok=True)
         unfinished = wrapper.with_name(f"{wrapper.name}.{os.getpid()}")
-        unfinished.write_text(QEMU_WRAPPER.format(version=tree.version("qemu-system-x86"), tree=tree.path))
+        unfinished.write_text(text)
         unfinished.chmod(0o755)
         unfinished.rename(wrapper)
     return wrapper
