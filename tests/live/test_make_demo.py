@@ -150,5 +150,5 @@ def test_make_calls_it() -> None:
     words = ["make", "--dry-run", "--no-print-directory", "demo"]  # `make test` may be who runs us
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == (
-        "KVM_NOTIFY_EXPORTER=.venv/bin/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751"
+        "exec env KVM_NOTIFY_EXPORTER=.venv/bin/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751"
     )
