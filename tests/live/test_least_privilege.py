@@ -103,8 +103,9 @@ def test_a_port_of_root_can_be_listened_at() -> None:
 
 
 def test_where_nothing_is_mounted_it_can_still_mount_for_itself() -> None:
+    """With a VM that it sees: without, and without debugfs, one that may not see a process's fds is rightly blind."""
     bare = ("unshare", "--mount", "sh", "-c", f'{UNMOUNT_ALL}; exec "$@"', "sh")
-    with open_agent(*NARROW, prefix=bare) as agent:
+    with open_guest_process(name="seen", stats_fds=True), open_agent(*NARROW, prefix=bare) as agent:
         wait_until(lambda: agent.get_json("/api/v1/vcpus")["problem"] is None, "exits can be traced")
         assert "CAP_SYS_ADMIN" in find_held(agent)["CapEff"]
         assert agent.samples("kvm_host_info")
