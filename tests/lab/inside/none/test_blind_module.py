@@ -1,19 +1,25 @@
-"""An agent where KVM is not loaded."""
+"""An agent where KVM is not loaded, and where it is loaded while the agent runs."""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.agents import AgentProcess
 from tests.blind.claims import Truth
-from tests.blind.scene import ROOT, Scene, read_as_root
-from tests.blind.surfaces import ask, make_stage
+from tests.blind.scene import ROOT, Scene, open_scene, open_truth, read_as_root
+from tests.blind.surfaces import ask, ask_agent, make_stage, open_agent
 from tests.blind.ways import Sees
 from tests.lab.inside.blind import check_row
 from tests.lab.inside.none.test_bpf_module import insert, is_loaded, remove
+from tests.waiting import wait_until
+
+# Emulated, the programs take seconds to load.
+PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +30,8 @@ def unloaded() -> Iterator[None]:
         remove(name).check_returncode()
     yield
     for name in reversed(names):
-        insert(name)
+        if not is_loaded(name):
+            insert(name)
 
 
 def test_without_kvm_no_surface_says_that_all_is_well(
@@ -38,3 +45,25 @@ def test_without_kvm_no_surface_says_that_all_is_well(
     check_row("KVM not loaded", Sees.ALL, nothing, answers, record_testsuite_property)  # there is no VM to be missed
     assert "KVM is not loaded" in answers.check.text
     assert (answers.once.code, answers.check.code, answers.ready[0]) == (1, 1, 503)
+
+
+def find_up(agent: AgentProcess) -> set[str]:
+    samples = agent.samples("kvm_exporter_source_up")
+    return {dict(labels)["source"] for labels, value in samples.items() if value}
+
+
+def test_kvm_that_is_loaded_while_the_agent_runs_is_seen(
+    record_testsuite_property: Callable[[str, object], None], tell: Callable[[str], None]
+) -> None:
+    with tempfile.TemporaryDirectory() as directory, open_agent(ROOT, make_stage(Path(directory))) as agent:
+        assert find_up(agent) == set()
+        for name in ("kvm", "kvm-amd"):
+            insert(name)
+        loaded = time.monotonic()
+        wait_until(lambda: find_up(agent) == {"bpf", "stats_fd", "debugfs"}, "all sources are up", PATIENCE_SECONDS)
+        tell(f"KVM loaded late: all sources are up {time.monotonic() - loaded:.1f} s after")
+        with open_scene() as scene:
+            with open_truth(scene) as truths:
+                answers = ask_agent(agent, ROOT, scene.stage)
+            check_row("KVM loaded late", Sees.ALL, truths[0], answers, record_testsuite_property)
+            assert answers.ready[0] == 200

@@ -1,0 +1,33 @@
+"""An agent where lockdown=confidentiality closes BPF as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.blind.scene import Scene, open_scene
+from tests.blind.ways import Sees, Way
+from tests.lab.inside.blind import check_way
+from tests.lab.inside.confidentiality.test_confidentiality import locked_down
+
+__all__ = ["locked_down"]
+pytestmark = pytest.mark.usefixtures("locked_down")
+WAYS = (
+    Way(name="lockdown=confidentiality", sees=Sees.SOME),
+    Way(name="lockdown=confidentiality, bpf only", sources="bpf", sees=Sees.NONE),
+)
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[Scene]:
+    with open_scene() as scene:
+        yield scene
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_no_surface_claims_more_than_root_can_confirm(
+    way: Way, scene: Scene, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    answers = check_way(way, scene, record_testsuite_property)
+    assert "lockdown=confidentiality" in answers.check.text
