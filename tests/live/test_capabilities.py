@@ -59,7 +59,7 @@ def why_not_here(name: str) -> str:
     if name == "source debugfs" and read_lockdown(Path("/sys")).mode != "none":
         return "lockdown closes the counters in debugfs; the lab has a kernel without"
     if name == "trigger" and " handle_notify\n" not in Path("/proc/kallsyms").read_text().replace("\t", "\n"):
-        return "this kernel's KVM takes no notify exits; the lab's does"
+        return "this kernel's KVM takes no notify exits, and may refuse programs at functions; the lab's does not"
     return ""
 
 
