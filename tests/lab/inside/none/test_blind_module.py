@@ -1,10 +1,11 @@
-"""An agent where KVM is not loaded, and where it is loaded while the agent runs."""
+"""An agent where KVM is not loaded, and where it is loaded or removed while the agent runs."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ import pytest
 from tests.agents import AgentProcess
 from tests.blind.claims import Truth
 from tests.blind.scene import ROOT, Scene, open_scene, open_truth, read_as_root
-from tests.blind.surfaces import ask, ask_agent, make_stage, open_agent
+from tests.blind.surfaces import Answers, ask, ask_agent, make_stage, open_agent
 from tests.blind.ways import Sees
-from tests.lab.inside.blind import check_row
+from tests.lab.inside.blind import Record, check_row
 from tests.lab.inside.none.test_bpf_module import insert, is_loaded, remove
 from tests.waiting import wait_until
 
@@ -35,14 +36,17 @@ def unloaded() -> Iterator[None]:
 
 
 def test_without_kvm_no_surface_says_that_all_is_well(
-    record_testsuite_property: Callable[[str, object], None],
+    record_testsuite_property: Record,
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
         stage = make_stage(Path(directory))
-        answers = ask(ROOT, stage)
-        _, document = read_as_root(Scene(frozenset(), stage))
+        check_that_nothing_is_seen("KVM not loaded", ask(ROOT, stage), stage, record_testsuite_property)
+
+
+def check_that_nothing_is_seen(way: str, answers: Answers, stage: Path, record: Record) -> None:
+    _, document = read_as_root(Scene(frozenset(), stage))
     nothing = Truth({}, {}, document["host"], frozenset(), complete=False)
-    check_row("KVM not loaded", Sees.ALL, nothing, answers, record_testsuite_property)  # there is no VM to be missed
+    check_row(way, Sees.ALL, nothing, answers, record)  # there is no VM to be missed
     assert "KVM is not loaded" in answers.check.text
     assert (answers.once.code, answers.check.code, answers.ready[0]) == (1, 1, 503)
 
@@ -53,7 +57,7 @@ def find_up(agent: AgentProcess) -> set[str]:
 
 
 def test_kvm_that_is_loaded_while_the_agent_runs_is_seen(
-    record_testsuite_property: Callable[[str, object], None], tell: Callable[[str], None]
+    record_testsuite_property: Record, tell: Callable[[str], None]
 ) -> None:
     with tempfile.TemporaryDirectory() as directory, open_agent(ROOT, make_stage(Path(directory))) as agent:
         assert find_up(agent) == set()
@@ -67,3 +71,22 @@ def test_kvm_that_is_loaded_while_the_agent_runs_is_seen(
                 answers = ask_agent(agent, ROOT, scene.stage)
             check_row("KVM loaded late", Sees.ALL, truths[0], answers, record_testsuite_property)
             assert answers.ready[0] == 200
+
+
+def test_kvm_that_is_removed_while_the_agent_runs_is_missed(
+    record_testsuite_property: Record, tell: Callable[[str], None]
+) -> None:
+    """It can be, at once, where no program of the agent's is at one of its functions."""
+    for name in ("kvm", "kvm-amd"):
+        insert(name)
+    with tempfile.TemporaryDirectory() as directory:
+        stage = make_stage(Path(directory))
+        with open_agent(replace(ROOT, more_flags=("--no-trigger.bpf",)), stage) as agent:
+            wait_until(lambda: find_up(agent) == {"bpf", "stats_fd", "debugfs"}, "all sources are up", PATIENCE_SECONDS)
+            for name in ("kvm-amd", "kvm"):
+                remove(name).check_returncode()
+            removed = time.monotonic()
+            wait_until(lambda: find_up(agent) == set(), "no source is up", PATIENCE_SECONDS)
+            tell(f"KVM removed: no source is up {time.monotonic() - removed:.1f} s after")
+            answers = ask_agent(agent, ROOT, stage)
+        check_that_nothing_is_seen("KVM removed", answers, stage, record_testsuite_property)
