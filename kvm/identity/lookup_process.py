@@ -148,5 +148,5 @@ def decode_answer(line: bytes, start_ticks: int) -> OwnerReading | None:
         facts["identity"] = Identity(facts["identity"])
         facts["cpu_topology"] = CpuTopology(*facts["cpu_topology"]) if facts["cpu_topology"] else None
         return OwnerReading(Owner(**facts), tuple(Problem(*problem) for problem in found["problems"]))
-    except (ValueError, TypeError, KeyError) as err:
+    except (ValueError, TypeError, KeyError, RecursionError) as err:
         raise LookupFailed(f"the lookup process speaks nonsense: {err!r}") from err
