@@ -32,11 +32,19 @@ def read_agent_report(address: Address) -> Document:
     if answer.status != 200:
         raise AgentUnreachable(f"the agent at {address} does not tell ({answer.status}): {answer.text}")
     try:
-        document = json.loads(answer.text)
+        return parse_report(answer.text)
+    except ValueError as err:
+        raise AgentUnreachable(f"what answers at {address} is no agent of this version: {err}") from err
+
+
+def parse_report(text: str) -> Document:
+    """Understand what an agent has answered; raises ValueError where it is none's of this version."""
+    try:
+        document = json.loads(text)
         render_report(document)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
-        raise AgentUnreachable(f"what answers at {address} is no agent of this version: {err!r}") from err
-    return dict(document)
+        return dict(document)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
+        raise ValueError(repr(err)) from err
 
 
 def is_all_known(document: Document) -> bool:

@@ -7,7 +7,7 @@ import json
 import sys
 import urllib.parse
 
-from exporter.commands.agent_socket import ask_agent
+from exporter.commands.agent_socket import AgentUnreachable, ask_agent
 from exporter.stalls.drill import NoDrill
 from exporter.web.listeners import Address
 from exporter.web.settings import DRILL_HEADER, DRILL_PATH
@@ -28,4 +28,15 @@ def ask_for_drill(address: Address, vm: str) -> str:
     answer = ask_agent(address, "POST", target, {DRILL_HEADER: "yes"})
     if answer.status != 200:
         raise NoDrill(f"the agent refuses ({answer.status}): {answer.text}")
-    return str(json.loads(answer.text)["message"])
+    try:
+        return parse_message(answer.text)
+    except ValueError as err:
+        raise AgentUnreachable(f"what answers at {address} is no agent of this version: {err}") from err
+
+
+def parse_message(text: str) -> str:
+    """Return what an agent says of a drill that it has begun; raises ValueError where it is none's of this version."""
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as err:
+        raise ValueError(repr(err)) from err

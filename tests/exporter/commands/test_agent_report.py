@@ -135,6 +135,7 @@ OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
         (b"",),
         (OK, b"<html>"),
         (OK, b"[]"),
+        (OK, b"[" * 20_000),
         (OK, b'{"vcpus": [1]}'),
         (OK, b'{"complete": true, "unread_vms": 0, "problem": null, "vcpus": []}'),
         (OK, *[b" " * (1 << 20)] * ((MAX_ANSWER_BYTES >> 20) + 2)),
@@ -144,6 +145,12 @@ OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
 def test_what_is_no_agent_is_said_to_be_none(pieces: tuple[bytes, ...], tmp_path: Path) -> None:
     with open_impostor(tmp_path / "s", *pieces) as address, pytest.raises(AgentUnreachable, match=r"no agent|not tell"):
         read_agent_report(address)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[1]", b"[" * 20_000])
+def test_what_is_no_agent_begins_no_drill(body: bytes, tmp_path: Path) -> None:
+    with open_impostor(tmp_path / "s", OK, body) as address, pytest.raises(AgentUnreachable, match="no agent"):
+        ask_for_drill(address, "web")
 
 
 def test_an_address_that_is_no_socket_is_refused() -> None:
