@@ -56,7 +56,8 @@ class OwnerCache:
     over and another takes its place, up to ``CHILDREN`` in all and ``CHILDREN_OF_A_UID`` at processes of one uid: who
     makes lookups hang runs into that limit alone. After ``give_up_seconds`` at one process the child is killed, and
     the process is known by its program's name only, for as long as it lives: an id that changes is worse than a poor
-    one. A process whose lookup has not begun is never given up on.
+    one. A process whose lookup has not begun is never given up on: a child that is still starting, as it may on a
+    machine that has no time for it, is waited for, and has not hung.
 
     ``on_error`` is told what could not be read, (pid, kind, message), once a process and kind. ``proc`` is where proc
     is mounted, ``clock`` gives seconds that only grow. Use it from one thread at a time.
@@ -66,7 +67,8 @@ class OwnerCache:
     BUSY_CHILDREN = 2
     CHILDREN = 16
     CHILDREN_OF_A_UID = 3
-    # A child that dies at one process, as out of memory, gets it this often.
+    START_SECONDS = 60.0
+    # A child that dies at one process, as out of memory, or that does not start, gets it this often.
     TRIES = 3
 
     def __init__(
@@ -188,7 +190,7 @@ class OwnerCache:
                 return child
             self._leave(child)
         now = self._clock()
-        busy = sum(now - child.since < self.STUCK_SECONDS for child in self._children)
+        busy = sum(not child.process.is_ready or now - child.since < self.STUCK_SECONDS for child in self._children)
         if busy >= self.BUSY_CHILDREN or self.children >= self.CHILDREN:
             return None
         try:
@@ -259,6 +261,10 @@ class OwnerCache:
         for child in [child for child in self._children if child.lookup]:
             lookup = child.lookup
             assert lookup is not None
+            if not child.process.is_ready:
+                if now - child.since >= self.START_SECONDS:
+                    self._drop(child, f"the lookup process did not start within {self.START_SECONDS:g} s")
+                continue
             is_wanted = self._lookups.get((lookup.pid, lookup.start_ticks)) is lookup
             if now - child.since < (self._give_up_seconds if is_wanted else self.STUCK_SECONDS):
                 continue

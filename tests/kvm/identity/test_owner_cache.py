@@ -140,16 +140,46 @@ def test_hung_process_delays_only_its_first_look(proc: FakeProc, errors: Errors,
     wait_until(lambda: cache.find(wanted, 0.0))
 
 
+@pytest.fixture
+def slow_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Make Python, where it is started from now on, take so many seconds longer to start, or for ever."""
+
+    def make(seconds: float) -> None:
+        python = tmp_path / "slow-python"
+        exec_ = "exec " if seconds == float("inf") else ""  # what is killed is all that there is
+        python.write_text(f'#!/bin/sh\n{exec_}sleep {seconds}\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+
+    return make
+
+
+@pytest.mark.parametrize("give_up_seconds", [10.0, OwnerCache.STUCK_SECONDS])
 def test_a_child_that_starts_slowly_is_waited_for(
-    proc: FakeProc, make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    proc: FakeProc, errors: Errors, make_cache: Make, slow_python: Callable[[float], None], give_up_seconds: float
 ) -> None:
-    """On a busy machine Python takes its time, and under emulation seconds: that is no hung lookup."""
-    python = tmp_path / "slow-python"
-    python.write_text(f'#!/bin/sh\nsleep {4 * OwnerCache.STUCK_SECONDS}\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    pid = proc.add("crosvm", 200)
-    assert make_cache().find({(pid, START_TICKS): pid}, PATIENCE_SECONDS) == {(pid, START_TICKS): TERMINA}
+    """On a busy machine Python takes its time, and under emulation many seconds: that is no hung lookup."""
+    slow_python(4 * OwnerCache.STUCK_SECONDS)
+    wanted = {(pid, START_TICKS): proc.add("crosvm", pid) for pid in range(200, 204)}
+    cache = make_cache(give_up_seconds=give_up_seconds)
+    assert cache.find(wanted, PATIENCE_SECONDS) == dict.fromkeys(wanted, TERMINA)
+    assert errors == []
+
+
+def test_where_no_child_starts_that_is_said(
+    proc: FakeProc, errors: Errors, make_cache: Make, slow_python: Callable[[float], None]
+) -> None:
+    slow_python(float("inf"))
+    clock = Clock()
+    pid, cache = proc.add("qemu", 200), make_cache(clock)
+    key = (pid, START_TICKS)
+    for _ in range(OwnerCache.TRIES):
+        assert cache.find({key: pid}, 0.0) == {}
+        assert cache.children <= OwnerCache.BUSY_CHILDREN
+        clock.seconds += OwnerCache.START_SECONDS
+    assert cache.find({key: pid}, 0.0) == {key: FALLBACK}
+    assert [(at, kind) for at, kind, _ in errors] == [(pid, "unreadable")]
+    assert "did not start within 60 s" in errors[0][2]
 
 
 def test_new_processes_of_who_makes_look_ups_hang_are_not_waited_for(proc: FakeProc, make_cache: Make) -> None:
