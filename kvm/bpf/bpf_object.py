@@ -60,6 +60,7 @@ class BpfObject:
         self._handle: int | None = None
         self._links: list[int] = []
         self._program_fds: dict[str, int] = {}
+        self._has_read_types = False
         self._types_fd = -1 if types is None else _keep_in_memory(types)
         content = path.read_bytes()
         options = _OpenOpts(sz=ctypes.sizeof(_OpenOpts))
@@ -73,6 +74,7 @@ class BpfObject:
 
     def load(self) -> None:
         """Bring maps and programs into the kernel; raises OSError."""
+        self._has_read_types = False
         self.library.call("bpf_object__load", self._handle)
         self._drop_types()
 
@@ -81,6 +83,12 @@ class BpfObject:
         while self._links:
             self.library.call_void("bpf_link__destroy", self._links.pop())
         if self._handle is not None:
+            if self._has_read_types:
+                # What ``set_target`` has read of vmlinux and of each module, 6 MB and many fds, libbpf lets go of in
+                # load only, be it in vain. (Of vmlinux's in close too since 1.3: Linux kernel commit 29d67fdebc42
+                # "libbpf: Free btf_vmlinux when closing bpf_object".)
+                with contextlib.suppress(OSError):
+                    self.load()
             self.library.call_void("bpf_object__close", self._handle)
             self._handle = None
         self._drop_types()
@@ -96,6 +104,7 @@ class BpfObject:
 
     def set_target(self, name: str, function: str) -> None:
         """Choose the kernel function that an fentry or fexit program is for; raises OSError, ESRCH if there is none."""
+        self._has_read_types = True
         self.library.call("bpf_program__set_attach_target", self._find_program(name), 0, function.encode())
 
     def set_entries(self, name: str, entries: int) -> None:

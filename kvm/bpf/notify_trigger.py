@@ -116,8 +116,9 @@ class NotifyTrigger:
             try:
                 return self._open(library)
             except OSError as err:
+                refusal = explain(err, library.messages.kept(), attaches=True)
                 self.close()
-                raise explain(err, library.messages.kept(), attaches=True) from err
+                raise refusal from err
             except BaseException:
                 self.close()
                 raise
@@ -177,6 +178,10 @@ class NotifyTrigger:
                 self._object = None
 
     def _open(self, library: Library) -> TriggerStatus:
+        absent = TriggerStatus(self._function, False, f"no module of this kernel has {self._function}")
+        exists = self._is_in_kernel()
+        if exists is False:  # libbpf would read the types of the kernel and of all modules to say so
+            return absent
         try:
             types = read_types(self._sys)
         except MalformedData as err:
@@ -189,11 +194,10 @@ class NotifyTrigger:
             if err.errno not in (errno.ESRCH, errno.ENOENT, errno.EPERM):
                 raise
             # libbpf passes over modules whose types it may not read, and may not be let to search modules at all.
-            exists = self._is_in_kernel()
-            if exists or (exists is None and (err.errno == errno.EPERM or self._is_without_types())):
+            if exists or err.errno == errno.EPERM or self._is_without_types():
                 raise
             self.close()
-            return TriggerStatus(self._function, False, f"no module of this kernel has {self._function}")
+            return absent
         self._object.set_entries("seconds", library.count_lru_entries(MAX_THREADS))
         self._object.load()
         self._control = mmap.mmap(self._object.map_fd(".bss"), _CONTROL.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import subprocess
 import sys
@@ -32,6 +33,35 @@ def test_a_function_that_does_not_exist_is_a_fact() -> None:
         assert trigger.fd
     trigger.close()
     assert os.listdir("/proc/self/fd") == before
+
+
+class Mallinfo(ctypes.Structure):
+    """struct mallinfo2 of glibc's malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
+def measure_allocated() -> int:
+    """How many bytes glibc's malloc has given out."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Mallinfo
+    found = libc.mallinfo2()
+    allocated: int = found.uordblks + found.hblkhd
+    return allocated
+
+
+@pytest.mark.parametrize("kallsyms", ["/proc/kallsyms", "/dev/null"], ids=["known", "masked"])
+def test_trying_again_and_again_leaves_nothing_behind(kallsyms: str) -> None:
+    trigger = NotifyTrigger(lambda call: None, function="no_such_function_in_kvm", kallsyms=Path(kallsyms))
+    trigger.open()
+    before = measure_allocated()
+    for _ in range(5):
+        assert not trigger.open().attached
+    trigger.close()
+    assert measure_allocated() - before < 1 << 20
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -147,3 +149,12 @@ def test_where_there_is_no_such_function_that_is_a_fact() -> None:
     assert not status.attached
     assert status.reason == "no module of this kernel has handle_notify"
     trigger.close()
+
+
+def test_searching_all_modules_in_vain_leaves_no_fd_of_theirs() -> None:
+    trigger = NotifyTrigger(lambda call: None, kallsyms=Path("/dev/null"))
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert not trigger.open().attached
+    trigger.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before
