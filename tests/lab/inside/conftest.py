@@ -5,10 +5,14 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.live import GuestProcess, open_guest_process
+
+if TYPE_CHECKING:
+    from tests.blind.scene import Scene
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 UUID = "0d1f7fd4-6c1c-4c5c-8f6f-3c1c5a0e7b11"
@@ -41,6 +45,15 @@ def guest(shared_guest: GuestProcess) -> Iterator[GuestProcess]:
     yield shared_guest
     if shared_guest.process.poll() is None:
         shared_guest.reset()
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[Scene]:
+    """Two VMs for agents that are blind, and where those are run."""
+    from tests.blind.scene import open_scene  # noqa: PLC0415 - only some boots need it, and imports take seconds here
+
+    with open_scene() as opened:
+        yield opened
 
 
 def pytest_report_header() -> str:

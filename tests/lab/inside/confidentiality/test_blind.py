@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 
-from tests.blind.scene import Scene, open_scene
+from tests.blind.scene import Scene
 from tests.blind.ways import Sees, Way
-from tests.lab.inside.blind import check_way
+from tests.lab.inside.blind import Record, check_way
 from tests.lab.inside.confidentiality.test_confidentiality import locked_down
 
 __all__ = ["locked_down"]
@@ -19,15 +17,9 @@ WAYS = (
 )
 
 
-@pytest.fixture(scope="module")
-def scene() -> Iterator[Scene]:
-    with open_scene() as scene:
-        yield scene
-
-
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_no_surface_claims_more_than_root_can_confirm(
-    way: Way, scene: Scene, record_testsuite_property: Callable[[str, object], None]
+    way: Way, scene: Scene, record_testsuite_property: Record
 ) -> None:
     answers = check_way(way, scene, record_testsuite_property)
     assert "lockdown=confidentiality" in answers.check.text

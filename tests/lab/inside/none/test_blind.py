@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.blind.scene import Scene, open_scene
+from tests.blind.scene import Scene
 from tests.blind.ways import Way, without
-from tests.lab.inside.blind import check_way
+from tests.lab.inside.blind import Record, check_way
 
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 
 
-@pytest.fixture(scope="module")
-def scene() -> Iterator[Scene]:
-    with open_scene() as scene:
-        yield scene
-
-
-def test_debugfs_alone_reads_every_vm(scene: Scene, record_testsuite_property: Callable[[str, object], None]) -> None:
+def test_debugfs_alone_reads_every_vm(scene: Scene, record_testsuite_property: Record) -> None:
     way = Way(name="debugfs only, no lockdown", sources="debugfs")
     check_way(way, scene, record_testsuite_property)
 
 
-def test_where_perf_events_take_cap_sys_admin_that_is_said(
-    scene: Scene, record_testsuite_property: Callable[[str, object], None]
-) -> None:
+def test_where_perf_events_take_cap_sys_admin_that_is_said(scene: Scene, record_testsuite_property: Record) -> None:
     assert int(PARANOID.read_text()) >= 3  # Debian's default, and Debian's patch
     way = Way(name="perf_event_paranoid=3, no CAP_SYS_ADMIN", held=without("CAP_SYS_ADMIN"))
     answers = check_way(way, scene, record_testsuite_property)
