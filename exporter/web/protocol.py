@@ -30,6 +30,19 @@ class HttpProtocol(web.RequestHandler):
         super().__init__(manager, loop=loop, **options)  # type: ignore[arg-type]
         self._rate_limited_log = rate_limited_log
 
+    def data_received(self, data: bytes) -> None:
+        """Take what has come in; of a request that makes no sense keep why it does not, and nothing else.
+
+        aiohttp keeps the exception, whose traceback leads to the 256 KiB that were being read, and by them back to
+        itself. The garbage collector finds such a circle only after some thousand others, and they would be 400 MB.
+        """
+        super().data_received(data)
+        if self._messages:
+            refused: BaseException | None = getattr(self._messages[-1][0], "exc", None)
+            while refused is not None:
+                refused.__traceback__ = None
+                refused = refused.__context__
+
     def handle_error(
         self,
         request: web.BaseRequest,
