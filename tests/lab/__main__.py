@@ -23,7 +23,8 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     """Parses our flags; what is left is for pytest."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab", allow_abbrev=False, description=__doc__)
     parser.add_argument("--kernel", action="append", choices=SERIES, help="only this series; repeatable")
-    parser.add_argument("--boot", choices=[boot.name for boot in (*BOOTS, *PATCHED_BOOTS)], help="only this boot")
+    names = dict.fromkeys(boot.name for boot in (*BOOTS, *PATCHED_BOOTS))
+    parser.add_argument("--boot", choices=list(names), help="only this boot")
     parser.add_argument("--patched", action="store_true", help="KVM with the project's patches (kvm/patches)")
     parser.add_argument("--lockdown", choices=["none", "integrity", "confidentiality"], default="none")
     parser.add_argument("--verbose", action="store_true", help="print the output of the tests and the console too")
@@ -67,10 +68,10 @@ def main(words: Sequence[str]) -> int:
     """Runs the lab."""
     arguments, for_pytest = parse_arguments(words)
     series = arguments.kernel or list(SERIES)
-    known = (*BOOTS, *PATCHED_BOOTS) if arguments.patched else BOOTS
+    known = PATCHED_BOOTS if arguments.patched else BOOTS
     boots_wanted: Sequence[Boot] = [boot for boot in known if arguments.boot in (None, boot.name)]
     if not boots_wanted:
-        say(f"the boot {arguments.boot} is for --patched")
+        say(f"the boot {arguments.boot} is {'not ' if arguments.patched else ''}for --patched")
         return 2
     if for_pytest and arguments.boot:
         boots_wanted = [replace(boot, tests=()) for boot in boots_wanted]

@@ -16,7 +16,7 @@ import pytest
 from tests.lab.boot import Limits, Run, RunLost, run_in_kernel
 from tests.lab.debian import Kernel, open_kernel
 from tests.lab.patched import open_patched_kernel
-from tests.lab.plan import ALL_PATCHED_BOOTS, BOOTS, Boots, Outcome, open_executor, read_series, start_boots
+from tests.lab.plan import BOOTS, PATCHED_BOOTS, Boots, Outcome, open_executor, read_series, start_boots
 
 pytestmark = pytest.mark.lab
 
@@ -59,7 +59,7 @@ def boots(executor: ThreadPoolExecutor) -> Boots:
 @pytest.fixture(scope="module")
 def patched_boots(executor: ThreadPoolExecutor) -> Boots:
     """The boots with a patched KVM, under way."""
-    return start_boots(executor, PATCHED_SERIES, ALL_PATCHED_BOOTS, open_one=open_patched_kernel)
+    return start_boots(executor, PATCHED_SERIES, PATCHED_BOOTS, open_one=open_patched_kernel)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def check_outcome(outcome: Outcome, tell: Callable[[str], None]) -> None:
 
 
 # First, so that the patched modules are built while the other kernels boot.
-@pytest.mark.parametrize("boot", [(series, boot.name) for series in PATCHED_SERIES for boot in ALL_PATCHED_BOOTS])
+@pytest.mark.parametrize("boot", [(series, boot.name) for series in PATCHED_SERIES for boot in PATCHED_BOOTS])
 def test_inside_with_patches(
     boots: object, trials: object, patched_boots: Boots, boot: tuple[str, str], tell: Callable[[str], None]
 ) -> None:

@@ -17,7 +17,7 @@ def check_row(way: str, sees: Sees, truth: Truth, answers: Answers, record: Reco
     """Put a row into the report; fails where a surface claims something falsely, or the agent is less or more blind."""
     row = make_row(way, judge_sight(truth, answers), truth, answers)
     record(ROW_PROPERTY, pack_row(row))
-    assert not row.wrong
+    assert not row.wrong, row.wrong
     assert sees in (row.sees, Sees.ANY)
 
 
