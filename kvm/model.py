@@ -250,7 +250,8 @@ class Snapshot:
     ``monotonic_seconds`` and ``unix_seconds`` are its time; ``readings`` are ordered by VM id; ``errors``
     counts, since start, what was left out, by (source, kind). ``blind_spots`` say why there may be VMs
     that are not listed (``kvm/blind_spots.py``), ``vms_over_budget`` how many were left out because their process or
-    user has too many (``kvm/vm_budget.py``).
+    user has too many (``kvm/vm_budget.py``). ``kvm_changes`` is another number once KVM was loaded, removed or
+    replaced.
     """
 
     monotonic_seconds: float
@@ -261,6 +262,7 @@ class Snapshot:
     errors: Mapping[tuple[str, str], int]
     blind_spots: tuple[BlindSpot, ...] = ()
     vms_over_budget: int = 0
+    kvm_changes: int = 0
 
     @property
     def complete(self) -> bool:

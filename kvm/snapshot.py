@@ -116,6 +116,7 @@ class HostReader:
         self._cpu_told = ""
         self._kvm_module, self._kvm_device = kvm_module, kvm_device
         self._kvm_marks: tuple[tuple[int, int] | None, ...] | None = None
+        self._kvm_changes = 0
         self._kept: dict[VmKey, _KeptVm] = {}
         self._thread_lookups_left = 0
         self._all_tried = False
@@ -152,6 +153,7 @@ class HostReader:
             errors=self._errors.counts,
             blind_spots=blind_spots,
             vms_over_budget=self._over_budget,
+            kvm_changes=self._kvm_changes,
         )
 
     def close(self) -> None:
@@ -168,6 +170,7 @@ class HostReader:
                 kept.start_anew()
             self._all_tried = False
             self._host_read_at = float("-inf")
+            self._kvm_changes += 1
         self._kvm_marks = marks
 
     def _find_evidence(self) -> Evidence:

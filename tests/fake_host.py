@@ -240,6 +240,7 @@ class FakeHost:
         self.polls: list[float] = []
         self.reads: list[tuple[float, VmKey, int]] = []
         self.failure = ""
+        self.kvm_changes = 0
         self.armed_at: dict[int, float] = {}
         self.armed_times: list[tuple[int, float, float]] = []
         self.most_armed = 0
@@ -294,7 +295,8 @@ class FakeHost:
         if self.failure:
             raise RuntimeError(self.failure)
         readings = tuple(vm.read() for vm in self.vms)
-        return Snapshot(self.clock(), 1.7e9, self.host, readings, (SourceReport("bpf", up=True),), {})
+        sources = (SourceReport("bpf", up=True),)
+        return Snapshot(self.clock(), 1.7e9, self.host, readings, sources, {}, kvm_changes=self.kvm_changes)
 
     def read_vcpu(self, key: VmKey, vcpu_id: int) -> Reading | None:
         self.settle()

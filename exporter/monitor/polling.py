@@ -22,6 +22,8 @@ POLLED_VCPUS: Final = 1000
 POLL_GAP_SECONDS: Final = 0.5
 # So often VMs are looked for, and polled, where notify exits are supported and nothing suggests that one is taken.
 IDLE_SECONDS: Final = 10.0
+# Where KVM is not loaded it may be, any time, and its first VM may be one that hangs.
+ABSENT_SECONDS: Final = 4.0
 # What a host does not support it may support after a module is loaded.
 RETRY_SECONDS: Final = 300.0
 _NEVER: Final = float("inf")
@@ -46,6 +48,8 @@ def choose_polling(snapshot: Snapshot, always: bool, triggered: bool = False) ->
         if triggered and not always:
             period = max(period, IDLE_SECONDS)
         return Polling(period, period)
+    if not snapshot.host.kvm_module:
+        return Polling(ABSENT_SECONDS, 0.0)
     return Polling(RETRY_SECONDS if snapshot.host.notify_supported is False else IDLE_SECONDS, 0.0)
 
 

@@ -127,6 +127,7 @@ class StallMonitor:
         """Since when what is due has been done, by the event loop's clock; None while nothing is due."""
         self._news_until = -_NEVER
         self._some_unread = False
+        self._kvm_changes: int | None = None
         self._read_at = self._retry_at = -_NEVER
         self._wake = asyncio.Event()
         self._instructions = Instructions(backends.read_instruction, self._run, self._wake.set)
@@ -268,6 +269,9 @@ class StallMonitor:
         await self._read_cpu_times()
         poll = await self._poller.poll(self._trigger.tells_all)
         self._read_at = poll.ended
+        if self._kvm_changes not in (None, poll.snapshot.kvm_changes):
+            self._retry_at = self._read_at  # what there was nothing of before can be had now
+        self._kvm_changes = poll.snapshot.kvm_changes
         self._poller.wanted |= self._trigger.misses_any(poll.moved)  # from now on as without it
         self._trigger.forget_missed(self._poller.readings)
         for moved in poll.moved:

@@ -302,8 +302,11 @@ def test_a_module_that_comes_is_noticed_at_once(tmp_path: Path) -> None:
     source.unavailable = ""
     assert not scene.look().sources[0].up
     assert source.opened == opened, "it is not tried anew at each snapshot"
+    changes = scene.look().kvm_changes
     module.mkdir()
-    assert scene.look().sources[0].up
+    snapshot = scene.look()
+    assert (snapshot.sources[0].up, snapshot.kvm_changes) == (True, changes + 1)
+    assert scene.look().kvm_changes == changes + 1
 
 
 def test_where_kvm_comes_and_goes_every_source_is_tried_anew_also_behind_one_that_reads_all(tmp_path: Path) -> None:

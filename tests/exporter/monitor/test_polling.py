@@ -64,6 +64,18 @@ def test_only_what_can_move_is_polled(
     play(act, vm, poll=poll, prepare=prepare)
 
 
+def test_where_kvm_is_not_loaded_it_is_looked_for_every_few_seconds() -> None:
+    def unload(host: FakeHost) -> None:
+        host.host = replace(INTEL, kvm_module="", notify_supported=None)
+
+    async def act(scene: Scene) -> None:
+        before = len(scene.host.polls)
+        await asyncio.sleep(600)
+        assert len(scene.host.polls) - before == pytest.approx(150, abs=2)
+
+    play(act, prepare=unload)
+
+
 @pytest.mark.parametrize(("poll", "period"), [(PollMode.AUTO, 10.0), (PollMode.ALWAYS, 1.0)])
 @pytest.mark.parametrize("protection", [Protection.ARMED, Protection.OFF])
 def test_always_means_always_with_a_trigger_too(protection: Protection, poll: PollMode, period: float) -> None:

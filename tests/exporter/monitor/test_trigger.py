@@ -258,6 +258,28 @@ def test_why_no_trigger_is_attached_is_told_and_logged_when_it_changes(caplog: p
     assert told == ["no libbpf.so.1", "no module has it", ""]
 
 
+def test_where_kvm_comes_what_needs_it_is_tried_anew_within_five_seconds() -> None:
+    no_kvm = SourceUnavailable("KVM is not loaded", "load it")
+
+    def refuse(trigger: FakeTrigger) -> None:
+        trigger.refusal = no_kvm
+
+    def unload(host: FakeHost) -> None:
+        host.host, host.refusal = replace(INTEL, kvm_module="", notify_supported=None), no_kvm
+
+    async def act(scene: Scene) -> None:
+        host = scene.host
+        await asyncio.sleep(100)
+        assert (scene.monitor.report().trigger, scene.monitor.report().problem) == ("", str(no_kvm))
+        assert host.trigger is not None
+        host.host, host.refusal, host.trigger.refusal = INTEL, None, None
+        host.kvm_changes += 1
+        await asyncio.sleep(5)
+        assert (scene.monitor.report().trigger, scene.monitor.report().problem) == ("bpf", "")
+
+    play(act, trigger=True, prepare=unload, make_trigger=refuse)
+
+
 def test_a_trigger_that_is_switched_off_is_no_problem() -> None:
     async def act(scene: Scene) -> None:
         assert (scene.monitor.report().trigger, scene.monitor.report().trigger_problem) == ("poll", "")
