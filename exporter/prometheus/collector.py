@@ -260,7 +260,7 @@ class HostCollector:
             info.add(order_labels(metrics.HOST_INFO, **_label_host(snapshot.host)), 1)
         if snapshot.host.notify_supported is not None:
             supported.add((), int(snapshot.host.notify_supported))
-        if self._increases.readable:
+        if self._increases.readable and not snapshot.is_blind:  # to Prometheus, one that stands still says: no exits
             total.add((), self._increases.increases_total)
         over.add((), snapshot.vms_over_budget)
         found = self._verdicts.build_host_families() if self._verdicts else []

@@ -174,7 +174,8 @@ HOST_NOTIFY_SUPPORTED = Metric(
 HOST_NOTIFY_WINDOW_EXITS = Metric(
     "kvm_host_notify_window_exits_total",
     MetricType.COUNTER,
-    "All increases of KVM stat notify_window_exits that the agent has seen, also of VMs that are gone.",
+    "All increases of KVM stat notify_window_exits that the agent has seen, also of VMs that are gone; absent while "
+    "nothing can be read.",
 )
 HOST_VMS = Metric(
     "kvm_host_vms",

@@ -252,11 +252,12 @@ def test_host_with_processes_that_could_not_be_looked_at_counts_nothing() -> Non
 
 
 def test_host_where_no_source_works_claims_no_increases() -> None:
-    down = replace(make_snapshot(), sources=(SourceReport("bpf", False),))
-    collector = open_collector(down, make_snapshot(), down)
-    assert find(parse_series(collector), "kvm_host_notify_window_exits_total") is None
-    assert find(parse_series(collector), "kvm_host_notify_window_exits_total") == 0
-    assert find(parse_series(collector), "kvm_host_notify_window_exits_total") == 0
+    """Neither before it could count any, nor, by a total that stands still, while it cannot."""
+    down = replace(make_snapshot(), sources=(SourceReport("bpf", False),), blind_spots=HIDDEN)
+    well = make_snapshot(make_reading(notify=(4, 0))), make_snapshot(make_reading(notify=(4, 3)))
+    collector = open_collector(down, *well, down, well[1])
+    totals = [find(parse_series(collector), "kvm_host_notify_window_exits_total") for _ in range(5)]
+    assert totals == [None, 0, 3, None, 3]
 
 
 def test_movements_are_dated_and_added_up() -> None:
