@@ -38,9 +38,11 @@ log = logging.getLogger(__name__)
 
 HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-# A snapshot makes some thousand objects and lets go of as many, none of them in a circle. At Python's own threshold of
-# 700 that had the collector run seven times a scrape of 10,000 vCPUs: a tenth of its time.
-GC_THRESHOLD: Final = 50_000
+# A snapshot makes some thousand objects and lets go of as many, none of them in a circle. At Python's own thresholds of
+# 700, 10 and 10 that had the collector run seven times a scrape of 10,000 vCPUs: a tenth of its time. But a connection
+# leaves a circle of 7 objects, as asyncio's transport holds one of its own methods: at 50,000 a stranger's grew to 8 MB
+# before they were looked for, and those of connections that lasted, for as long as ten times that.
+GC_THRESHOLDS: Final = (10_000, 5, 5)
 
 
 def run_server(arguments: argparse.Namespace) -> int:
@@ -56,7 +58,7 @@ def run_server(arguments: argparse.Namespace) -> int:
     settings = build_settings(arguments, is_protected=bool(web_config and web_config.protects))
     # Before the first thread, as each has capabilities of its own; and sockets are opened with what is left.
     give_up_the_rest(arguments, (*settings.addresses, *settings.optional_addresses))
-    gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
+    gc.set_threshold(*GC_THRESHOLDS)
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(open_service_manager(os.environ, os.getpid()))
         if arguments.command == "demo":

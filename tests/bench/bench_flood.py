@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from exporter.build_info import BuildInfo
-from exporter.commands.serve import GC_THRESHOLD
+from exporter.commands.serve import GC_THRESHOLDS
 from exporter.monitor.backends import Backends
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.prometheus.collector import HostCollector
@@ -59,7 +59,7 @@ def build_collector(host: FloodedHost, monitor: StallMonitor) -> HostCollector:
 
 async def run(vms: int, vcpus: int, seconds: float) -> Figures:
     """Run the monitor on a quiet host and then through a flood of so many seconds."""
-    gc.set_threshold(GC_THRESHOLD)
+    gc.set_threshold(*GC_THRESHOLDS)
     host, figures = FloodedHost(vms, vcpus), Figures()
     triggers: list[FloodedTrigger] = []
 

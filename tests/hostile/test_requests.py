@@ -19,6 +19,7 @@ DRIPS = 200
 BODIES, PIECE_BYTES, PIECES = 200, 1 << 20, 64
 HEADER_BYTES, HEADERS = 10 << 20, 300
 PIPELINED = 26_000
+CONNECTIONS = 15_000
 GROWN_MB = 12
 # A scraper waits for 10.
 SCRAPE_SECONDS = 5.0
@@ -36,7 +37,9 @@ def agent() -> Iterator[AgentProcess]:
 
 
 @contextmanager
-def measure(agent: AgentProcess, tell: Callable[[str], None], what: Callable[[], str]) -> Iterator[None]:
+def measure(
+    agent: AgentProcess, tell: Callable[[str], None], what: Callable[[], str], grown_mb: float = GROWN_MB
+) -> Iterator[None]:
     """Scrape all the while, and hold time, memory and fds to their bounds at the end."""
     seconds, failures, ended = list[float](), list[object](), threading.Event()
 
@@ -68,7 +71,7 @@ def measure(agent: AgentProcess, tell: Callable[[str], None], what: Callable[[],
     assert seconds
     assert failures == []
     assert max(seconds) < SCRAPE_SECONDS
-    assert grown < GROWN_MB
+    assert grown < grown_mb
     assert not any("Traceback" in line for line in agent.log)
 
 
@@ -168,3 +171,11 @@ def test_who_pipelines_and_reads_nothing_is_not_read_either(agent: AgentProcess,
         client.settimeout(2.0)
         taken = send_until_cut(client, (requests for _ in range(offers)))
     assert taken < offers * len(requests)
+
+
+def test_connections_that_come_and_go_leave_nothing(agent: AgentProcess, tell: Callable[[str], None]) -> None:
+    with measure(agent, tell, lambda: f"{CONNECTIONS:,} connections, one after the other", 4.0):
+        for _ in range(CONNECTIONS):
+            with connect(agent) as client:
+                client.sendall(GET + b"Connection: close\r\n\r\n")
+                assert read_to_the_end(client).startswith(b"HTTP/1.1 200 ")
