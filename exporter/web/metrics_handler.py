@@ -92,6 +92,8 @@ class MetricsApp:
                     await response.write_eof()
                     if isinstance(response, web.Response):
                         response.body = None  # aiohttp keeps the response for as long as the client stays
+                # aiohttp waits for what is more than 64 KiB only, and who reads nothing can ask for the rest for ever.
+                await request.writer.drain()
         except TimeoutError:
             self._cut(request)
         except ConnectionError as err:
