@@ -6,8 +6,9 @@ sample. The attackers are nicer than the agent: they have what CPU is left, so t
 not a busy machine.
 
 Here KVM never fires ``kvm_exit``, so no real vCPU can stall. What is to be found in time is a drill, asked for by root
-at the socket: the detector gets simulated records, and all behind it is real. A real stall under attack is
-``tests/lab/inside/verdicts``'.
+at the socket: the detector gets simulated records, and all behind it is real. That a true stall is told of within 5 s
+beside 16 vCPUs that flood the tracer, what a guest can do to hide it, is shown where notify exits can be had:
+``test_a_flood_hides_nobodys_stall`` of ``tests/lab/inside/verdicts``.
 """
 
 from __future__ import annotations
