@@ -220,7 +220,7 @@ def add_web_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         type=parse_count,
         default=40,
-        help="scrapes at once, beyond which the answer is 503; 0 for no limit (default: 40)",
+        help="scrapes and reads of /api/v1/vcpus at once, beyond which the answer is 503; 0 for no limit (default: 40)",
     )
     parser.add_argument(
         "--web.disable-exporter-metrics",

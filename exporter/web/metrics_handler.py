@@ -105,9 +105,9 @@ class MetricsApp:
 
     async def answer_metrics(self, request: web.Request) -> web.StreamResponse:
         """Read the host and answer in the format that the client likes best."""
-        limit = self._settings.max_requests
-        if limit and not self._make_room(limit):
-            return _render_text(503, f"limit of concurrent requests reached ({limit}), try again later")
+        refusal = self.turn_away()
+        if refusal is not None:
+            return refusal
         query = request.query
         try:
             selected = select_collectors(
@@ -122,6 +122,13 @@ class MetricsApp:
         if zipped:
             headers["Content-Encoding"] = "gzip"
         return Document(body, headers)
+
+    def turn_away(self) -> web.Response | None:
+        """Return the answer for who asks for one more document than there may be; None where there is room."""
+        limit = self._settings.max_requests
+        if not limit or self._make_room(limit):
+            return None
+        return _render_text(503, f"limit of concurrent requests reached ({limit}), try again later")
 
     async def answer_healthy(self, request: web.Request) -> web.Response:
         """Say that the agent runs and answers."""

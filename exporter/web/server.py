@@ -52,7 +52,8 @@ def create_app(
     watcher: Watcher | None = None,
 ) -> web.Application:
     """Make the application; it owns neither the collector nor its reader, nor the watcher, nor the gate."""
-    pages, stalls = MetricsApp(collector, settings, guard, rate_limited_log), StallHandlers(watcher, recorder)
+    pages = MetricsApp(collector, settings, guard, rate_limited_log)
+    stalls = StallHandlers(watcher, recorder, pages.turn_away)
     app = web.Application(middlewares=[pages.frame_request, gate.admit])
     app.router.add_get(settings.telemetry_path, pages.answer_metrics)
     app.router.add_get(HEALTHY_PATH, pages.answer_healthy)
@@ -60,7 +61,7 @@ def create_app(
     app.router.add_get(VCPUS_PATH, stalls.answer_vcpus)
     app.router.add_post(DRILL_PATH, stalls.answer_drill)
     app.on_response_prepare.append(partial(_set_headers, gate))
-    app.cleanup_ctx.append(pages.run_worker)
+    app.cleanup_ctx.extend((pages.run_worker, stalls.run))
     if settings.telemetry_path != "/":
         links = {"Metrics": settings.telemetry_path, "vCPUs as JSON": VCPUS_PATH}
         links |= {"Healthy": HEALTHY_PATH, "Ready": READY_PATH}

@@ -45,7 +45,7 @@ class StatusLimits:
 class ServerSettings:
     """How to serve.
 
-    ``addresses`` are where to listen, ``telemetry_path`` where the metrics are, ``max_requests`` how many scrapes may
+    ``addresses`` are where to listen, ``telemetry_path`` where the metrics are, ``max_requests`` how many documents may
     be under way at once (0: any number), ``exporter_metrics`` whether the process_* and python_* metrics of the agent
     itself are among them, ``host_name`` how the status page calls this machine, ``trusted_peers`` who at the Unix
     socket sees details. ``optional_addresses`` are listened on where that can be, ``passed_sockets`` listen

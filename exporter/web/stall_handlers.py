@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
 from aiohttp import web
@@ -14,6 +15,8 @@ from exporter.stalls import drill
 from exporter.stalls.verdicts import MonitorReport, VcpuReport
 from exporter.web import vcpus_json
 from exporter.web.access import PRIVATE_HEADERS, sees_details
+from exporter.web.document import Document
+from exporter.web.renderings import Renderings
 from exporter.web.settings import DRILL_HEADER
 
 PAUSE_SECONDS: Final = 240.0  # after a drill's end
@@ -32,24 +35,42 @@ class Watcher(Protocol):
 
 
 class StallHandlers:
-    """The handlers; ``watcher`` is None where nobody watches, ``recorder`` has the newest snapshot."""
+    """The handlers; ``watcher`` is None where nobody watches, ``recorder`` has the newest snapshot.
+
+    Where every vCPU of a large host takes notify exits, what is known of them is megabytes: it is made for all who ask
+    together, and ``turn_away`` answers who asks for one more document than there may be.
+    """
 
     def __init__(
-        self, watcher: Watcher | None, recorder: SnapshotRecorder, clock: Callable[[], float] = time.monotonic
+        self,
+        watcher: Watcher | None,
+        recorder: SnapshotRecorder,
+        turn_away: Callable[[], web.Response | None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._watcher, self._recorder, self._clock = watcher, recorder, clock
+        self._watcher, self._recorder, self._turn_away, self._clock = watcher, recorder, turn_away, clock
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vcpus")
+        self._renderings = Renderings(self._render_vcpus, self._worker)
         self._next_drill_at = 0.0
 
-    async def answer_vcpus(self, request: web.Request) -> web.Response:
+    async def run(self, app: web.Application) -> AsyncIterator[None]:
+        """Give the thread back when the application ends."""
+        yield
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    async def answer_vcpus(self, request: web.Request) -> web.StreamResponse:
         """Say what is known of the vCPUs that take notify exits; RIPs and owners to clients that are known only."""
-        report = (
-            await asyncio.to_thread(self._watcher.report) if self._watcher else MonitorReport(problem="not watched")
-        )
-        with_details = sees_details(request)
-        document = vcpus_json.build_document(
-            report, self._recorder.snapshot, time.monotonic(), time.time(), with_details
-        )
-        return web.json_response(document, headers=PRIVATE_HEADERS)
+        refusal = self._turn_away()
+        if refusal is not None:
+            return refusal
+        body = await self._renderings.render(sees_details(request))
+        return Document(body, {**PRIVATE_HEADERS, "Content-Type": "application/json; charset=utf-8"})
+
+    def _render_vcpus(self, with_details: bool) -> bytes:
+        report = self._watcher.report() if self._watcher else MonitorReport(problem="not watched")
+        snapshot = self._recorder.snapshot
+        document = vcpus_json.build_document(report, snapshot, time.monotonic(), time.time(), with_details)
+        return json.dumps(document).encode()
 
     async def answer_drill(self, request: web.Request) -> web.Response:
         """Begin a drill, for clients that are known and mean it."""

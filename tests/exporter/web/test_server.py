@@ -170,7 +170,7 @@ def _nothing_stays_open() -> Iterator[None]:
 
 
 def find_workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("scrape", "status"))]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("scrape", "status", "vcpus"))]
 
 
 def test_metrics_in_the_text_format() -> None:

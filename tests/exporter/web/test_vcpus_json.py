@@ -36,8 +36,10 @@ class FakeWatcher:
     def __init__(self, *vcpus: VcpuReport) -> None:
         self.vcpus = vcpus
         self.drills: list[str] = []
+        self.reports = 0
 
     def report(self) -> MonitorReport:
+        self.reports += 1
         return MonitorReport(
             vcpus=self.vcpus, trigger="poll", trigger_problem="no libbpf.so.1", poll_period_seconds=1.0
         )
@@ -49,9 +51,9 @@ class FakeWatcher:
         return make_report(drill=True)
 
 
-def serve(scenario: Scenario, watcher: FakeWatcher | None, *addresses: Address) -> None:
+def serve(scenario: Scenario, watcher: FakeWatcher | None, *addresses: Address, max_requests: int = 40) -> None:
     async def main() -> None:
-        settings = ServerSettings(addresses=addresses)
+        settings = ServerSettings(addresses=addresses, max_requests=max_requests)
         recorder = SnapshotRecorder(SimulatedHost())
         async with open_server(open_collector(recorder), recorder, settings, watcher=watcher) as (address, *_):
             await asyncio.wait_for(scenario(address), PATIENCE_SECONDS)
@@ -250,3 +252,33 @@ def test_what_matters_comes_first() -> None:
         "quiet",
         "progressing",
     ]
+
+
+def test_many_who_ask_at_once_get_a_few_renderings() -> None:
+    watcher = FakeWatcher(make_report())
+
+    async def scenario(address: Address) -> None:
+        await asyncio.gather(*(ask_vcpus(address) for _ in range(100)))
+
+    serve(scenario, watcher)
+    assert watcher.reports < 50
+
+
+def test_slow_readers_hold_as_many_documents_as_there_may_be() -> None:
+    # Some megabytes, of which the small buffer of a Unix socket takes next to nothing.
+    watcher = FakeWatcher(*(make_report(vcpu=number) for number in range(2000)))
+
+    async def scenario(address: Address) -> None:
+        assert len((await ask(address, VCPUS_PATH))[1]) > 1_000_000
+        slow = [await Client.open(address) for _ in range(2)]
+        for client in slow:
+            await client.send(f"GET {VCPUS_PATH} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert (await client.reader.readline()).startswith(b"HTTP/1.1 200 ")
+        assert (await ask(address, VCPUS_PATH))[0] == 503
+        assert (await ask(address, "/metrics"))[0] == 503
+        for client in slow:
+            await client.close()
+        while (await ask(address, VCPUS_PATH))[0] == 503:
+            await asyncio.sleep(0.01)
+
+    serve(scenario, watcher, max_requests=2)
