@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Final
 
-import psutil
-
+from exporter.monitor.quiet_psutil import psutil
 from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage
 
 USAGE_SECONDS: Final = 15.0

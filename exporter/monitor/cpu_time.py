@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import psutil
-
 from exporter.logs.rate_limit import RateLimitedLog
 from exporter.monitor.backends import Run
+from exporter.monitor.quiet_psutil import psutil
 from exporter.monitor.tracked_vcpu import TrackedVcpu
 
 
