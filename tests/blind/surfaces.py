@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 from prometheus_client import Metric
@@ -18,7 +20,9 @@ from tests.agents import AgentProcess
 from tests.blind.ways import PYTHON, Way
 from tests.waiting import wait_until
 
-ANSWER_SECONDS = 240.0
+ANSWER_SECONDS: Final = 240.0
+# What is asked: the agent that is installed, where one is named.
+PROGRAM: Final = shlex.split(os.environ.get("KVM_NOTIFY_EXPORTER", f"{PYTHON} -m exporter"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Answers:
 
 def run(way: Way, stage: Path, *words: str) -> Said:
     """Run a command of the program to its end."""
-    command = [*way.build_prefix(stage), PYTHON, "-m", "exporter", *words, *way.flags]
+    command = [*way.build_prefix(stage), *PROGRAM, *words, *way.flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return Said(done.returncode, done.stdout, done.stderr)
@@ -66,8 +70,8 @@ def run(way: Way, stage: Path, *words: str) -> Said:
 @contextmanager
 def open_agent(way: Way, stage: Path) -> Iterator[AgentProcess]:
     """Run ``serve`` until it has taken its first snapshot, blind or not."""
-    words = ["-m", "exporter", "serve", "--web.listen-address=127.0.0.1:0", *way.flags]
-    command = [*way.build_prefix(stage), PYTHON, *words]
+    words = ["serve", "--web.listen-address=127.0.0.1:0", *way.flags]
+    command = [*way.build_prefix(stage), *PROGRAM, *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         agent = AgentProcess(process)
         try:

@@ -9,6 +9,7 @@ import pytest
 
 from deploy.__main__ import make_packages
 from tests.deploy.chroot import Container, make_tree, open_container
+from tests.deploy.installed import add_installed_agent
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,13 @@ def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tree = tmp_path_factory.mktemp("debian") / str(request.param)
     make_tree(tree.name, tree)
     (tree / "opt" / package.name).write_bytes(package.read_bytes())
+    return tree
+
+
+@pytest.fixture(scope="module")
+def tested_tree(tree: Path, package: Path) -> Path:
+    """A Debian with the package installed, and the tests beside it."""
+    add_installed_agent(tree, package)
     return tree
 
 

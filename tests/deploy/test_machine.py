@@ -1,4 +1,4 @@
-"""A Debian that has booted with nothing but the .deb installed: an agent that is not root reads, traces and outlives.
+"""Debians that have booted with nothing but the .deb installed: an agent that is not root reads, traces and outlives.
 
 `tests/lab/inside/installed` runs there, on what the package has installed.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.chroot import has_all_that_it_takes, make_tree, run_on_host
-from tests.deploy.virtual_machine import add_tests, run_in_machine
+from tests.deploy.chroot import has_all_that_it_takes
+from tests.deploy.virtual_machine import run_in_machine
 from tests.lab.boot import ThreadIndex
 from tests.lab.plan import JUNIT, PYTEST, find_kernel_warnings, parse_figures, parse_junit
 
@@ -27,30 +27,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Path:
-    """A Debian 12 with the package installed, and the tests that are to run on it."""
-    tree = tmp_path_factory.mktemp("debian") / "bookworm"
-    make_tree(tree.name, tree)
-    shutil.copy(package, tree / "opt")
-    run_on_host(tree, "dpkg", "--install", f"/opt/{package.name}")
-    add_tests(tree, package)
-    return tree
-
-
-def run_tests(machine: Path, threads: ThreadIndex, tell: Callable[[str], None], *words: str) -> int:
+def run_tests(tree: Path, threads: ThreadIndex, tell: Callable[[str], None], *words: str) -> int:
     """Boot it and run tests there, of which none may fail or be skipped; returns how many."""
-    run = run_in_machine(machine, [*PYTEST, *words], [JUNIT], threads)
+    run = run_in_machine(tree, [*PYTEST, *words], [JUNIT], threads)
     assert JUNIT in run.files, run.output[-4000:] + run.console[-4000:]
     tests, failed, skipped = parse_junit(run.files[JUNIT])
     for line in parse_figures(run.files[JUNIT]):
-        tell(f"{machine.name}: {line}")
-    tell(f"{machine.name}: up after {run.boot_seconds:.0f} s, {tests} tests in {run.seconds:.0f} s, {failed} failed")
+        tell(f"{tree.name}: {line}")
+    tell(f"{tree.name}: up after {run.boot_seconds:.0f} s, {tests} tests in {run.seconds:.0f} s, {failed} failed")
     assert (run.exit_status, failed, skipped) == (0, 0, 0), run.output[-12000:]
     assert find_kernel_warnings(run.console) == ()
     return tests
 
 
-def test_the_agent_reads_traces_and_outlives(machine: Path, tell: Callable[[str], None]) -> None:
+def test_the_agent_reads_traces_and_outlives(tested_tree: Path, tell: Callable[[str], None]) -> None:
     # Guests that flood need CPUs that take turns.
-    assert run_tests(machine, ThreadIndex.SINGLE, tell, "tests/lab/inside/installed") == 6
+    assert run_tests(tested_tree, ThreadIndex.SINGLE, tell, "tests/lab/inside/installed") == 6

@@ -1,34 +1,25 @@
 """A Debian as a machine of its own: systemd as the first process, the lab's kernel, KVM and notify exits.
 
 What a container cannot show is shown here: the agent as its unit starts it, in the pid namespace that the machine was
-booted with, reading by bpf and tracing. The disk is a tree of `chroot.make_tree` with the package installed. The tests
-that run inside are put into its /srv; they need Debian's Python and what the package depends on, and pytest and
-hypothesis.
+booted with, reading by bpf and tracing. The disk is a tree that `installed.add_installed_agent` has prepared.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.deploy.chroot import run_on_host
-from tests.lab.apt import LabError
+from tests.deploy.installed import ENVIRONMENT, PROJECT
 from tests.lab.boot import Limits, Run, ThreadIndex, boot
 from tests.lab.cpio import CpioWriter
 from tests.lab.debian import Kernel, open_kernel, open_userland
 from tests.lab.modules import WANTED, build_injector, read_modules
 
-ROOT = Path(__file__).parents[2]
 SERIES = "6.12"
 DISK_BYTES = 2 << 30
-PROGRAMS = ("promtool", "prometheus")
-TEST_PACKAGES = ("pytest", "hypothesis")
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -44,49 +35,14 @@ umount /proc
 mount --move /dev /sysroot/dev
 exec switch_root /sysroot /lib/systemd/systemd
 """
-JOB_UNIT = """[Unit]
+JOB_UNIT = f"""[Unit]
 Description=What the lab runs here
 After=multi-user.target
 [Service]
-WorkingDirectory=/srv/project
-Environment=PYTHONPATH=/srv/packages/site-packages:/srv/project PYTHONDONTWRITEBYTECODE=1 HOME=/root
-Environment=PATH=/srv/bin:/usr/sbin:/usr/bin:/sbin:/bin KVM_LAB_INSIDE=1 KVM_TESTS_MUST_RUN=1
+WorkingDirectory={PROJECT}
+Environment={" ".join(ENVIRONMENT)} HOME=/root
 ExecStart=/usr/bin/python3 tests/lab/guest_job.py /srv/job.json
 """
-
-
-def add_tests(tree: Path, package: Path) -> None:
-    """Put the project's tests into /srv of a tree: what they test is what the package has installed."""
-    srv = tree / "srv"
-    project = srv / "project"
-    for part in ("tests", "grafana"):
-        ignored = shutil.ignore_patterns("__pycache__", "npm")
-        shutil.copytree(ROOT / part, project / part, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", project)
-    for name in ("exporter", "kvm"):
-        (project / name).symlink_to(f"/usr/lib/kvm-notify-exporter/{name}")
-    shutil.copy(package, srv / "package.deb")
-    install_tests_packages(tree, srv / "packages/site-packages")
-    (srv / "bin").mkdir()
-    for name in PROGRAMS:
-        found = shutil.which(name)
-        if found is None:
-            raise LabError(f"there is no {name} here: apt-get install prometheus")
-        shutil.copy(found, srv / "bin")
-    # Under emulation, to compile is most of what a program does at its start.
-    run_on_host(tree, "python3", "-m", "compileall", "-q", "--invalidation-mode=unchecked-hash", "/srv")
-
-
-def install_tests_packages(tree: Path, site: Path) -> None:
-    """Install pytest and what else the tests take, at our versions, for the tree's own Python."""
-    program = "import sys; print('%d.%d' % sys.version_info[:2])"
-    version = run_on_host(tree, "python3", "-c", program).strip()
-    names = [f"{name}=={importlib.metadata.version(name)}" for name in TEST_PACKAGES]
-    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", f"--target={site}"]
-    words += [f"--python-version={version}", "--only-binary=:all:", *names]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LabError(f"pip cannot install {', '.join(names)} for Python {version}: {done.stderr[-2000:]}")
 
 
 def write_initramfs(kernel: Kernel, path: Path) -> None:
