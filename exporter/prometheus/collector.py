@@ -216,7 +216,7 @@ class HostCollector:
 
     def _render_columns(self, vms: Iterable[Iterable[Column]]) -> list[Family]:
         """Render the counters of all VMs, metric by metric."""
-        templates: defaultdict[Metric, list[str]] = defaultdict(list)
+        templates: defaultdict[Metric, list[bytes]] = defaultdict(list)
         columns: defaultdict[Metric, list[tuple[int, ...]]] = defaultdict(list)
         for taken in vms:
             for metric, template, column in taken:
@@ -299,7 +299,7 @@ class HostCollector:
 
 def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
     """Put the lines of all VMs together, metric by metric."""
-    chunks: defaultdict[Metric, list[str]] = defaultdict(list)
+    chunks: defaultdict[Metric, list[bytes]] = defaultdict(list)
     for lines in rendered:
         for metric, text in lines:
             chunks[metric].append(text)

@@ -1,8 +1,9 @@
-"""Metric families as text: our own fast path, held to prometheus_client's output by a test.
+"""Metric families as UTF-8: our own fast path, held to prometheus_client's output by a test.
 
 Sample lines are the same bytes in the text format 0.0.4 and in OpenMetrics 1.0.0; only the comments around them
 differ. So a line is made once and kept: a template holds the lines of one counter over fixed label sets, and the
-numbers of all vCPUs are put into those of all VMs by one ``%``.
+numbers of all vCPUs are put into those of all VMs by one ``%``. Lines are bytes from the start: a ``%`` of bytes takes
+six tenths of what one of text does, and a document need not be encoded.
 
 Integers are printed as integers, exact to 2**64; prometheus_client's floats lose digits above 2**53.
 """
@@ -37,9 +38,9 @@ class Family:
 
     __slots__ = ("chunks", "metric")
 
-    def __init__(self, metric: Metric, chunks: list[str] | None = None) -> None:
+    def __init__(self, metric: Metric, chunks: list[bytes] | None = None) -> None:
         self.metric = metric
-        self.chunks: list[str] = [] if chunks is None else chunks
+        self.chunks: list[bytes] = [] if chunks is None else chunks
 
     def add(self, label_values: Sequence[str], value: float) -> None:
         """Append one sample, its label values in the order of ``metric.labels``."""
@@ -48,7 +49,7 @@ class Family:
     def join(self) -> None:
         """Make one chunk of all: worth it for a family that is rendered again and again."""
         if len(self.chunks) > 1:
-            self.chunks = ["".join(self.chunks)]
+            self.chunks = [b"".join(self.chunks)]
 
 
 class CounterLines:
@@ -61,26 +62,26 @@ class CounterLines:
     __slots__ = ("_columns", "_template", "_templates", "_text")
 
     def __init__(self) -> None:
-        self._templates: list[str] = []
-        self._template = ""
+        self._templates: list[bytes] = []
+        self._template = b""
         self._columns: list[tuple[int, ...]] = []
-        self._text = ""
+        self._text = b""
 
-    def render(self, templates: list[str], columns: list[tuple[int, ...]]) -> str:
+    def render(self, templates: list[bytes], columns: list[tuple[int, ...]]) -> bytes:
         """Put a column of integers into each template; raises TypeError if there are more or fewer than places."""
         is_same = templates == self._templates
         if not is_same:
-            self._template, self._templates = "".join(templates), templates
+            self._template, self._templates = b"".join(templates), templates
         if not is_same or columns != self._columns:
             self._text = self._template % tuple(chain.from_iterable(columns))
             self._columns = columns
         return self._text
 
 
-def make_template(metric: Metric, label_sets: Iterable[Sequence[str]], place: str = "%d") -> str:
+def make_template(metric: Metric, label_sets: Iterable[Sequence[str]], place: str = "%d") -> bytes:
     """Make the sample lines of fixed label sets, each with a place for an integer, or for what ``place`` is."""
     series = (render_series(metric, label_values) for label_values in label_sets)
-    return "".join(f"{name.replace('%', '%%')} {place}\n" for name in series)
+    return "".join(f"{name.replace('%', '%%')} {place}\n" for name in series).encode()
 
 
 def escape_label_value(value: str) -> str:
@@ -106,9 +107,9 @@ def render_number(value: float) -> str:
     return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
 
 
-def render_sample(metric: Metric, label_values: Sequence[str], value: float) -> str:
+def render_sample(metric: Metric, label_values: Sequence[str], value: float) -> bytes:
     """Render one sample line."""
-    return f"{render_series(metric, label_values)} {render_number(value)}\n"
+    return f"{render_series(metric, label_values)} {render_number(value)}\n".encode()
 
 
 @cache
@@ -124,7 +125,7 @@ def render_metadata(metric: Metric, openmetrics: bool) -> str:
 
 def render_text(families: Iterable[Family], openmetrics: bool = False) -> str:
     """Render families, those without samples left out; OpenMetrics still lacks its last line, ``# EOF``."""
-    return "".join(_render_pieces(families, openmetrics))
+    return b"".join(_render_pieces(families, openmetrics)).decode()
 
 
 def render_document(families: Iterable[Family], self_metrics: CollectorRegistry, form: Format) -> bytes:
@@ -136,15 +137,15 @@ def render_document(families: Iterable[Family], self_metrics: CollectorRegistry,
     except Exception as err:  # noqa: BLE001 - a fault in the agent's own figures must not cost the VMs' series
         log.error("the agent's own process metrics are left out", extra={"fields": {"err": repr(err)}})
         theirs = encode(CollectorRegistry())
-    pieces.append(theirs.decode())
-    return "".join(pieces).encode()
+    pieces.append(theirs)
+    return b"".join(pieces)
 
 
-def _render_pieces(families: Iterable[Family], openmetrics: bool) -> list[str]:
-    pieces: list[str] = []
+def _render_pieces(families: Iterable[Family], openmetrics: bool) -> list[bytes]:
+    pieces: list[bytes] = []
     for family in families:
         if family.chunks:
-            pieces.append(render_metadata(family.metric, openmetrics))
+            pieces.append(render_metadata(family.metric, openmetrics).encode())
             pieces.extend(family.chunks)
     return pieces
 

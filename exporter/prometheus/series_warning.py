@@ -11,14 +11,14 @@ from exporter.prometheus.exposition import Family
 log = logging.getLogger(__name__)
 
 MANY_SERIES: Final = 50_000
-# The shortest lines have more characters: whoever has less text need not be counted.
-LINE_CHARACTERS: Final = 20
+# The shortest lines have more bytes: whoever has less need not be counted.
+LINE_BYTES: Final = 20
 GROWTH: Final = 0.01
 
 
 def count_series(families: Iterable[Family]) -> int:
     """Count the sample lines of these families."""
-    return sum(chunk.count("\n") for family in families for chunk in family.chunks)
+    return sum(chunk.count(b"\n") for family in families for chunk in family.chunks)
 
 
 class SeriesWarning:
@@ -30,12 +30,12 @@ class SeriesWarning:
 
     def look(self, families: Sequence[Family]) -> None:
         """Count the series of a scrape where there may be more than before, until there was something to say."""
-        characters = sum(len(chunk) for family in families for chunk in family.chunks)
+        length = sum(len(chunk) for family in families for chunk in family.chunks)
         # Numbers grow by a digit now and then; to count 2 MB takes 0.5 ms.
-        is_counted = abs(characters - self._counted) < self._counted * GROWTH
-        if self._has_warned or is_counted or characters < MANY_SERIES * LINE_CHARACTERS:
+        is_counted = abs(length - self._counted) < self._counted * GROWTH
+        if self._has_warned or is_counted or length < MANY_SERIES * LINE_BYTES:
             return
-        self._counted = characters
+        self._counted = length
         series = count_series(families)
         if series > MANY_SERIES:
             self._has_warned = True

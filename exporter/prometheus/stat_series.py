@@ -105,7 +105,7 @@ class _TableSeries:
         self._vm = _Block(table.vm, self.named.vm)
         self._vcpu = _Block(table.vcpu, self.named.vcpu)
 
-    def render(self, members: Sequence[Member]) -> Iterable[tuple[Metric, str]]:
+    def render(self, members: Sequence[Member]) -> Iterable[tuple[Metric, bytes]]:
         if self.table.vm:
             own = [(label, values.vm) for label, _, values in members if values.vm]
             yield from self._vm.render([f'vm="{label}"' for label, _ in own], transpose([row for _, row in own]))
@@ -126,11 +126,11 @@ class _Block:
         self._descriptors = descriptors
         self._metrics = metrics
         self._labels: list[str] = []
-        self._templates: list[list[str]] = []
+        self._templates: list[bytes] = []
         self._columns: list[tuple[tuple[int, ...], ...] | None] = [None] * len(descriptors)
-        self._texts = [""] * len(descriptors)
+        self._texts = [b""] * len(descriptors)
 
-    def render(self, labels: list[str], columns: Sequence[tuple[int, ...]]) -> Iterable[tuple[Metric, str]]:
+    def render(self, labels: list[str], columns: Sequence[tuple[int, ...]]) -> Iterable[tuple[Metric, bytes]]:
         """Yield each metric with its lines: a column of each value, in the order of ``labels``."""
         if not labels:
             return
@@ -138,7 +138,7 @@ class _Block:
             self._labels = labels
             self._columns = [None] * len(self._descriptors)
             self._templates = [
-                [make_lines(descriptor, metric, labels)] if metric else []
+                make_lines(descriptor, metric, labels) if metric else b""
                 for descriptor, metric in zip(self._descriptors, self._metrics, strict=True)
             ]
         for number, (descriptor, of_one) in enumerate(cut_values(self._descriptors, columns)):
@@ -148,7 +148,7 @@ class _Block:
             if now != self._columns[number]:
                 self._columns[number] = now
                 values = scale_values(descriptor, now)
-                self._texts[number] = self._templates[number][0] % values
+                self._texts[number] = self._templates[number] % values
             yield metric, self._texts[number]
 
 
@@ -173,11 +173,12 @@ def make_scale(scale: Fraction) -> Callable[[int], float]:
     return lambda value: value * numerator
 
 
-def make_lines(descriptor: StatDescriptor, metric: Metric, labels: Sequence[str]) -> str:
+def make_lines(descriptor: StatDescriptor, metric: Metric, labels: Sequence[str]) -> bytes:
     """Make the sample lines of a metric, each with a place for a value."""
     safe = [label.replace("%", "%%") for label in labels]
     if not descriptor.is_histogram:
         place = "%d" if descriptor.scale.denominator == 1 else "%r"
-        return "".join(f"{metric.name}{{{label}}} {place}\n" for label in safe)
+        return "".join(f"{metric.name}{{{label}}} {place}\n" for label in safe).encode()
     bounds = [*(render_number(float(bound)) for bound in descriptor.upper_bounds), "+Inf"]
-    return "".join(f'{metric.name}_bucket{{le="{bound}",{label}}} %d\n' for label in safe for bound in bounds)
+    lines = (f'{metric.name}_bucket{{le="{bound}",{label}}} %d\n' for label in safe for bound in bounds)
+    return "".join(lines).encode()

@@ -17,9 +17,9 @@ from exporter.prometheus.metrics import Metric, order_labels
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
 
-Rendered = list[tuple[Metric, str]]
+Rendered = list[tuple[Metric, bytes]]
 """Lines of any number of metrics, those of one metric in one text."""
-Column = tuple[Metric, str, tuple[int, ...]]
+Column = tuple[Metric, bytes, tuple[int, ...]]
 """The template of one counter's lines, and the numbers for it."""
 
 VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
@@ -63,10 +63,10 @@ class VmSeries:
         self._state: tuple[object, ...] = ()
         self._vm_lines: Rendered = []
         self._positions: Sequence[int] = range(len(reading.vcpus))
-        self._templates: dict[Metric, str] = {}
+        self._templates: dict[Metric, bytes] = {}
         self._summed: VmCounters | None = None
         self._sum: int | None = None
-        self._sum_template = ""
+        self._sum_template = b""
         self._kept: dict[Metric, _KeptLines] = {}
         self.verdicts: tuple[object, Rendered] = (None, [])
         """What ``StallSeries`` rendered last, and from what."""
@@ -133,7 +133,7 @@ class VmSeries:
             self._positions = positions
             self._templates = {}
 
-    def _make_template(self, metric: Metric, positions: Iterable[int], place: str = "%d") -> str:
+    def _make_template(self, metric: Metric, positions: Iterable[int], place: str = "%d") -> bytes:
         if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
             raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
         return make_template(metric, [(str(self._vcpus[at].index), self._vm.id) for at in positions], place)
@@ -157,11 +157,11 @@ class VmSeries:
         return self.render_values(metrics.VCPU_LAST_NOTIFY_EXIT, positions, times)
 
 
-def _render_numbers(values: Sequence[float]) -> tuple[str, ...]:
+def _render_numbers(values: Sequence[float]) -> tuple[bytes, ...]:
     # Many have one number: 0, or the time of the snapshot in which all were seen to move.
     if values.count(values[0]) == len(values):
-        return (render_number(values[0]),) * len(values)
-    return tuple([render_number(value) for value in values])
+        return (render_number(values[0]).encode(),) * len(values)
+    return tuple([render_number(value).encode() for value in values])
 
 
 class _KeptLines:
@@ -169,10 +169,10 @@ class _KeptLines:
 
     __slots__ = ("positions", "template", "text", "values")
 
-    def __init__(self, positions: Sequence[int], template: str) -> None:
+    def __init__(self, positions: Sequence[int], template: bytes) -> None:
         self.positions, self.template = positions, template
         self.values: Sequence[float] = ()
-        self.text = ""
+        self.text = b""
 
 
 def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:
@@ -216,4 +216,4 @@ def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:
         render_sample(metrics.VM_NOTIFY_PROTECTION, (state, vm.id), int(state is reading.protection))
         for state in Protection
     ]
-    return [*lines, (metrics.VM_NOTIFY_PROTECTION, "".join(states))]
+    return [*lines, (metrics.VM_NOTIFY_PROTECTION, b"".join(states))]

@@ -172,13 +172,13 @@ def test_undecodable_bytes_cost_nothing_else() -> None:
     name = b"web\xff%d".decode(errors="surrogateescape")
     assert escape_label_value(name) == "web\ufffd%d"
     line = CounterLines().render([make_template(VCPU_EXITS, [("0", name)])], [(7,)])
-    assert line == 'kvm_vcpu_exits_total{vcpu="0",vm="web\ufffd%d"} 7\n'
+    assert line.decode() == 'kvm_vcpu_exits_total{vcpu="0",vm="web\ufffd%d"} 7\n'
 
 
 @pytest.mark.parametrize("value", [0, 1, 2**53 + 1, 2**63, 2**64 - 1])
 def test_integers_keep_all_digits(value: int) -> None:
     line = CounterLines().render([make_template(VCPU_EXITS, [("0", "a")])], [(value,)])
-    assert line == f'kvm_vcpu_exits_total{{vcpu="0",vm="a"}} {value}\n'
+    assert line.decode() == f'kvm_vcpu_exits_total{{vcpu="0",vm="a"}} {value}\n'
     (parsed,) = parse_text(render_text([build_ours(VCPU_EXITS, [(("0", "a"), value)])]))
     assert float(parsed.samples[0].value) == float(value)
 
@@ -204,21 +204,21 @@ def test_template_wants_one_number_for_each_series() -> None:
     for values in ((1,), (1, 2, 3)):
         with pytest.raises(TypeError):
             lines.render([template], [values])
-    assert lines.render([template], [(1, 2)]).count("\n") == 2
+    assert lines.render([template], [(1, 2)]).count(b"\n") == 2
 
 
 def test_what_comes_and_moves_is_rendered_and_what_stands_still_is_the_same_text() -> None:
     lines = CounterLines()
     one, other = (make_template(VCPU_EXITS, [("0", vm)]) for vm in "ab")
-    assert lines.render([one], [(1,)]) == 'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\n'
+    assert lines.render([one], [(1,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\n'
     both = lines.render([one, other], [(1,), (2,)])
-    assert both == 'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\nkvm_vcpu_exits_total{vcpu="0",vm="b"} 2\n'
+    assert both == b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\nkvm_vcpu_exits_total{vcpu="0",vm="b"} 2\n'
     assert lines.render([one, other], [(1,), (2,)]) is both
     assert lines.render([other, one], [(1,), (2,)]).splitlines() == [
-        'kvm_vcpu_exits_total{vcpu="0",vm="b"} 1',
-        'kvm_vcpu_exits_total{vcpu="0",vm="a"} 2',
+        b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 1',
+        b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 2',
     ]
-    assert lines.render([other], [(3,)]) == 'kvm_vcpu_exits_total{vcpu="0",vm="b"} 3\n'
+    assert lines.render([other], [(3,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 3\n'
 
 
 def test_series_wants_every_label() -> None:

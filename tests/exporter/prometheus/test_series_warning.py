@@ -6,13 +6,13 @@ import pytest
 
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family, render_sample
-from exporter.prometheus.series_warning import LINE_CHARACTERS, MANY_SERIES, SeriesWarning, count_series
+from exporter.prometheus.series_warning import LINE_BYTES, MANY_SERIES, SeriesWarning, count_series
 from tests.snapshots import make_reading
 
 
 def make_family(series: int) -> Family:
     line = render_sample(metrics.VM_VCPUS, (make_reading().vm.id,), 2)
-    assert len(line) > LINE_CHARACTERS
+    assert len(line) > LINE_BYTES
     return Family(metrics.VM_VCPUS, [line * (series // 2), line * (series - series // 2)])
 
 
