@@ -77,6 +77,10 @@ class CounterLines:
             self._columns = columns
         return self._text
 
+    def refill(self, columns: list[tuple[int, ...]]) -> bytes:
+        """Put other numbers into the templates of the last ``render``."""
+        return self.render(self._templates, columns)
+
 
 def make_template(metric: Metric, label_sets: Iterable[Sequence[str]], place: str = "%d") -> bytes:
     """Make the sample lines of fixed label sets, each with a place for an integer, or for what ``place`` is."""

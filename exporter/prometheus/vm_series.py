@@ -7,12 +7,13 @@ whole host need not be put together anew.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import escape_label_value, make_template, render_number, render_sample
+from exporter.prometheus.exposition import Family, escape_label_value, make_template, render_number, render_sample
 from exporter.prometheus.metrics import Metric, order_labels
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
@@ -82,8 +83,7 @@ class VmSeries:
 
     def render_vm(self, reading: VmReading) -> Rendered:
         """Render what is told of the VM as a whole and changes seldom: who it is, and how it is protected."""
-        counters = reading.counters
-        state = (reading.source, reading.vcpu_count, reading.protection, counters.notify_window_cycles)
+        state = (reading.source, reading.vcpu_count, reading.protection, reading.counters.notify_window_cycles)
         if state != self._state:
             self._vm_lines = _render_vm(reading, self._vm_labels)
             self._state = state
@@ -155,6 +155,26 @@ class VmSeries:
         found = [(at, last_moves[vcpu.vcpu_id]) for at, vcpu in enumerate(self._vcpus) if vcpu.vcpu_id in last_moves]
         positions, times = zip(*found, strict=True) if found else ((), ())
         return self.render_values(metrics.VCPU_LAST_NOTIFY_EXIT, positions, times)
+
+
+ShownVm = tuple[VmReading, VmSeries]
+
+
+def find_vm_state(reading: VmReading) -> tuple[object, ...]:
+    """Return all that ``render_vm`` and ``take_sum`` make lines of: where it is the same, so are they."""
+    counters = reading.counters
+    notify_exits = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
+    of_vm = (reading.source, reading.vcpu_count, reading.protection, counters.notify_window_cycles)
+    return *of_vm, notify_exits, counters.totals
+
+
+def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
+    """Put the lines of all VMs together, metric by metric."""
+    chunks: defaultdict[Metric, list[bytes]] = defaultdict(list)
+    for lines in rendered:
+        for metric, text in lines:
+            chunks[metric].append(text)
+    return [Family(metric, texts) for metric, texts in chunks.items()]
 
 
 def _render_numbers(values: Sequence[float]) -> tuple[bytes, ...]:

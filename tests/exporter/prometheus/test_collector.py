@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.build_info import BuildInfo
@@ -386,6 +388,59 @@ def test_vm_that_makes_no_sense_costs_its_own_vcpu_series(broken: VmReading, cap
     assert find(series, "kvm_vm_vcpus", vm="broken") == 2
     assert find(series, "kvm_exporter_scrape_collector_success", collector="vcpu") == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+COLUMNS = st.sampled_from([(0, 0), (0, 3), (5, 6), (5,), None])
+READINGS = st.builds(
+    make_reading,
+    st.just(""),
+    COLUMNS,
+    COLUMNS,
+    count=st.sampled_from([2, 3]),
+    source=st.sampled_from(["bpf", "stats_fd"]),
+    protection=st.sampled_from([Protection.ARMED, Protection.OFF]),
+    totals=st.sampled_from([{}, {NOTIFY_WINDOW_EXITS: 7}]),
+    window_cycles=st.sampled_from([None, 100]),
+)
+# Of two VMs, the second not always there; each look twice, as what has not changed at all is kept as well.
+LOOKS = st.lists(st.tuples(READINGS, READINGS | st.none()), min_size=2, max_size=6)
+
+
+@given(LOOKS, st.sampled_from(VcpuSeries))
+@example([(make_reading("", notify, (5, 6)), None) for notify in ((5, 6), (0, 3))], VcpuSeries.ACTIVE)
+@settings(max_examples=300)
+def test_what_is_kept_of_vms_is_what_would_be_made_anew(
+    looks: list[tuple[VmReading, VmReading | None]], mode: VcpuSeries
+) -> None:
+    snapshots = [
+        make_snapshot(*(rename(reading, name) for name, reading in zip("ab", of_vms, strict=True) if reading))
+        for of_vms in looks
+        for _ in range(2)
+    ]
+    with_series, errors = CollectorSettings(vcpu_series=mode), 0.0
+    keeps = open_collector(*snapshots, settings=with_series)
+    for snapshot in snapshots:
+        kept, anew = parse_series(keeps), parse_series(open_collector(snapshot, settings=with_series))
+        errors += count_malformed(anew)
+        assert count_malformed(kept) == errors
+        assert drop_history(kept) == drop_history(anew)
+
+
+def count_malformed(series: Series) -> float:
+    return sum(value for (_, labels), value in series.items() if ("kind", "malformed") in labels)
+
+
+def rename(reading: VmReading, name: str) -> VmReading:
+    return replace(reading, vm=Vm(name, VmKey(ord(name), 1, 9), OWNER, NOW - 50.5))
+
+
+def drop_history(series: Series) -> Series:
+    """The series but those about what only a collector with a past can know, and how long it took."""
+    history = ("notify_window_exits_total", "last_notify_exit", "read_errors", "duration_seconds")
+    kept = {"kvm_vcpu_notify_window_exits_total", "kvm_vm_notify_window_exits_total"}
+    return {
+        key: value for key, value in series.items() if key[0] in kept or not any(word in key[0] for word in history)
+    }
 
 
 def test_failed_look_costs_one_scrape_and_no_exception(caplog: pytest.LogCaptureFixture) -> None:
