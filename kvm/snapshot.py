@@ -135,7 +135,8 @@ class HostReader:
             self._cpu_told = self._host.cpu_unknown_reason
         answers = self._read_counters(now)
         vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
-        self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}
+        if answers.keys() != self._kept.keys():
+            self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}
         self._thread_lookups_left = THREADS_VMS
         readings = [self._assemble(vm, answers[key], now) for key, vm in vms.items()]
         for reading in readings:
@@ -148,7 +149,7 @@ class HostReader:
             monotonic_seconds=now,
             unix_seconds=unix,
             host=self._host,
-            readings=tuple(sorted(readings, key=lambda reading: reading.vm.id)),
+            readings=tuple(readings),
             sources=tuple(kept.report() for kept in self._sources),
             errors=self._errors.counts,
             blind_spots=blind_spots,

@@ -117,7 +117,9 @@ class VmIds:
         self._conflicts: dict[tuple[int, int], None] = {}
 
     def identify(self, keys: Mapping[VmKey, int | None]) -> Mapping[VmKey, Vm]:
-        """Return who these VMs are; ``keys`` has a living thread of each one's process, None where that is not known.
+        """Return who these VMs are, in the order of their ids.
+
+        ``keys`` has a living thread of each one's process, None where that is not known.
 
         A VM whose owner is not known yet is left out, and counted: with a wrong id its series would be another's.
         """
@@ -145,7 +147,8 @@ class VmIds:
                     self._note_conflict(key, ids[key])
                 self._vms[key] = Vm(ids[key], key, owners[key], self._find_start(key))
         self._settled = None if unknown else frozenset(keys)
-        self._identified = {key: vm for key, vm in self._vms.items() if not is_agents(vm.owner)}
+        found = [(key, vm) for key, vm in self._vms.items() if not is_agents(vm.owner)]
+        self._identified = dict(sorted(found, key=lambda item: item[1].id))
         return self._identified
 
     def _note_conflict(self, key: VmKey, vm_id: str) -> None:

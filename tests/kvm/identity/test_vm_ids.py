@@ -103,6 +103,15 @@ def test_vms_that_come_and_go_are_told_apart_from_those_that_stay() -> None:
     assert len(wanted) == 7
 
 
+def test_vms_are_told_in_the_order_of_their_ids_whoever_came_first() -> None:
+    owners = {OLD[:2]: Owner("qemu", name="b"), YOUNG[:2]: Owner("firecracker", name="a")}
+    ids = make_ids(owners, Clock())
+    for keys in ([OLD], [OLD, YOUNG], [YOUNG, OLD]):
+        found = [vm.id for vm in ids.identify(dict.fromkeys(keys, 1)).values()]
+        assert found == sorted(found)
+        assert len(found) == len(keys)
+
+
 @pytest.mark.parametrize(("uid", "is_hidden"), [(0, True), (os.getuid(), True), (64055, False), (None, False)])
 def test_an_agents_own_vm_is_none_of_the_hosts_and_nobody_else_hides_by_its_name(
     uid: int | None, is_hidden: bool
