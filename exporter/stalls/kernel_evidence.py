@@ -16,8 +16,8 @@ all exits in between, and none has to be traced:
 
 A reading may fall into the nanoseconds in which KVM counts an exit. Statistics disagree by one then, and agree in the
 next reading. So what the numbers alone suggest is believed once two readings say so; a RIP is believed at once. That
-one other exit came in between takes three: KVM counts an exit long before it knows of which kind it is, longer still
-where the trigger's programs run meanwhile, and a stall is seen only where nothing interrupts it.
+one other exit came in between takes five: KVM counts an exit long before it knows of which kind it is, and a stall is
+seen only where nothing interrupts it. Under emulation every third reading falls in between.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Final
 # By how much two readings may disagree because each fell into the middle of an exit.
 TORN: Final = 2
 # In so many readings in a row, at most, one more exit than is accounted for may be one that is under way.
-UNDER_WAY: Final = 2
+UNDER_WAY: Final = 4
 _NOT_KNOWN: Final = (
     "KVM does not know its RIP: registers are protected, it was in an SGX enclave, or the CPU has lost its state"
 )

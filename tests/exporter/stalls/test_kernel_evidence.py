@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from exporter.monitor.tracked_vcpu import INTERRUPTIONS
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.evidence import ObservationWindow
-from exporter.stalls.kernel_evidence import Finding, KernelCounts, KernelEvidence, Kind
+from exporter.stalls.kernel_evidence import UNDER_WAY, Finding, KernelCounts, KernelEvidence, Kind
 from exporter.stalls.verdicts import Evidence, StallRule, State
 from tests.fake_host import FakeStatistics, R
 
@@ -122,12 +122,11 @@ def test_exits_of_other_kinds_interrupt() -> None:
     assert observe(STUCK, add(STUCK, exits=2)).kind is Kind.INTERRUPTED
 
 
-def test_one_exit_interrupts_once_three_readings_say_so() -> None:
-    one = add(repeat(STUCK), exits=1)
-    two, three = repeat(one), repeat(one, 20)
-    assert observe(STUCK, one).kind is observe(STUCK, one, two).kind is Kind.NOTHING
-    assert observe(STUCK, one, two, three) == Finding(Kind.INTERRUPTED, "", 30, 30)
-    assert observe(STUCK, one, two, three, repeat(three)).kind is Kind.AT_RIP
+def test_one_exit_interrupts_once_five_readings_say_so() -> None:
+    readings = [STUCK, *(add(repeat(STUCK, exits), exits=1) for exits in (10, 20, 30, 40, 50))]
+    assert {observe(*readings[:number]).kind for number in range(2, 6)} == {Kind.NOTHING}
+    assert observe(*readings) == Finding(Kind.INTERRUPTED, "", 50, 50)
+    assert observe(*readings, repeat(readings[-1])).kind is Kind.AT_RIP
 
 
 def test_an_exit_that_is_under_way_does_not_interrupt() -> None:
@@ -292,7 +291,7 @@ def test_other_exits_in_between_start_afresh() -> None:
         assert State.STALLED not in watched.show_all(repeat, 6)
         watched.show(add(repeat(watched.counts), exits=1))
     assert watched.detector.state is State.SUSPECT
-    assert State.STALLED in watched.show_all(repeat, 15)
+    assert State.STALLED in watched.show_all(repeat, UNDER_WAY + 13)
 
 
 def test_a_reading_of_two_that_falls_into_an_exit_hides_no_stall() -> None:
