@@ -33,10 +33,10 @@ def run_check(arguments: argparse.Namespace) -> int:
         host = open_host(arguments.sources, stack, SINGLE_SNAPSHOT_WAIT_SECONDS, paths=paths, selection=selection)
         collector = build_collector(host.reader, arguments)
         families = collector.collect()
-        told_by_kvm = bool(host.vcpus.rip_sources)
+        # While the sources are open, as serve has them: it is one process that has to have fds for both.
+        tracing = TOLD_BY_KVM if host.vcpus.rip_sources else try_tracing(make_tracer(paths))
     if collector.snapshot is None:
         return 1
-    tracing = TOLD_BY_KVM if told_by_kvm else try_tracing(make_tracer(paths))
     report = render_check(
         collector.snapshot,
         read_privileges(paths.procfs, paths.sysfs),

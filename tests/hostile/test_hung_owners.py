@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.agents import AgentProcess, open_agent
+from tests.agents import AgentProcess, open_agent, run_agent
 from tests.hostile.hung_owner import open_hung_owners
 from tests.live import open_guest_process
 from tests.waiting import wait_until
@@ -51,3 +51,12 @@ def test_new_processes_of_that_user_do_not_slow_every_scrape_down() -> None:
                 agent.get()
                 seconds.append(time.perf_counter() - started)
         assert sorted(seconds)[2] < 0.5, seconds
+
+
+def test_check_does_not_promise_what_lookups_leave_no_fd_for() -> None:
+    """What it tries, it tries as ``serve`` does: while lookups hang, and the sources are open."""
+    with open_hung_owners(HUNG):
+        said = run_agent("check", "--collector.source=stats_fd", expect=(1,), prefix=("prlimit", "--nofile=18:18"))
+    (stalls,) = [line for line in said.splitlines() if line.startswith("stalls")]
+    assert "cannot be told" in stalls
+    assert "raise the service's limit of open files" in stalls
