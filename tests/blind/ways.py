@@ -15,7 +15,8 @@ from tests.own_mounts import UNMOUNT_ALL
 ROOT: Final = Path(__file__).parents[2]
 # Debian's, which everybody may run: the one of a virtual environment may lie in somebody's home.
 PYTHON: Final = "/usr/bin/python3"
-NOBODY: Final = 65534
+# Of its own: VMs of nobody else are this user's, and those it may see whatever hides others.
+USER: Final = 64321
 CAPABILITIES: Final = tuple(NEEDED_CAPABILITIES)
 
 
@@ -81,7 +82,7 @@ class Way:
         if self.refused:
             words += [PYTHON, "-I", str(scripts / "blind/refuse_syscalls.py"), ",".join(self.refused)]
         if self.held is not None:
-            words += [PYTHON, "-I", str(scripts / "with_capabilities.py"), str(NOBODY), ",".join(self.held)]
+            words += [PYTHON, "-I", str(scripts / "with_capabilities.py"), str(USER), ",".join(self.held)]
         return words or ["env"]
 
 
