@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from exporter.stalls.drill import DRILL_SECONDS
+from exporter.web.connection_guard import FIRST_REQUEST_SECONDS
+from exporter.web.protocol import MAX_HEAD_BYTES, MAX_WAITING_REQUESTS
 from exporter.web.stall_handlers import PAUSE_SECONDS
 from kvm.identity.libvirt_status import STATUS_BYTES
 from kvm.identity.owner_cache import OwnerCache
@@ -73,5 +75,7 @@ def test_the_numbers_are_those_of_the_code() -> None:
     assert f"{LABEL_BYTES} bytes of it" in bounds
     assert f"{STATUS_BYTES >> 10} KiB of it" in bounds
     assert f"{OwnerCache.CHILDREN_OF_A_UID} child processes of its uid" in bounds
+    assert f"after {FIRST_REQUEST_SECONDS:g} s or {MAX_HEAD_BYTES >> 10} KiB" in bounds
+    assert f"who has {MAX_WAITING_REQUESTS:,} waiting" in bounds
     assert DRILL_SECONDS + PAUSE_SECONDS == 300
     assert "one in five minutes" in bounds

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from exporter.web.connection_guard import FIRST_REQUEST_SECONDS
+from exporter.web.protocol import MAX_WAITING_REQUESTS
 from exporter.web.settings import DRILL_PATH
 from tests.agents import AgentProcess, open_agent
 from tests.hostile.siege import read_sample
 
 DRIPS = 200
 BODIES, PIECE_BYTES, PIECES = 200, 1 << 20, 64
-HEADER_BYTES, HEADERS = 10 << 20, 300
+HEAD_BYTES, HEADS = 10 << 20, 300
 PIPELINED = 26_000
 CONNECTIONS = 15_000
 GROWN_MB = 12
@@ -137,21 +138,26 @@ def test_bodies_are_not_kept(agent: AgentProcess, tell: Callable[[str], None]) -
                     taken += send_until_cut(client, (part for _ in range(PIECES)))
 
 
-def test_headers_of_10_mb_are_refused(agent: AgentProcess, tell: Callable[[str], None]) -> None:
+def test_heads_without_end_are_refused(agent: AgentProcess, tell: Callable[[str], None]) -> None:
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    kinds = (
+        (GET, b"X: " + b"y" * (1 << 16)),
+        (GET, b"X: y\r\n" * (1 << 13)),
+        (GET + upgrade, b"y" * (1 << 16)),
+        (b"CONNECT test:80 HTTP/1.1\r\nHost: test\r\n\r\n", b"y" * (1 << 16)),
+    )
     taken = 0
-    with measure(agent, tell, lambda: f"{HEADERS} headers of {HEADER_BYTES >> 20} MiB, {taken >> 10} kB taken of each"):
-        for number in range(HEADERS):
-            line = b"X: " + b"y" * (1 << 16) if number % 2 else b"X: y\r\n" * (1 << 13)
+    with measure(agent, tell, lambda: f"{HEADS} heads of {HEAD_BYTES >> 20} MiB, {taken >> 10} kB taken of each"):
+        for number in range(HEADS):
+            start, piece = kinds[number % len(kinds)]
             with connect(agent) as client:
-                client.sendall(GET)
-                sent = send_until_cut(client, (line for _ in range(HEADER_BYTES // len(line))))
-                taken = max(taken, sent)
-                answer = read_to_the_end(client)
-            assert answer == b"" or answer.startswith(b"HTTP/1.0 400 ")
-    assert taken < HEADER_BYTES
+                client.sendall(start)
+                taken = max(taken, send_until_cut(client, (piece for _ in range(HEAD_BYTES // len(piece)))))
+                read_to_the_end(client)
+    assert taken < HEAD_BYTES
 
 
-def test_26000_pipelined_requests_are_answered(agent: AgentProcess, tell: Callable[[str], None]) -> None:
+def test_26000_pipelined_requests_are_answered_or_cut(agent: AgentProcess, tell: Callable[[str], None]) -> None:
     answers, requests = 0, [GET + b"\r\n"] * (PIPELINED - 1) + [GET + b"Connection: close\r\n\r\n"]
     with (
         measure(agent, tell, lambda: f"{PIPELINED:,} pipelined requests, {answers:,} answers"),
@@ -161,7 +167,7 @@ def test_26000_pipelined_requests_are_answered(agent: AgentProcess, tell: Callab
         sender.start()
         answers = read_to_the_end(client).count(b"HTTP/1.1 200 ")
         sender.join()
-    assert answers == PIPELINED
+    assert answers in (PIPELINED, *range(MAX_WAITING_REQUESTS))  # aiohttp reads no further than it answers since 3.14
 
 
 def test_who_pipelines_and_reads_nothing_is_not_read_either(agent: AgentProcess, tell: Callable[[str], None]) -> None:
