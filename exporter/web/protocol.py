@@ -1,7 +1,7 @@
 """About clients that do not behave: a handful of lines a minute, however many they are.
 
 aiohttp writes some kilobytes with a traceback for each request that it cannot parse, and its answer names Python and
-its versions. ``HttpProtocol`` does neither.
+its versions. ``HttpProtocol`` does neither, and it bounds what a connection can make the agent keep.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -62,10 +62,10 @@ def find_exits(agent: AgentProcess, guest: GuestProcess) -> list[float]:
 @pytest.mark.parametrize("source", ["bpf", "stats_fd"])
 @pytest.mark.parametrize("hold", [stop, trace])
 def test_who_is_held_is_shown_and_holds_nobody_up(
-    hold: Callable[[int], Iterator[None]], source: str, tell: Callable[[str], None]
+    hold: Callable[[int], AbstractContextManager[None]], source: str, tell: Callable[[str], None]
 ) -> None:
     with open_guest_process(name="held", vcpus=2, stats_fds=True, port_writes=1) as guest:
-        with hold(guest.pid), open_agent(f"--collector.source={source}") as agent:  # type: ignore[attr-defined]
+        with hold(guest.pid), open_agent(f"--collector.source={source}") as agent:
             wait_until(lambda: len(find_exits(agent, guest)) == 2, "the VM is shown")
             before, seconds = find_exits(agent, guest), []
             for _ in range(10):
