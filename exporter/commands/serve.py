@@ -100,7 +100,7 @@ def run_server(arguments: argparse.Namespace) -> int:
 
 
 def open_kept_total(arguments: argparse.Namespace) -> KeptTotal | None:
-    """Return what keeps the host's total over a restart, None where nothing is to; raises OSError."""
+    """Return what keeps the host's total over a restart, None where nothing is to."""
     if arguments.command == "demo" or arguments.state_file is None:
         return None
     return KeptTotal(arguments.state_file, read_boot_id(choose_paths(arguments).procfs))

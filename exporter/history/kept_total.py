@@ -26,13 +26,13 @@ VERSION: Final = 1
 
 
 class BadState(ValueError):
-    """A file is not what an agent has written; the message says why."""
+    """There is no total to go on from in a file; the message says why."""
 
 
 class KeptTotal:
-    """The file at a path; ``boot_id`` is that of now."""
+    """The file at a path; ``boot_id`` is that of now, None where it is not known: then no total goes on."""
 
-    def __init__(self, path: Path, boot_id: str) -> None:
+    def __init__(self, path: Path, boot_id: str | None) -> None:
         self._path, self._boot_id = path, boot_id
         self.succeeded = True
         """Whether the last reading or writing has succeeded."""
@@ -41,6 +41,10 @@ class KeptTotal:
         """Return the total of the agent before, 0 where there is none to go on from; from now on the file has none."""
         fields = {"file": str(self._path)}
         try:
+            if self._boot_id is None:
+                raise BadState(
+                    "which boot this is cannot be read in /proc/sys/kernel/random (in a unit: ProcSubset=pid)"
+                )
             total = parse_state(read_state(self._path), self._boot_id)
         except FileNotFoundError:
             total = None
@@ -54,7 +58,7 @@ class KeptTotal:
 
     def keep(self, total: int) -> None:
         """Leave the total for the next agent: the last thing, when nobody can scrape it any more."""
-        self._write(total)
+        self._write(None if self._boot_id is None else total)
 
     def _write(self, total: int | None) -> bool:
         document = {"version": VERSION, "boot_id": self._boot_id, "notify_window_exits_total": total}
@@ -72,9 +76,12 @@ class KeptTotal:
         return True
 
 
-def read_boot_id(proc: Path) -> str:
-    """Return what this boot of the kernel is called; raises OSError."""
-    return (proc / "sys/kernel/random/boot_id").read_text().strip()
+def read_boot_id(proc: Path) -> str | None:
+    """Return what this boot of the kernel is called, None where /proc does not tell."""
+    try:
+        return (proc / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
 
 
 def read_state(path: Path) -> bytes:

@@ -10,12 +10,13 @@ import pytest
 
 from exporter.history.kept_total import VERSION, read_boot_id
 from tests.agents import open_agent
+from tests.blind.ways import PROC_SUBSET
 
 SOURCE = "--collector.source=stats_fd,debugfs,bpf"
 COUNTED = 4711
 
 
-def write_total(path: Path, total: int, boot_id: str) -> None:
+def write_total(path: Path, total: int, boot_id: str | None) -> None:
     path.write_text(json.dumps({"version": VERSION, "boot_id": boot_id, "notify_window_exits_total": total}))
 
 
@@ -51,6 +52,16 @@ def test_a_boot_begins_anew_and_a_broken_file_is_told_of(tmp_path: Path) -> None
         assert agent.samples("kvm_host_notify_window_exits_total") == {(): 0}
         assert agent.samples("kvm_exporter_state_file_success") == {(): 0}
     assert any("the total of notify exits begins at 0" in line for line in agent.log)
+
+
+def test_an_agent_that_cannot_know_the_boot_serves_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_total(path, COUNTED, read_boot_id(Path("/proc")))
+    hide = ("unshare", "--mount", "sh", "-c", f'{PROC_SUBSET} && exec "$@"', "sh")
+    with open_agent(f"--state.file={path}", prefix=hide) as agent:
+        assert agent.samples("kvm_exporter_state_file_success") == {(): 0}
+    assert any("the total of notify exits begins at 0" in line and "ProcSubset=pid" in line for line in agent.log)
+    assert read_total(path) is None
 
 
 def test_without_a_file_nothing_is_kept_and_nothing_said_of_it() -> None:

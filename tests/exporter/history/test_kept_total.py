@@ -154,5 +154,15 @@ def test_a_writer_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path) -> No
     write_state(path, "x")
 
 
-def test_the_boot_has_a_name() -> None:
-    assert len(read_boot_id(Path("/proc"))) == 36
+def test_where_the_boot_is_not_known_no_total_goes_on_then_or_later(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    end_agent(path, 4711)
+    kept = KeptTotal(path, None)
+    assert (kept.take(), kept.succeeded) == (0, False)
+    kept.keep(5)
+    assert KeptTotal(path, None).take() == KeptTotal(path, BOOT).take() == 0
+
+
+def test_the_boot_has_a_name(tmp_path: Path) -> None:
+    assert len(read_boot_id(Path("/proc")) or "") == 36
+    assert read_boot_id(tmp_path) is None
