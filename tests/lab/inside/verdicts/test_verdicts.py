@@ -306,8 +306,11 @@ def find_lateness(listener: Listener, vm: str) -> tuple[float, float, dict[str, 
 
 
 def check_stall(listener: Listener, stuck: GuestProcess, vm: str, tell: Tell) -> str:
+    began = time.monotonic()
     stuck.notify(1, exits=0)
     to_suspect, to_line, line = find_lateness(listener, vm)
+    told_by = "KVM" if is_told_by_kvm(listener.agent) else "a trace"
+    tell(f"polling: first exit to the line {time.monotonic() - began:.2f} s, told by {told_by}")
     tell(f"polling: first pair to suspect {to_suspect:.3f} s, conditions of a stall to the line {to_line:.3f} s")
     assert is_within(to_suspect, POLLING_SECONDS)
     assert is_within(to_line, POLLING_SECONDS)
