@@ -393,6 +393,8 @@ class StallMonitor:
 
     def _take(self, vcpu: TrackedVcpu, changes: Sequence[Verdict]) -> None:
         """Take in what has been found out about a vCPU."""
+        if not changes:  # nearly always, and a flood of exits comes by the ten thousand a second
+            return
         now = self._clock()
         for verdict in changes:
             if verdict.state is State.SUSPECT:
@@ -407,8 +409,7 @@ class StallMonitor:
             fields["seconds_after"] = f"{now - verdict.since_seconds:.4f}"  # how late we are to know it
             log.debug("verdict", extra={"fields": fields})
             self._tell(self._report(vcpu, verdict), now)
-        if changes:
-            self._wake.set()
+        self._wake.set()
 
     def _track(self, reading: VmReading, vcpu: Vcpu) -> TrackedVcpu:
         key = VcpuKey(reading.vm.key, vcpu.vcpu_id)
