@@ -29,7 +29,9 @@ unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto -m "not live and not lab and not slow"
 
 bench: $(VENV)/.installed-dev test-packages
+	@.ci/install-packages prometheus-node-exporter
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.bench_alternatives
 	$(BIN)/python -m tests.bench.bench_stats
 	$(BIN)/python -m tests.bench.bench_flood
 

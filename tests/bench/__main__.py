@@ -70,22 +70,23 @@ class Agent:
         """Scrape once."""
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(self._path))
-            cpu_before, started = self._read_cpu_seconds(), time.perf_counter()
+            cpu_before, started = read_cpu_seconds(self._process.pid), time.perf_counter()
             client.sendall(REQUEST.format(coding).encode())
             pieces = []
             while piece := client.recv(1 << 20):
                 pieces.append(piece)
             seconds = time.perf_counter() - started
-            return Scrape(seconds, self._read_cpu_seconds() - cpu_before, b"".join(pieces))
+            return Scrape(seconds, read_cpu_seconds(self._process.pid) - cpu_before, b"".join(pieces))
 
     def read_resident_bytes(self) -> int:
         """Read the agent's resident memory."""
         return self._process.memory_info().rss
 
-    def _read_cpu_seconds(self) -> float:
-        """Read the CPU time of all threads, in nanoseconds; cpu_times() would tell hundredths of seconds."""
-        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+def read_cpu_seconds(pid: int) -> float:
+    """Read the CPU time of a process's threads, to the nanosecond; cpu_times() would tell hundredths of seconds."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 @contextmanager

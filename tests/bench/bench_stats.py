@@ -1,18 +1,13 @@
 """``python -m tests.bench.bench_stats``: what ``--collector.stats`` adds to a scrape, in CPU time.
 
 Agents with and without it take turns, on the same VMs; each round has a ratio of its own, and their median is told,
-with the least and the greatest. ``kvm_stat -1`` (tools/kvm/kvm_stat of the kernel's sources), where ``--kvm-stat`` says
-where it is, is run between them: it prints the sums of the whole host, after a second of waiting that its CPU time does
-not hold.
+with the least and the greatest.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,21 +46,12 @@ def compare(without: Agent, with_it: Agent, crowd: Crowd, *, moving: bool) -> st
     return f"{before:6.1f} ms {after:6.1f} ms {describe(ratios)}"
 
 
-def time_kvm_stat(path: Path) -> float:
-    """Run kvm_stat once and return its CPU time, in seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, path, "-1"], check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vms", type=int, default=625)
     parser.add_argument("--vcpus", type=int, default=16)
     parser.add_argument("--source", default="bpf")
-    parser.add_argument("--kvm-stat", type=Path)
     parser.add_argument("--ways", default=",".join(WAYS), help="which of them, by name")
     arguments = parser.parse_args()
     print(
@@ -83,9 +69,6 @@ def main() -> None:
                 for moving in (False, True):
                     text = compare(without, with_it, crowd, moving=moving)
                     print(f"{name:18}  {'moving' if moving else 'still':8} {text}", flush=True)
-        if arguments.kvm_stat:
-            times = [time_kvm_stat(arguments.kvm_stat) for _ in range(3)]
-            print(f"kvm_stat -1: {statistics.median(times) * 1e3:.0f} ms of CPU time")
 
 
 if __name__ == "__main__":
