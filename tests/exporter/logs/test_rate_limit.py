@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -49,6 +50,19 @@ NONSENSE = [
     HEAD + b"\r\nGARBAGE\r\n\r\n",
     b"\r\n\r\nGARBAGE\r\n\r\n",
 ]
+# What the aiohttp of a Debian takes for a request, or closes without an answer.
+TAKEN_BY_OLDER = {
+    b"GET / HTTP/9.9\r\nHost: a\r\n\r\n",
+    b"GET * HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://[::1/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /\xff\xfe HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /-/healthy HTTP/1.1\nHost: a\n\n",
+    HEAD + b"X: y\r\n" * 20_000 + b"\r\n",
+    HEAD + b"X : a\r\n\r\n",
+    HEAD + b"X: a\r\n b\r\n\r\n",
+}
+IS_OLDER = tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 14)
+MALFORMED = [nonsense for nonsense in NONSENSE if not (IS_OLDER and nonsense in TAKEN_BY_OLDER)]
 
 
 def test_a_handful_of_lines_a_minute_and_a_count_of_the_rest(caplog: pytest.LogCaptureFixture) -> None:
@@ -111,7 +125,7 @@ def test_a_thousand_malformed_requests_cost_the_real_agent_a_few_lines(tell: Cal
     with open_agent(command="demo") as agent:
         before = len("\n".join(agent.log))
         for number in range(1000):
-            nonsense = NONSENSE[number % len(NONSENSE)]
+            nonsense = MALFORMED[number % len(MALFORMED)]
             answer = ask(agent.port, nonsense)
             refused[nonsense] += b" 400 " in answer  # where it comes before all is sent, the answer may be lost
             assert answer == b"" or b" 400 " in answer
@@ -121,11 +135,11 @@ def test_a_thousand_malformed_requests_cost_the_real_agent_a_few_lines(tell: Cal
         assert agent.get("/-/healthy")[0] == 200
     lines = [line for line in agent.log if "malformed" in line]
     grown = len("\n".join(agent.log)) - before
-    assert all(refused[nonsense] for nonsense in NONSENSE)
+    assert all(refused[nonsense] for nonsense in MALFORMED)
     assert 1 <= len(lines) <= 2 * LINES
     assert not any("Traceback" in line for line in agent.log)
     assert grown < 10_000
     tell(
-        f"1,000 malformed requests of {len(NONSENSE)} kinds: {refused.total()} answers of 400, {len(lines)} lines, "
+        f"1,000 malformed requests of {len(MALFORMED)} kinds: {refused.total()} answers of 400, {len(lines)} lines, "
         f"the log grew by {grown} bytes"
     )
