@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import psutil
 from prometheus_client import Metric
@@ -90,7 +90,16 @@ def ask(way: Way, stage: Path) -> Answers:
         return ask_agent(agent, way, stage)
 
 
-def ask_agent(agent: AgentProcess, way: Way, stage: Path) -> Answers:
+class Served(Protocol):
+    """An agent that runs, whoever has started it: its log, and status, headers and body of an answer."""
+
+    @property
+    def log(self) -> list[str]: ...
+
+    def get(self, path: str = "/metrics") -> tuple[int, dict[str, str], bytes]: ...
+
+
+def ask_agent(agent: Served, way: Way, stage: Path) -> Answers:
     """Ask all surfaces, those of ``serve`` of an agent that runs."""
     once, once_json = run(way, stage, "once"), run(way, stage, "once", "--format=json")
     check = run(way, stage, "check")
