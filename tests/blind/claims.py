@@ -103,7 +103,7 @@ def claim_by_check(truth: Truth, answers: Answers) -> Iterator[str]:
     if set(truth.after) - read and lines["verdict"] == "the counters of this host can be read":
         yield "all counters can be read"
     if lines["stalls"].startswith("can be told") and answers.api["problem"]:
-        yield "stalls can be told, and serve cannot tell them"
+        yield f"stalls can be told, and serve cannot tell them: {answers.api['problem']}"
 
 
 def claim_by_metrics(truth: Truth, answers: Answers) -> Iterator[str]:

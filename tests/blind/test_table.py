@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.blind.alerts import Scraped, split_sample
+from tests.blind.alerts import UP, Scraped, find_firing, split_sample
 from tests.blind.claims import SURFACES
 from tests.blind.table import ALERT, Row, count_wrong, pack_row, render_table, unpack_row
 from tests.blind.ways import WAYS, Sees
@@ -46,6 +47,13 @@ def test_a_row_leaves_the_lab_as_it_is() -> None:
 )
 def test_a_sample_becomes_a_series_of_a_target(line: str, series: str, value: str) -> None:
     assert split_sample(line) == (series, value)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's package prometheus has promtool")
+@pytest.mark.parametrize("name", ["\U0001f600", "\ufffd", "\xe9"])
+def test_whatever_strangers_call_their_vms_alerts_can_be_judged(name: str, tmp_path: Path) -> None:
+    series = [(UP, "0x30"), (f'a{{b="{name}"}}', "1x30")]
+    assert find_firing(series, tmp_path) == {"KvmNotifyExporterDown"}
 
 
 def test_the_document_says_how_many_ways_there_are() -> None:
