@@ -22,6 +22,8 @@ def test_a_drill_covers_nothing_and_is_not_had_again_and_again(tell: Callable[[s
     with open_guest_process(uuid=UUID, vcpus=2, stats_fds=True, port_writes=1) as guest, open_agent() as agent:
         vm = f"{UUID}-{guest.pid}"
         wait_until(lambda: len(agent.samples("kvm_vcpu_exits_total", vm=vm)) == 2, "the guest is shown")
+        # Before the monitor has tried to trace, what is real is not known.
+        wait_until(lambda: agent.get_json("/api/v1/vcpus")["problem"] is None, "exits can be traced")
         before = [agent.samples(metric) for metric in REAL]
         for _ in range(20):
             connection = http.client.HTTPConnection("127.0.0.1", agent.port, timeout=20)
