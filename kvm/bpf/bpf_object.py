@@ -7,8 +7,13 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 from kvm.bpf.libbpf import Library, TakeSample
+
+# Maps, programs, and what libbpf tries out before. Short of fds it takes what it could not try for what this kernel
+# cannot do, and remembers that for as long as the process lives.
+LOAD_FDS: Final = 24
 
 _P, _INT, _U32, _SIZE, _STR = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_size_t, ctypes.c_char_p
 
@@ -73,7 +78,10 @@ class BpfObject:
             raise
 
     def load(self) -> None:
-        """Bring maps and programs into the kernel; raises OSError."""
+        """Bring maps and programs into the kernel; raises OSError, EMFILE where fewer than LOAD_FDS fds are left."""
+        with contextlib.ExitStack() as stack:
+            for _ in range(LOAD_FDS):
+                stack.callback(os.close, os.open("/", os.O_PATH | os.O_CLOEXEC))
         self._has_read_types = False
         self.library.call("bpf_object__load", self._handle)
         self._drop_types()

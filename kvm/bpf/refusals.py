@@ -44,7 +44,7 @@ def explain(
     causes = (
         (
             err.errno in (errno.EMFILE, errno.ENFILE),
-            f"{os.strerror(errno.EMFILE)}: {err}",
+            f"too few fds are left to load the programs: {err.strerror}",
             "raise the service's limit of open files (LimitNOFILE)",
         ),
         (err.errno == errno.ENOMEM, f"no memory for the programs: {err}", "free some memory on this host"),

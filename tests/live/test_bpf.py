@@ -477,6 +477,38 @@ def test_a_refusal_says_what_is_missing(way: str) -> None:
     assert "; " in done.stdout
 
 
+TRY_WITH_FEW_FDS = """
+import os, resource
+from kvm.bpf.libbpf import open_library
+from kvm.counters.bpf import BpfSource
+from kvm.errors import SourceUnavailable
+open_library()
+held = [os.eventfd(0) for _ in range(100)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (held[-1] + 1, 4096))
+while len(held) > 55:
+    source = BpfSource()
+    try:
+        source.open()
+        print(source.method, source.method_reason)
+    except SourceUnavailable as err:
+        print(err)
+    source.close()
+    os.close(held.pop())
+"""
+
+
+def test_too_few_fds_are_called_that_and_nothing_is_remembered_of_them() -> None:
+    """libbpf finds out what the kernel can do once in a process: it must not do so without fds."""
+    command = [sys.executable, "-c", TRY_WITH_FEW_FDS]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    refused = [line for line in lines if "list" not in line]
+    assert (len(lines), set(lines[len(refused) :])) == (45, {"list "})
+    assert len(refused) >= 20
+    for line in refused:
+        assert "too few fds are left" in line, lines
+        assert "LimitNOFILE" in line, lines
+
+
 def test_without_libbpf_the_remedy_is_a_package() -> None:
     source = BpfSource(library="libbpf.so.99")
     with pytest.raises(SourceUnavailable, match=r"libbpf.so.99 cannot be loaded") as refused:
