@@ -41,7 +41,8 @@ _KNOWN_CGROUP = re.compile(
 )
 # Imitated: directory of the program, program, its own name for itself, arguments. From getting-started.md and jailer.md
 # of Firecracker, README.md of cloud-hypervisor, the book of crosvm, and what `qm showcmd` of Proxmox VE prints. The
-# jail's directory is jailer.md's own example, with its id: the jailer makes <base>/<program>/<id>/root of any.
+# jailed one has the id of jailer.md's example. Its jail is the root of its mount namespace by pivot_root(2), and so the
+# link of its program says no more to who reads it outside.
 _JAILED = "551e7604-e35c-42b3-b825-416853441234"
 _IMITATED = {
     "firecracker": ("usr/bin", "firecracker", "./firecracker", "--api-sock /run/fc.socket --id web-7"),
@@ -52,7 +53,7 @@ _IMITATED = {
         "--no-api --config-file /etc/vm.json --id anonymous-instance",
     ),
     "firecracker-jailed": (
-        f"srv/jailer/firecracker/{_JAILED}/root",
+        "",
         "firecracker",
         "/firecracker",
         f"--id={_JAILED} --start-time-us 1234567 --start-time-cpu-us 3456 --seccomp-level 0",
