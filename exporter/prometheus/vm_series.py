@@ -83,7 +83,7 @@ class VmSeries:
 
     def render_vm(self, reading: VmReading) -> Rendered:
         """Render what is told of the VM as a whole and changes seldom: who it is, and how it is protected."""
-        state = (reading.source, reading.vcpu_count, reading.protection, reading.counters.notify_window_cycles)
+        state = _find_state(reading)
         if state != self._state:
             self._vm_lines = _render_vm(reading, self._vm_labels)
             self._state = state
@@ -160,12 +160,15 @@ class VmSeries:
 ShownVm = tuple[VmReading, VmSeries]
 
 
+def _find_state(reading: VmReading) -> tuple[object, ...]:
+    """Return all that ``render_vm`` makes lines of, besides who the VM is."""
+    return reading.source, reading.vcpu_count, reading.protection, reading.counters.notify_window_cycles
+
+
 def find_vm_state(reading: VmReading) -> tuple[object, ...]:
     """Return all that ``render_vm`` and ``take_sum`` make lines of: where it is the same, so are they."""
     counters = reading.counters
-    notify_exits = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
-    of_vm = (reading.source, reading.vcpu_count, reading.protection, counters.notify_window_cycles)
-    return *of_vm, notify_exits, counters.totals
+    return *_find_state(reading), counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.totals
 
 
 def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
