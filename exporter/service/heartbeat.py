@@ -105,10 +105,10 @@ def describe_state(snapshot: Snapshot | None, report: MonitorReport, now: float,
         "not judged": states[State.UNKNOWN] + sum(not found.can_judge for found in figures if found.state in _GOES_ON),
     }
     vms = len(snapshot.readings)
-    unread = sum(reading.notify_exits is None for reading in snapshot.readings)
+    unknown = sum(reading.notify_exits is None for reading in snapshot.readings)
     parts = [f"{vms} VM{'' if vms == 1 else 's'}"]
     parts += [f"{count} {what}" for what, count in counts.items() if count]
-    parts += [f"{unread} cannot be read"] * bool(unread)
+    parts += [f"{unknown} whose notify exits are not known"] * bool(unknown)
     parts += ["no source works"] * (not any(source.up for source in snapshot.sources))
     parts += ["others may be missing"] * (not snapshot.complete)
     parts += ["stalls are not detected"] * bool(report.problem)

@@ -36,7 +36,7 @@ def test_what_is_the_matter_is_said_in_a_line() -> None:
     states = [State.CONTEXT_LOST, State.STALLED, State.STALLED, State.SUSPECT, State.UNKNOWN]
     assert describe(host, states) == "2 VMs, 1 without a context, 2 stalled, 1 suspect, 1 not judged"
     assert describe(host, problem="tracefs is closed") == "2 VMs, stalls are not detected"
-    assert describe(make_snapshot(make_reading(), make_unread())) == "2 VMs, 1 cannot be read"
+    assert describe(make_snapshot(make_reading(), make_unread())) == "2 VMs, 1 whose notify exits are not known"
     incomplete = make_snapshot(make_reading(), blind_spots=HIDDEN)
     assert describe(incomplete) == "1 VM, others may be missing"
     assert describe(host, later=OLD_SECONDS + 1) == "2 VMs; 331 s ago"
@@ -47,7 +47,8 @@ def test_what_was_not_read_or_judged_is_not_left_out() -> None:
     assert describe_state(host, MonitorReport(), NOW, has_failed=True).startswith("blind: the host cannot be read")
     assert describe_state(None, MonitorReport(), NOW, has_failed=True).startswith("blind: the host cannot be read")
     assert (
-        describe(make_snapshot(make_reading(), replace(make_reading(pid=5), vcpu_count=3))) == "2 VMs, 1 cannot be read"
+        describe(make_snapshot(make_reading(), replace(make_reading(pid=5), vcpu_count=3)))
+        == "2 VMs, 1 whose notify exits are not known"
     )
     assert describe(make_snapshot(sources=(replace(UP, up=False),))) == "0 VMs, no source works"
     states = (State.NOTIFYING, State.QUIET, State.STALLED)
