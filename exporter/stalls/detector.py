@@ -127,7 +127,7 @@ class StallDetector:
 
     @property
     def interruptions(self) -> int:
-        """In how many readings KVM could not tell what came between repeats, nor for long enough meanwhile."""
+        """How many readings left open what came between repeats, since a verdict was last possible without a trace."""
         return self._kernel.interruptions
 
     def is_undecided(self, now: float) -> bool:
@@ -362,7 +362,7 @@ class StallDetector:
         if suspicion.enough_seconds is None and suspicion.sum(window)[0] >= self._rule.exits:
             suspicion.enough_seconds = until
         if window.exits >= self._rule.exits and window.seconds >= self._rule.seconds:
-            self._kernel.interruptions = 0  # without a trace, too, it is seen for long enough
+            self._kernel.interruptions = 0  # it is watched for long enough without a trace
         self._judge_records(suspicion, until)
 
     def _hide(self, seconds: float, reason: str) -> None:

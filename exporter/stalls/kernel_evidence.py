@@ -15,9 +15,10 @@ all exits in between, and none has to be traced:
 - all else was **at the RIP**, exit after exit.
 
 A reading may fall into the nanoseconds in which KVM counts an exit. Statistics disagree by one then, and agree in the
-next reading. So what the numbers alone suggest is believed once two readings say so; a RIP is believed at once. That
-one other exit came in between takes five: KVM counts an exit long before it knows of which kind it is, and a stall is
-seen only where nothing interrupts it. Under emulation every third reading falls in between.
+next reading. So what the numbers alone suggest is believed once two readings say so; a RIP is believed at once. It
+takes five readings to believe that one other exit came in between: KVM counts an exit some time before it counts of
+which kind it was, under emulation a third of all readings fall into that time, and an interruption makes the
+observation begin anew.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Final
 
 # By how much two readings may disagree because each fell into the middle of an exit.
 TORN: Final = 2
-# In so many readings in a row, at most, one more exit than is accounted for may be one that is under way.
+# So many readings in a row may show one exit more than there are of all kinds, because each fell into one's middle.
 UNDER_WAY: Final = 4
 _NOT_KNOWN: Final = (
     "KVM does not know its RIP: registers are protected, it was in an SGX enclave, or the CPU has lost its state"
@@ -84,8 +85,8 @@ class KernelEvidence:
 
     def __init__(self) -> None:
         self.interruptions = 0
-        """How many readings showed repeats with other exits between them, since the last sign of progress or since it
-        could be judged without: only a trace can tell of those."""
+        """How many readings showed repeats with other exits between them, which only a trace can judge. Counted since
+        the vCPU last made progress, or was last watched for as long as a verdict takes."""
         self._before: KernelCounts | None = None
         self._doubts = 0
 
