@@ -30,6 +30,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("injector")
 
+# That nobody is called stalled has no end to wait for: it must hold for so long.
 OBSERVED_SECONDS = 20.0
 LIVELY = {"rips": {"rips": 4, "rounds": 0}, "rep": {"flags": COUNT_IN_RCX, "rcx": 1 << 62}}
 

@@ -42,6 +42,7 @@ AGENTS_CPU, GUESTS_CPU = 0, 1
 LIBVIRT_STATUS = Path(__file__).parents[3] / "fixtures/owners/libvirt-openstack/status.xml"
 Tell = Callable[[str], None]
 COUNT_IN_RCX, FROM_ENCLAVE = 2, 8
+# That nobody is called stalled has no end to wait for: it must hold for so long.
 OBSERVED_SECONDS = 60.0
 # What makes progress at one RIP or another, and takes notify exits all the time.
 LIVELY = {
@@ -199,7 +200,7 @@ def open_yardstick(cpu: int) -> Iterator[memoryview]:
 def measure_rate(guest: GuestProcess, yardstick: memoryview, seconds: float) -> float:
     """Return a guest's exits for each thousand steps of the yardstick."""
     steps, before = yardstick[0], read_vcpu_statistics(guest, guest.vcpus[0])["exits"]
-    time.sleep(seconds)
+    time.sleep(seconds)  # over which the rate is taken
     after, stepped = read_vcpu_statistics(guest, guest.vcpus[0])["exits"], yardstick[0]
     return 1000 * (after - before) / (stepped - steps)
 
@@ -335,7 +336,7 @@ def check_interrupts(listener: Listener, vm: str, tell: Tell) -> None:
     before, verdicts = read_interrupts(), len(listener.verdicts(vm))
     until = time.monotonic() + 12  # more than one look at a stalled vCPU
     while time.monotonic() < until:
-        for cpu in (0, 1):  # moving to a CPU that is busy takes an IPI to it
+        for cpu in (0, 1):  # moving to a CPU that is busy takes an IPI to it, and so does each waking there
             os.sched_setaffinity(0, {cpu})
             time.sleep(0.02)
     os.sched_setaffinity(0, {0, 1})
