@@ -2,12 +2,14 @@
 
 Run as a program it forks, one process a VM; each makes its vCPUs with their stats fds (as QEMU 8.1 does) and some
 eventfds. It prints ``ready`` when all are there. For each line of its input every vCPU takes a VM exit (the guest
-halts), and ``ready`` is printed again; it ends, with all of them, at the end of its input.
+halts), and ``ready`` is printed again. It ends, with all of them, at the end of its input, or once one of them has
+ended, as where there is no memory for so many.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import os
 import resource
@@ -18,9 +20,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from tests.live.tiny_guest import CODE, KVM_RUN, KVM_SET_REGS, Vcpu, Vm
 
+PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 HALT_FOR_EVER = b"\xf4\xeb\xfd"  # hlt; jmp to it
 
 
@@ -44,6 +48,11 @@ def hold_vm(vcpus: int, eventfds: int, ready: int) -> None:
             fcntl.ioctl(fd, KVM_RUN, 0)
 
 
+def fall_apart(_signal: int, _frame: object) -> NoReturn:
+    """End it: that a member has ended would never be seen in the pipe, whose end the others hold too."""
+    raise SystemExit("a member of the crowd has ended")
+
+
 def main() -> None:
     """Make the crowd, say ``ready``, and end it when the input ends."""
     parser = argparse.ArgumentParser()
@@ -53,30 +62,27 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    signal.signal(signal.SIGCHLD, fall_apart)
     told, ready = os.pipe()
     members = []
     for _ in range(arguments.vms):
         member = os.fork()
         if member == 0:
             try:
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # none outlives us
                 hold_vm(arguments.vcpus, arguments.eventfds, ready)
             finally:
                 os._exit(1)
         members.append(member)
     os.close(ready)
-    try:
-        while True:
-            for _ in members:
-                if not os.read(told, 1):
-                    raise SystemExit("a member of the crowd could not make its VM")
-            print("ready", flush=True)
-            if not sys.stdin.readline():
-                break
-            for member in members:
-                os.kill(member, signal.SIGUSR1)
-    finally:
+    while True:
+        for _ in members:
+            os.read(told, 1)
+        print("ready", flush=True)
+        if not sys.stdin.readline():
+            break
         for member in members:
-            os.kill(member, signal.SIGKILL)
+            os.kill(member, signal.SIGUSR1)
 
 
 class Crowd:
