@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import gt
 from types import MappingProxyType
 from typing import Final
 
@@ -35,10 +36,10 @@ MAX_MISSING: Final = 5000
 class _Memory:
     """What is remembered of one VM.
 
-    ``values`` are the latest numbers by vcpu_id and ``total`` is the latest sum, one of the two. ``accounted`` is what
-    of the VM's notify exits is in one of our sums or known as history; ``complete`` whether that holds for all of them.
-    A vCPU that is seen for the first time counts ``from_zero``, unless the VM has been ``summed``: then it may be in a
-    sum already.
+    ``column`` are the latest numbers, in the order of ``vcpu_ids``, and ``values`` older ones by vcpu_id, also of vCPUs
+    that are away; ``total`` is the latest sum, where there is one instead. ``accounted`` is what of the VM's notify
+    exits is in one of our sums or known as history; ``complete`` whether that holds for all of them. A vCPU that is
+    seen for the first time counts ``from_zero``, unless the VM has been ``summed``: then it may be in a sum already.
     """
 
     from_zero: bool
@@ -125,14 +126,19 @@ class IncreaseTracker:
         """Take in numbers of the vCPUs that were there the last time: nearly always so, and no number has moved."""
         if column == memory.column:
             return
-        for vcpu_id, before, value in zip(memory.vcpu_ids, memory.column, column, strict=True):
-            if value != before:
-                self._count(memory, value - before if value >= before else value)
-                memory.last_moves[vcpu_id] = now
-                memory.values[vcpu_id] = value
+        if all(map(gt, column, memory.column)):  # as where every vCPU of a host takes notify exits
+            self._count(memory, sum(column) - sum(memory.column))
+            memory.last_moves.update(dict.fromkeys(memory.vcpu_ids, now))
+        else:
+            for vcpu_id, before, value in zip(memory.vcpu_ids, memory.column, column, strict=True):
+                increase = value - before if value >= before else value
+                if increase:
+                    self._count(memory, increase)
+                    memory.last_moves[vcpu_id] = now
         memory.column = column
 
     def _observe_vcpus(self, memory: _Memory, values: dict[int, int], complete: bool, now: float) -> None:
+        memory.values.update(zip(memory.vcpu_ids, memory.column, strict=True))
         if memory.total is not None:
             if complete:
                 self._count_beyond_accounted(memory, sum(values.values()))

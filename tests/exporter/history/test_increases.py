@@ -27,6 +27,8 @@ HOST = Host("", "", "", "", "", "", "", "", "", None)
 START = 1_000_000.0
 OLD, KEY = START - 500.0, VmKey(100, 7, 9)
 UP = (SourceReport("bpf", True),)
+IDS: dict[tuple[int, ...], tuple[int, ...]] = {}
+"""The same tuple for the same vCPUs, as sources give it while nothing changes."""
 
 
 def read_vm(
@@ -40,7 +42,7 @@ def read_vm(
     """A reading with these counts by vcpu_id, or this sum, or neither; ``count`` vCPUs, all that were read if None."""
     column = {} if values is None else {NOTIFY_WINDOW_EXITS: tuple(values.values())}
     counters = VmCounters(
-        vcpu_ids=tuple(values or ()),
+        vcpu_ids=IDS.setdefault(tuple(values or ()), tuple(values or ())),
         per_vcpu=column,
         totals={} if total is None else {NOTIFY_WINDOW_EXITS: total},
     )
@@ -48,15 +50,15 @@ def read_vm(
     return VmReading(vm, "bpf", (), len(values or ()) if count is None else count, counters, Protection.UNKNOWN)
 
 
-class TraceScheduler:
-    """Looks at a host, ten seconds apart."""
+class Snapshots:
+    """Takes snapshots of a host, ten seconds apart."""
 
     def __init__(self) -> None:
         self.movements = IncreaseTracker()
         self.seconds = 0.0
 
-    def look(self, *readings: VmReading, sources: tuple[SourceReport, ...] = UP) -> int:
-        """Take a look and return the sum of increases so far."""
+    def take(self, *readings: VmReading, sources: tuple[SourceReport, ...] = UP) -> int:
+        """Take one and return the sum of increases so far."""
         snapshot = Snapshot(self.seconds, START + self.seconds, HOST, readings, sources, MappingProxyType({}))
         self.movements.observe(snapshot)
         self.seconds += 10.0
@@ -64,148 +66,148 @@ class TraceScheduler:
 
 
 @pytest.fixture
-def looks() -> TraceScheduler:
-    return TraceScheduler()
+def snapshots() -> Snapshots:
+    return Snapshots()
 
 
-def test_history_is_no_increase(looks: TraceScheduler) -> None:
-    assert looks.look(read_vm({0: 1000, 1: 5})) == 0
-    assert looks.look(read_vm({0: 1000, 1: 5})) == 0
-    assert looks.movements.last_moves(KEY) == {}
+def test_history_is_no_increase(snapshots: Snapshots) -> None:
+    assert snapshots.take(read_vm({0: 1000, 1: 5})) == 0
+    assert snapshots.take(read_vm({0: 1000, 1: 5})) == 0
+    assert snapshots.movements.last_moves(KEY) == {}
 
 
-def test_increases_add_up_and_are_dated(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 1000, 1: 5}))
-    assert looks.look(read_vm({0: 1003, 1: 5})) == 3
-    assert looks.look(read_vm({0: 1003, 1: 5})) == 3
-    assert looks.look(read_vm({0: 1003, 1: 7})) == 5
-    assert looks.movements.last_moves(KEY) == {0: START + 10, 1: START + 30}
+def test_increases_add_up_and_are_dated(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 1000, 1: 5}))
+    assert snapshots.take(read_vm({0: 1003, 1: 5})) == 3
+    assert snapshots.take(read_vm({0: 1003, 1: 5})) == 3
+    assert snapshots.take(read_vm({0: 1003, 1: 7})) == 5
+    assert snapshots.movements.last_moves(KEY) == {0: START + 10, 1: START + 30}
 
 
-def test_gone_vm_stays_in_the_sum(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 0}))
-    looks.look(read_vm({0: 4}))
-    assert looks.look() == 4
+def test_gone_vm_stays_in_the_sum(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 0}))
+    snapshots.take(read_vm({0: 4}))
+    assert snapshots.take() == 4
 
 
-def test_new_vm_counts_from_zero(looks: TraceScheduler) -> None:
-    looks.look()
-    assert looks.look(read_vm({0: 6, 1: 0}, started=START + 3)) == 6
-    assert looks.movements.last_moves(KEY) == {0: START + 10}
+def test_new_vm_counts_from_zero(snapshots: Snapshots) -> None:
+    snapshots.take()
+    assert snapshots.take(read_vm({0: 6, 1: 0}, started=START + 3)) == 6
+    assert snapshots.movements.last_moves(KEY) == {0: START + 10}
 
 
 @pytest.mark.parametrize("started", [OLD, None])
-def test_vm_that_is_read_late_has_a_history(looks: TraceScheduler, started: float | None) -> None:
-    looks.look(read_vm(count=2, started=started))
-    assert looks.look(read_vm({0: 6, 1: 0}, started=started)) == 0
-    assert looks.look(read_vm({0: 7, 1: 0}, started=started)) == 1
+def test_vm_that_is_read_late_has_a_history(snapshots: Snapshots, started: float | None) -> None:
+    snapshots.take(read_vm(count=2, started=started))
+    assert snapshots.take(read_vm({0: 6, 1: 0}, started=started)) == 0
+    assert snapshots.take(read_vm({0: 7, 1: 0}, started=started)) == 1
 
 
-def test_reset_counts_the_new_value(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 50}))
-    assert looks.look(read_vm({0: 0})) == 0
-    assert looks.movements.last_moves(KEY) == {}
-    assert looks.look(read_vm({0: 3})) == 3
-    assert looks.look(read_vm({0: 2})) == 5
-    assert looks.movements.last_moves(KEY) == {0: START + 30}
+def test_reset_counts_the_new_value(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 50}))
+    assert snapshots.take(read_vm({0: 0})) == 0
+    assert snapshots.movements.last_moves(KEY) == {}
+    assert snapshots.take(read_vm({0: 3})) == 3
+    assert snapshots.take(read_vm({0: 2})) == 5
+    assert snapshots.movements.last_moves(KEY) == {0: START + 30}
 
 
-def test_hot_plugged_vcpu_counts_from_zero(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 50}))
-    assert looks.look(read_vm({0: 50, 1: 2})) == 2
+def test_hot_plugged_vcpu_counts_from_zero(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 50}))
+    assert snapshots.take(read_vm({0: 50, 1: 2})) == 2
 
 
-def test_vcpu_of_an_incomplete_look_has_a_history(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 50}, count=2))
-    assert looks.look(read_vm({0: 50, 1: 900})) == 0
-    assert looks.look(read_vm({0: 50, 1: 901})) == 1
+def test_vcpu_of_an_incomplete_snapshot_has_a_history(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 50}, count=2))
+    assert snapshots.take(read_vm({0: 50, 1: 900})) == 0
+    assert snapshots.take(read_vm({0: 50, 1: 901})) == 1
 
 
-def test_vcpu_that_was_missing_goes_on_where_it_was(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 50, 1: 60}))
-    assert looks.look(read_vm({0: 51}, count=2)) == 1
-    assert looks.look(read_vm({0: 51, 1: 62})) == 3
+def test_vcpu_that_was_missing_goes_on_where_it_was(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 50, 1: 60}))
+    assert snapshots.take(read_vm({0: 51}, count=2)) == 1
+    assert snapshots.take(read_vm({0: 51, 1: 62})) == 3
 
 
-def test_parked_vcpu_is_not_counted_twice(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 0, 1: 0}, started=START))
-    assert looks.look(read_vm({0: 0, 1: 8}, started=START)) == 8
-    assert looks.look(read_vm({0: 0}, started=START)) == 8
-    assert looks.look(read_vm({0: 0, 1: 8}, started=START)) == 8
+def test_parked_vcpu_is_not_counted_twice(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 0, 1: 0}, started=START))
+    assert snapshots.take(read_vm({0: 0, 1: 8}, started=START)) == 8
+    assert snapshots.take(read_vm({0: 0}, started=START)) == 8
+    assert snapshots.take(read_vm({0: 0, 1: 8}, started=START)) == 8
 
 
-def test_unread_vm_goes_on_where_it_was(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 50}))
-    assert looks.look(read_vm(count=1)) == 0
-    assert looks.look(read_vm({0: 52})) == 2
+def test_unread_vm_goes_on_where_it_was(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 50}))
+    assert snapshots.take(read_vm(count=1)) == 0
+    assert snapshots.take(read_vm({0: 52})) == 2
 
 
-def test_vm_that_was_out_of_sight_is_not_counted_twice(looks: TraceScheduler) -> None:
-    looks.look()
+def test_vm_that_was_out_of_sight_is_not_counted_twice(snapshots: Snapshots) -> None:
+    snapshots.take()
     new = START + 1
-    assert looks.look(read_vm({0: 5}, started=new)) == 5
-    looks.look()
-    assert looks.look(read_vm({0: 6}, started=new)) == 6
-    looks.seconds += MEMORY_SECONDS + 1
-    looks.look()
-    assert looks.look(read_vm({0: 9}, started=new)) == 6
-    assert looks.look(read_vm({0: 10}, started=new)) == 7
+    assert snapshots.take(read_vm({0: 5}, started=new)) == 5
+    snapshots.take()
+    assert snapshots.take(read_vm({0: 6}, started=new)) == 6
+    snapshots.seconds += MEMORY_SECONDS + 1
+    snapshots.take()
+    assert snapshots.take(read_vm({0: 9}, started=new)) == 6
+    assert snapshots.take(read_vm({0: 10}, started=new)) == 7
     newer = read_vm({0: 2}, key=VmKey(101, 8, 9), started=new + 1)
-    assert looks.look(newer) == 9
+    assert snapshots.take(newer) == 9
 
 
-def test_sums_are_followed_too(looks: TraceScheduler) -> None:
+def test_sums_are_followed_too(snapshots: Snapshots) -> None:
     other = VmKey(101, 8, 9)
-    assert looks.look(read_vm(total=100, count=2)) == 0
-    assert looks.look(read_vm(total=103, count=2)) == 3
-    assert looks.look(read_vm(total=2, count=2)) == 5
-    assert looks.look(read_vm(total=2, count=2), read_vm(total=7, count=2, key=other, started=START + 25)) == 12
-    assert looks.movements.last_moves(KEY) == {}
+    assert snapshots.take(read_vm(total=100, count=2)) == 0
+    assert snapshots.take(read_vm(total=103, count=2)) == 3
+    assert snapshots.take(read_vm(total=2, count=2)) == 5
+    assert snapshots.take(read_vm(total=2, count=2), read_vm(total=7, count=2, key=other, started=START + 25)) == 12
+    assert snapshots.movements.last_moves(KEY) == {}
 
 
-def test_change_of_source_is_compared_by_sum(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 10, 1: 20}))
-    assert looks.look(read_vm(total=31, count=2)) == 1
-    assert looks.look(read_vm({0: 11, 1: 22})) == 3
-    assert looks.look(read_vm({0: 11, 1: 23})) == 4
-    assert looks.look(read_vm(total=20, count=2)) == 4
-    assert looks.look(read_vm(total=21, count=2)) == 5
+def test_change_of_source_is_compared_by_sum(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 10, 1: 20}))
+    assert snapshots.take(read_vm(total=31, count=2)) == 1
+    assert snapshots.take(read_vm({0: 11, 1: 22})) == 3
+    assert snapshots.take(read_vm({0: 11, 1: 23})) == 4
+    assert snapshots.take(read_vm(total=20, count=2)) == 4
+    assert snapshots.take(read_vm(total=21, count=2)) == 5
 
 
-def test_change_of_source_of_an_incomplete_vm_starts_anew(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 10}, count=2))
-    assert looks.look(read_vm(total=100, count=2)) == 0
-    assert looks.look(read_vm({0: 12}, count=2)) == 0
-    assert looks.look(read_vm({0: 13, 1: 90})) == 1
+def test_change_of_source_of_an_incomplete_vm_starts_anew(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 10}, count=2))
+    assert snapshots.take(read_vm(total=100, count=2)) == 0
+    assert snapshots.take(read_vm({0: 12}, count=2)) == 0
+    assert snapshots.take(read_vm({0: 13, 1: 90})) == 1
 
 
-def test_new_vm_that_was_a_sum_is_not_counted_twice(looks: TraceScheduler) -> None:
-    looks.look()
+def test_new_vm_that_was_a_sum_is_not_counted_twice(snapshots: Snapshots) -> None:
+    snapshots.take()
     new = START + 5
-    assert looks.look(read_vm(total=10, count=2, started=new)) == 10
-    assert looks.look(read_vm({0: 5}, count=2, started=new)) == 10
-    assert looks.look(read_vm({0: 5, 1: 5}, started=new)) == 10
+    assert snapshots.take(read_vm(total=10, count=2, started=new)) == 10
+    assert snapshots.take(read_vm({0: 5}, count=2, started=new)) == 10
+    assert snapshots.take(read_vm({0: 5, 1: 5}, started=new)) == 10
 
 
-def test_malformed_column_changes_nothing(looks: TraceScheduler) -> None:
-    looks.look(read_vm({0: 10}))
+def test_malformed_column_changes_nothing(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 10}))
     broken = VmCounters(vcpu_ids=(0,), per_vcpu={NOTIFY_WINDOW_EXITS: (1, 2)})
     reading = read_vm({0: 10})
-    assert looks.look(VmReading(reading.vm, "bpf", (), 1, broken, Protection.UNKNOWN)) == 0
-    assert looks.look(read_vm({0: 11})) == 1
+    assert snapshots.take(VmReading(reading.vm, "bpf", (), 1, broken, Protection.UNKNOWN)) == 0
+    assert snapshots.take(read_vm({0: 11})) == 1
 
 
-def test_without_a_source_nothing_is_known(looks: TraceScheduler) -> None:
-    looks.look(sources=(SourceReport("bpf", False),))
-    assert not looks.movements.readable
-    looks.look()
-    assert looks.movements.readable
-    looks.look(sources=())
-    assert looks.movements.readable
+def test_without_a_source_nothing_is_known(snapshots: Snapshots) -> None:
+    snapshots.take(sources=(SourceReport("bpf", False),))
+    assert not snapshots.movements.readable
+    snapshots.take()
+    assert snapshots.movements.readable
+    snapshots.take(sources=())
+    assert snapshots.movements.readable
 
 
-def test_unknown_vm_never_moved(looks: TraceScheduler) -> None:
-    assert looks.movements.last_moves(KEY) == {}
+def test_unknown_vm_never_moved(snapshots: Snapshots) -> None:
+    assert snapshots.movements.last_moves(KEY) == {}
 
 
 three_numbers = st.lists(st.integers(0, 5), min_size=3, max_size=3)
@@ -216,12 +218,12 @@ def test_sum_is_never_too_high_and_never_falls(
     new: bool, history: list[int], steps: list[tuple[list[int], int]]
 ) -> None:
     """Three vCPUs, read whole, in part, as a sum, or not at all, hot-unplugged, out of sight: in any order."""
-    looks, started = TraceScheduler(), START + 1 if new else OLD
+    snapshots, started = Snapshots(), START + 1 if new else OLD
     values, highest, past = ([0, 0, 0], 0, 0) if new else (history, 0, sum(history))
     # A vCPU that is parked before anybody has seen it is out of scope: its fd stays open, so it is seen.
     seen_all = new
     if new:
-        looks.look()
+        snapshots.take()
     for number, (growth, way) in enumerate(steps):
         if new or number:
             values = [value + more for value, more in zip(values, growth, strict=True)]
@@ -235,7 +237,7 @@ def test_sum_is_never_too_high_and_never_falls(
             [read_vm({0: values[0], 1: values[1]}, started=started)] if seen_all else [],
             [],
         ]
-        total = looks.look(*readings[way])
+        total = snapshots.take(*readings[way])
         seen_all = seen_all or way == 0
         assert highest <= total <= sum(values) - past
         highest = total
@@ -243,19 +245,19 @@ def test_sum_is_never_too_high_and_never_falls(
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=12))
 def test_nothing_is_lost_while_everything_is_read(steps: list[list[int]]) -> None:
-    looks, values = TraceScheduler(), [1000, 0]
-    looks.look(read_vm(dict(enumerate(values))))
+    snapshots, values = Snapshots(), [1000, 0]
+    snapshots.take(read_vm(dict(enumerate(values))))
     for growth in steps:
         values = [value + more for value, more in zip(values, growth, strict=True)]
-        assert looks.look(read_vm(dict(enumerate(values)))) == sum(values) - 1000
+        assert snapshots.take(read_vm(dict(enumerate(values)))) == sum(values) - 1000
 
 
-def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner(looks: TraceScheduler) -> None:
+def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner(snapshots: Snapshots) -> None:
     """Those first that never took an exit: who did goes on where it was, should it come back into sight."""
-    looks.look(read_vm({0: 7}))
-    assert looks.look(read_vm({0: 9})) == 2
+    snapshots.take(read_vm({0: 7}))
+    assert snapshots.take(read_vm({0: 9})) == 2
     for first in range(0, 4 * MAX_MISSING, 500):
-        looks.look(*(read_vm({0: 0}, key=VmKey(200, 8, first + number)) for number in range(500)))
-        looks.seconds -= 9.9
-        assert len(looks.movements._memories) <= MAX_MISSING + 500
-    assert looks.look(read_vm({0: 10})) == 3
+        snapshots.take(*(read_vm({0: 0}, key=VmKey(200, 8, first + number)) for number in range(500)))
+        snapshots.seconds -= 9.9
+        assert len(snapshots.movements._memories) <= MAX_MISSING + 500
+    assert snapshots.take(read_vm({0: 10})) == 3
