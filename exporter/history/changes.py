@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, Vcpu, VmKey, VmReading
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(NamedTuple):
     """A vCPU whose counter has moved: what it was when, and what it is."""
 
     reading: VmReading
@@ -44,8 +43,10 @@ def _compare(
     reading: VmReading, last: tuple[float, tuple[Vcpu, ...], tuple[int, ...]], column: tuple[int, ...]
 ) -> Iterator[Moved]:
     seconds, vcpus, values = last
-    known = {vcpu.vcpu_id: value for vcpu, value in zip(vcpus, values, strict=True)}
-    for vcpu, value in zip(reading.vcpus, column, strict=True):
+    if reading.vcpus is not vcpus:
+        known = {vcpu.vcpu_id: value for vcpu, value in zip(vcpus, values, strict=True)}
         # A vCPU that was not there before has been plugged in: it counts from 0.
-        if value != known.get(vcpu.vcpu_id, 0):
-            yield Moved(reading, vcpu, known.get(vcpu.vcpu_id, 0), seconds, value)
+        values = tuple(known.get(vcpu.vcpu_id, 0) for vcpu in reading.vcpus)
+    for vcpu, before, value in zip(reading.vcpus, values, column, strict=True):
+        if value != before:
+            yield Moved(reading, vcpu, before, seconds, value)

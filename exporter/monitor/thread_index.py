@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from kvm.bpf.notify_trigger import NotifyCall
-from kvm.model import Snapshot, Vcpu, VmReading
+from kvm.model import Snapshot, Vcpu, VmKey, VmReading
 
 UNPLACED_CALLS: Final = 64
 STRANGER_SECONDS: Final = 30.0
@@ -28,6 +28,9 @@ class ThreadIndex:
 
     def __init__(self) -> None:
         self.lost = 0
+        self.is_same = False
+        """Whether the newest snapshot has just the vCPUs that the one before had."""
+        self._vcpus: list[tuple[VmKey, tuple[Vcpu, ...]]] = []
         self._readings: dict[int, list[VmReading]] = {}
         # By process, then by thread and vcpu_id; made for a process when it is first asked for.
         self._threads: dict[int, dict[tuple[int | None, int], Found]] = {}
@@ -58,6 +61,8 @@ class ThreadIndex:
 
     def observe(self, snapshot: Snapshot, now: float) -> list[Found]:
         """Take in a snapshot; returns the vCPUs of the calls that waited for it."""
+        before, self._vcpus = self._vcpus, [(reading.vm.key, reading.vcpus) for reading in snapshot.readings]
+        self.is_same = self._vcpus == before
         self._readings, self._threads = {}, {}
         for reading in snapshot.readings:
             self._readings.setdefault(reading.vm.key.pid, []).append(reading)

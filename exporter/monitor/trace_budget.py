@@ -65,6 +65,11 @@ class TraceBudget:
         """How many sessions are under way."""
         return len(self._running)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no more sessions may begin now, and all that wait have been counted: ``start`` changes nothing."""
+        return len(self._running) >= self._limits.host and not self._new
+
     def want(
         self, key: VcpuKey, now: float, seconds: float = SHORTEST_SECONDS, part: float = 1.0, *, urgent: bool = False
     ) -> float:

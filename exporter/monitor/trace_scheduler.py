@@ -101,7 +101,7 @@ class TraceScheduler:
         if free > now:
             vcpu.next_session_at = free
             self._consider_later(vcpu)
-        else:
+        elif not self._budget.is_full:
             self.start()
 
     def start(self) -> None:

@@ -45,6 +45,21 @@ def test_what_a_newer_snapshot_does_not_have_is_not_found() -> None:
     assert index.find(call(vm, 1)) is None
 
 
+def test_it_tells_whether_a_snapshot_has_the_same_vcpus() -> None:
+    vm, other = FakeVm("web", 100, 2), FakeVm("db", 200, 1)
+    index = ThreadIndex()
+    shapes = [(vm,), (vm,), (vm, other), (vm, other), (other,), ()]
+    same = []
+    for seconds, shape in enumerate(shapes):
+        index.observe(snap(*shape), seconds)
+        same.append(index.is_same)
+    assert same == [False, True, False, True, False, False]
+    index.observe(snap(vm), 10.0)
+    vm.vcpus[0].tid += 1
+    index.observe(snap(vm), 11.0)
+    assert not index.is_same
+
+
 def test_a_call_waits_for_the_next_snapshot_and_a_stranger_is_ignored_for_a_while() -> None:
     vm = FakeVm("late", 300, 1)
     index = ThreadIndex()
