@@ -14,6 +14,7 @@ from exporter.stalls.verdicts import (
     VcpuFigures,
     VcpuReport,
     Verdict,
+    build_vm_figures,
 )
 from kvm.model import Owner, Vcpu, Vm, VmKey
 
@@ -45,14 +46,14 @@ def make_verdict(state: State = State.STALLED, since: float = 100.0, **fields: A
 
 def with_figures(report: MonitorReport) -> MonitorReport:
     """Give a report the figures that the stall monitor would have of its vCPUs, drills apart."""
-    figures: dict[VmKey, dict[int, VcpuFigures]] = {}
+    vcpus: dict[VmKey, dict[int, VcpuFigures]] = {}
     for found in report.vcpus:
         if not found.drill:
             stuck_since = found.verdict.stuck_since_seconds if found.verdict.state is State.STALLED else None
-            figures.setdefault(found.vm.key, {})[found.vcpu.vcpu_id] = VcpuFigures(
+            vcpus.setdefault(found.vm.key, {})[found.vcpu.vcpu_id] = VcpuFigures(
                 found.verdict.state, stuck_since, found.traced_exits, found.same_rip_exits, found.can_judge
             )
-    return replace(report, figures=figures)
+    return replace(report, figures={key: build_vm_figures(of_vm) for key, of_vm in vcpus.items()})
 
 
 def make_report(

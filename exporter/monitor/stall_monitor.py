@@ -56,6 +56,8 @@ from exporter.stalls.verdicts import (
     VcpuFigures,
     VcpuReport,
     Verdict,
+    VmFigures,
+    build_vm_figures,
 )
 from kvm.bpf.notify_trigger import NotifyCall
 from kvm.model import Vcpu, VcpuKey, VmKey, VmReading
@@ -154,7 +156,7 @@ class StallMonitor:
         scheduler, period = self._scheduler, self._poller.period_seconds
         tells_rips = self._single.tells_rips
         return MonitorReport(
-            vcpus=(*[self._report(vcpu) for vcpu in self._tracked if with_verdicts], *self._drills.report()),
+            vcpus=(*map(self._report, self._tracked if with_verdicts else ()), *self._drills.report()),
             figures=self._find_figures(),
             problem="" if tells_rips else scheduler.problem,
             evidence=Evidence.KERNEL if tells_rips else Evidence.TRACE,
@@ -453,13 +455,17 @@ class StallMonitor:
     def _report(self, vcpu: TrackedVcpu, verdict: Verdict | None = None) -> VcpuReport:
         return build_report(vcpu, verdict, self._find_problem(vcpu), self._clock())
 
-    def _find_figures(self) -> dict[VmKey, dict[int, VcpuFigures]]:
+    def _find_figures(self) -> dict[VmKey, VmFigures]:
         figures = self._tracked.find_figures()
         if self._scheduler.problem and self._single.tells_rips:
             # KVM tells of all but the few that only a trace could judge.
+            untold: dict[VmKey, dict[int, VcpuFigures]] = {}
             for vcpu in self._tracked:
-                if not self._is_told(vcpu) and vcpu.key.vcpu_id in figures.get(vcpu.key.vm, {}):
-                    figures[vcpu.key.vm][vcpu.key.vcpu_id] = vcpu.figures._replace(can_judge=False)
+                if not self._is_told(vcpu):
+                    of_vm = untold.setdefault(vcpu.key.vm, {})
+                    of_vm[vcpu.key.vcpu_id] = vcpu.figures._replace(can_judge=False)
+            for key in figures.keys() & untold.keys():
+                figures[key] = build_vm_figures({**figures[key].vcpus, **untold[key]})
         return figures
 
     def _find_problem(self, vcpu: TrackedVcpu) -> str:

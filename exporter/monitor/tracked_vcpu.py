@@ -67,7 +67,6 @@ class TrackedVcpu:
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
     _slowest: float = SESSION_SECONDS
-    _figures: tuple[int, int | None, VcpuFigures] | None = None
 
     def renew(self, reading: VmReading, position: int | None) -> Counts | None:
         """Take in a newer reading of the VM, in which the vCPU stands at ``position``; returns its counters, if any."""
@@ -85,13 +84,7 @@ class TrackedVcpu:
 
     @property
     def figures(self) -> VcpuFigures:
-        """What metrics tell of it; the same object until that changes. From any thread."""
-        stamp, tid, kept = self.detector.stamp, self.vcpu.tid, self._figures
-        if kept is None or kept[0] != stamp or kept[1] != tid:
-            kept = self._figures = stamp, tid, self._build_figures()  # in one: two threads may ask at once
-        return kept[2]
-
-    def _build_figures(self) -> VcpuFigures:
+        """What metrics tell of it. From any thread."""
         detector = self.detector
         verdict = detector.verdict
         return VcpuFigures(

@@ -5,11 +5,13 @@ Everything is done per VM, not per vCPU, so that a VM of a thousand vCPUs costs 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Final
 
 from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu
-from exporter.stalls.verdicts import VcpuFigures
+from exporter.stalls.verdicts import VmFigures, build_vm_figures
 from kvm.model import VcpuKey, VmKey, VmReading
 
 # A VM or a vCPU that is missing from a snapshot may be back in the next.
@@ -17,64 +19,102 @@ MISSING_SECONDS: Final = 60.0
 _NEVER: Final = float("inf")
 
 
+class _TrackedVm:
+    """The tracked vCPUs of one VM, by vcpu_id, and what metrics tell of them.
+
+    ``changed`` are those whose figures may be others than those that were found last. Only they are looked at: in a
+    flood of notify exits a scrape would touch ten thousand vCPUs, of which fifty have changed.
+    """
+
+    def __init__(self) -> None:
+        self.vcpus: dict[int, TrackedVcpu] = {}
+        self.changed: set[int] = set()
+        self._figures = VmFigures({}, 0)
+
+    def find_figures(self) -> VmFigures:
+        """Return what metrics tell of them; one thread at a time, while another may change them."""
+        if not self.changed:
+            return self._figures
+        vcpus = dict(self._figures.vcpus)
+        while self.changed:
+            vcpu_id = self.changed.pop()  # before it is looked at: what changes after that is for the next time
+            vcpu = self.vcpus.get(vcpu_id)
+            if vcpu is not None:
+                vcpus[vcpu_id] = vcpu.figures
+            else:
+                vcpus.pop(vcpu_id, None)
+        self._figures = build_vm_figures(vcpus)
+        return self._figures
+
+
 class TrackedVcpus:
     """The tracked vCPUs; ``active`` are those whose counters are read each second. Iterates from any thread."""
 
     def __init__(self) -> None:
         self.active: dict[VcpuKey, TrackedVcpu] = {}
-        self._by_vm: dict[VmKey, dict[int, TrackedVcpu]] = {}
+        self._by_vm: dict[VmKey, _TrackedVm] = {}
+        self._finding = threading.Lock()
         self._missing: dict[VcpuKey, float] = {}
 
     def __iter__(self) -> Iterator[TrackedVcpu]:
         """Iterate over all that are tracked now; ``list`` of a dict's values is one step of the interpreter."""
-        for vcpus in list(self._by_vm.values()):
-            yield from list(vcpus.values())
+        for vm in list(self._by_vm.values()):
+            yield from list(vm.vcpus.values())
 
     def get(self, key: VcpuKey) -> TrackedVcpu | None:
         """Return a tracked vCPU, None where it is not tracked."""
-        return self._by_vm.get(key.vm, {}).get(key.vcpu_id)
+        vm = self._by_vm.get(key.vm)
+        return None if vm is None else vm.vcpus.get(key.vcpu_id)
 
-    def find_figures(self) -> dict[VmKey, dict[int, VcpuFigures]]:
-        """Return what metrics tell of all that are tracked now, by VM and vcpu_id; from any thread."""
-        return {
-            vm: {vcpu_id: vcpu.figures for vcpu_id, vcpu in list(vcpus.items())}
-            for vm, vcpus in list(self._by_vm.items())
-        }
+    def find_figures(self) -> dict[VmKey, VmFigures]:
+        """Return what metrics tell of all that are tracked now; from any thread."""
+        with self._finding:
+            return {key: vm.find_figures() for key, vm in list(self._by_vm.items())}
 
     def add(self, vcpu: TrackedVcpu) -> None:
         """Begin to track a vCPU."""
-        self._by_vm.setdefault(vcpu.key.vm, {})[vcpu.key.vcpu_id] = vcpu
+        vm = self._by_vm.setdefault(vcpu.key.vm, _TrackedVm())
+        vm.vcpus[vcpu.key.vcpu_id] = vcpu
+        vcpu.detector.on_change = partial(vm.changed.add, vcpu.key.vcpu_id)
+        vcpu.detector.on_change()
 
     def renew(self, readings: Mapping[VmKey, VmReading], now: float) -> list[tuple[TrackedVcpu, Counts | None]]:
         """Take in a snapshot; returns each vCPU with its counters, None where the snapshot has none for it."""
-        return [found for vm, vcpus in self._by_vm.items() for found in self._renew_vm(readings.get(vm), vcpus, now)]
+        return [found for key, vm in self._by_vm.items() for found in self._renew_vm(readings.get(key), vm, now)]
 
     def _renew_vm(
-        self, reading: VmReading | None, vcpus: Mapping[int, TrackedVcpu], now: float
+        self, reading: VmReading | None, vm: _TrackedVm, now: float
     ) -> Iterator[tuple[TrackedVcpu, Counts | None]]:
         positions = {} if reading is None else {vcpu.vcpu_id: place for place, vcpu in enumerate(reading.vcpus)}
-        for vcpu_id, vcpu in vcpus.items():
+        for vcpu_id, vcpu in vm.vcpus.items():
             position = positions.get(vcpu_id)
             # A VM that cannot be read shows none of its vCPUs.
             if reading is None or (reading.vcpus and position is None):
                 self._missing.setdefault(vcpu.key, now)
             else:
                 self._missing.pop(vcpu.key, None)
-            yield vcpu, None if reading is None else vcpu.renew(reading, position)
+            tid = vcpu.vcpu.tid
+            counts = None if reading is None else vcpu.renew(reading, position)
+            if vcpu.vcpu.tid != tid:
+                vm.changed.add(vcpu_id)
+            yield vcpu, counts
 
     def drop(self, key: VcpuKey) -> TrackedVcpu | None:
         """Track a vCPU no more; returns it if it was tracked."""
-        vcpus = self._by_vm.get(key.vm, {})
-        vcpu = vcpus.pop(key.vcpu_id, None)
-        if not vcpus:
-            self._by_vm.pop(key.vm, None)
+        vm = self._by_vm.get(key.vm)
+        vcpu = None if vm is None else vm.vcpus.pop(key.vcpu_id, None)
+        if vm is not None:
+            vm.changed.add(key.vcpu_id)
+            if not vm.vcpus:
+                del self._by_vm[key.vm]
         self.active.pop(key, None)
         self._missing.pop(key, None)
         return vcpu
 
     def drop_vm(self, vm: VmKey) -> list[TrackedVcpu]:
         """Track no vCPU of a VM any more; returns those that were tracked."""
-        vcpus = list(self._by_vm.get(vm, {}).values())
+        found = self._by_vm.get(vm)
+        vcpus = [] if found is None else list(found.vcpus.values())
         for vcpu in vcpus:
             self.drop(vcpu.key)
         return vcpus

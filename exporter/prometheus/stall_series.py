@@ -14,7 +14,7 @@ from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import Rendered, VmSeries
-from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VcpuFigures
+from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VcpuFigures, VmFigures
 from kvm.model import NOTIFY_WINDOW_EXITS, VmKey, VmReading
 
 _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
@@ -30,24 +30,26 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
 )
 
 NOT_KNOWN: Final = (State.UNKNOWN, State.CONTEXT_LOST)
+NO_FIGURES: Final = VmFigures({}, 0)
 
 
 class _Known(NamedTuple):
-    """All that the lines about one VM's vCPUs follow from; vCPUs are told by their positions in the reading.
+    """All that the lines about one VM's vCPUs follow from.
 
-    ``traced`` says that counts of traces are to be shown, ``judged`` that something can tell who is stuck; ``missed``
-    are those of whose notify exits the trigger tells nothing, ``starts`` tells since when, in Unix seconds, those are
-    stuck that are. ``invalid`` counts exits with an invalid context by thread and vcpu_id of the VM's process, None
-    where nobody counts, and ``is_alone`` says that the process has no other VM.
+    ``traced`` says that counts of traces are to be shown, ``judged`` that something can tell who is stuck; ``notified``
+    are the positions of vCPUs that have taken notify exits. By vcpu_id: ``missed`` are those of whose notify exits the
+    trigger tells nothing, ``drilled`` those that a drill calls stuck, and ``starts`` tells since when, in Unix seconds,
+    those are stuck that are. ``invalid`` counts exits with an invalid context by thread and vcpu_id of the VM's
+    process, None where nobody counts, and ``is_alone`` says that the process has no other VM.
     """
 
     traced: bool
     judged: bool
-    figures: list[VcpuFigures | None]
+    figures: VmFigures
     notified: Sequence[int]
-    missed: list[int]
-    drilled: list[int]
-    starts: list[tuple[int, float]]
+    missed: Collection[int]
+    drilled: Collection[int]
+    starts: Mapping[int, float]
     invalid: Mapping[tuple[int, int], int] | None
     is_alone: bool
 
@@ -62,9 +64,6 @@ class StallSeries:
         if report.context_invalid:
             self._vms.update(reading.vm.key[:2] for reading in readings)
         self._found = report.figures
-        self._stalled: Counter[VmKey] = Counter(
-            vm for vm, vcpus in report.figures.items() for found in vcpus.values() if found.state is State.STALLED
-        )
         self._missed: dict[VmKey, set[int]] = {}
         for missed in report.missed_vcpus:
             self._missed.setdefault(missed.vm, set()).add(missed.vcpu_id)
@@ -94,30 +93,31 @@ class StallSeries:
 
     def _find_known(self, reading: VmReading, with_counters: bool) -> _Known:
         key, report = reading.vm.key, self._report
-        of_vm, drills = self._found.get(key, {}), self._drills.get(key, ())
-        figures = [of_vm.get(vcpu.vcpu_id) for vcpu in reading.vcpus]
-        starts = [
-            (at, round(found.stuck_since_seconds + self._unix_offset, 3))
-            for at, found in enumerate(figures if key in self._stalled else ())
-            if found is not None and found.stuck_since_seconds is not None
-        ]
-        return _Known(
-            traced=with_counters and not report.problem,
-            judged=not report.problem,
-            figures=figures,
-            notified=_find_notified(reading),
-            missed=_find_positions(reading, self._missed.get(key, ())),
-            drilled=_find_positions(reading, drills),
-            starts=starts,
-            invalid=None if report.context_invalid is None else self._invalid.get(key[:2], {}),
-            is_alone=self._vms[key[:2]] <= 1,
+        figures, process = self._found.get(key, NO_FIGURES), key[:2]
+        return _Known(  # by position, which takes half the time: this is asked of every VM of a flooded host
+            with_counters and not report.problem,
+            not report.problem,
+            figures,
+            _find_notified(reading),
+            self._missed.get(key, ()),
+            self._drills.get(key, ()),
+            self._find_starts(figures) if figures.stalled else {},
+            None if report.context_invalid is None else self._invalid.get(process, {}),
+            self._vms[process] <= 1,
         )
+
+    def _find_starts(self, figures: VmFigures) -> dict[int, float]:
+        return {
+            vcpu_id: round(found.stuck_since_seconds + self._unix_offset, 3)
+            for vcpu_id, found in figures.vcpus.items()
+            if found.stuck_since_seconds is not None
+        }
 
     def build_host_families(self) -> list[Family]:
         """Return what is known of the whole host."""
         stuck, interval = Family(metrics.HOST_NO_PROGRESS), Family(metrics.HOST_INTERVAL_MIN)
         if not self._report.problem:
-            stuck.add((), sum(self._stalled.values()))
+            stuck.add((), sum(found.stalled for found in self._found.values()))
         for window, seconds in sorted(self._report.interval_min_seconds.items()):
             interval.add((str(window),), seconds)
         return [stuck, interval]
@@ -142,39 +142,39 @@ def _find_notified(reading: VmReading) -> Sequence[int]:
     return [at for at, count in enumerate(column) if count] if 0 in column else range(len(column))
 
 
-def _find_positions(reading: VmReading, vcpu_ids: Collection[int]) -> list[int]:
-    return [at for at, vcpu in enumerate(reading.vcpus) if vcpu.vcpu_id in vcpu_ids] if vcpu_ids else []
-
-
 def _render_known(known: _Known, reading: VmReading, lines: VmSeries) -> Rendered:
-    traced = [(at, found) for at, found in enumerate(known.figures) if found is not None and known.traced]
-    stuck = _judge(known, reading)
-    values: tuple[tuple[Metric, Mapping[int, float]], ...] = (
+    vcpu_ids = [vcpu.vcpu_id for vcpu in reading.vcpus]
+    figures = [*map(known.figures.vcpus.get, vcpu_ids)]
+    traced = [(at, found) for at, found in enumerate(figures) if found is not None and known.traced]
+    stuck = _judge(known, figures, reading)
+    counts: tuple[tuple[Metric, Mapping[int, int]], ...] = (
         (metrics.VCPU_TRACED_EXITS, {at: found.traced_exits for at, found in traced}),
         (metrics.VCPU_SAME_RIP_EXITS, {at: found.same_rip_exits for at, found in traced}),
         (metrics.VCPU_CONTEXT_INVALID, _count_invalid(known, reading)),
         (metrics.VCPU_NO_PROGRESS, stuck),
-        (metrics.VCPU_STALL_START, {at: start for at, start in known.starts if at in stuck}),
-        (metrics.VCPU_DRILL, dict.fromkeys(known.drilled, 1)),
+        (metrics.VCPU_DRILL, {at: 1 for at, vcpu_id in enumerate(vcpu_ids) if vcpu_id in known.drilled}),
     )
     rendered: Rendered = []
-    for metric, numbers in values:
-        rendered += lines.render_values(metric, list(numbers), list(numbers.values()))
-    return rendered
+    for metric, numbers in counts:
+        rendered += lines.render_counts(metric, list(numbers), list(numbers.values()))
+    starts = {at: known.starts[vcpu_ids[at]] for at in stuck if vcpu_ids[at] in known.starts}
+    return rendered + lines.render_times(metrics.VCPU_STALL_START, list(starts), list(starts.values()))
 
 
-def _judge(known: _Known, reading: VmReading) -> dict[int, int]:
+def _judge(known: _Known, figures: Sequence[VcpuFigures | None], reading: VmReading) -> dict[int, int]:
     """Tell which vCPUs are stuck, by position; those of which it is not known, or not asked, are left out."""
-    if not known.judged:
-        return {}
-    # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
-    stuck = {at: 0 for at in known.notified if known.figures[at] is None and reading.vcpus[at].tid is not None}
-    for at, found in enumerate(known.figures):
-        if found is not None and found.state is State.STALLED:
+    stuck: dict[int, int] = {}
+    notified = set(known.notified)
+    for at, found in enumerate(figures if known.judged else ()):
+        if found is None:
+            # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
+            if at in notified and reading.vcpus[at].tid is not None:
+                stuck[at] = 0
+        elif found.state is State.STALLED:
             stuck[at] = 1
-        elif found is not None and found.can_judge and found.state not in NOT_KNOWN:
+        elif found.can_judge and found.state not in NOT_KNOWN:
             stuck[at] = 0
-    return dict(sorted(stuck.items()))
+    return stuck
 
 
 def _count_invalid(known: _Known, reading: VmReading) -> dict[int, int]:
@@ -191,7 +191,7 @@ def _count_invalid(known: _Known, reading: VmReading) -> dict[int, int]:
             if vcpu_id == vcpu.vcpu_id and (known.is_alone or tid == vcpu.tid):
                 counts[at] += count
     # Of a vCPU whose exits go past the trigger, none counted is not none.
-    return {at: count for at, count in counts.items() if count or at not in known.missed}
+    return {at: count for at, count in counts.items() if count or reading.vcpus[at].vcpu_id not in known.missed}
 
 
 def _build_usage_families(usage: AgentUsage) -> list[Family]:

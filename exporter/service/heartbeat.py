@@ -96,7 +96,7 @@ def describe_state(snapshot: Snapshot | None, report: MonitorReport, now: float,
         return "the host has not been read yet"
     if snapshot.is_blind:
         return f"blind: {describe_blindness(snapshot)}"
-    figures = [found for vcpus in report.figures.values() for found in vcpus.values()]
+    figures = [found for vm in report.figures.values() for found in vm.vcpus.values()]
     states = Counter(found.state for found in figures)
     counts = {
         "without a context": states[State.CONTEXT_LOST],

@@ -34,7 +34,7 @@ Times are CLOCK_MONOTONIC seconds and come from the caller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from exporter.stalls.counter_track import CounterTrack
@@ -56,6 +56,11 @@ NEWS_SECONDS: Final = 3.0
 # RIP is what is judged anyway, and on VMX neither is current in memory (VMX_REGS_LAZY_LOAD_SET).
 NOT_COMPARED: Final = frozenset({"rip", "rsp"})
 
+
+def _ignore() -> None:
+    """Tell nobody."""
+
+
 _NS: Final = 1_000_000_000
 
 
@@ -63,6 +68,8 @@ class StallDetector:
     """Judges one vCPU; each ``observe`` returns the verdicts of the states that the vCPU has entered by it."""
 
     def __init__(self, rule: StallRule, now: float) -> None:
+        self.on_change: Callable[[], None] = _ignore
+        """Called after the state, ``rip_hidden`` or a count of records has become another."""
         self.state = State.QUIET
         self.traced_exits = 0
         self.same_rip_exits = 0
@@ -71,8 +78,6 @@ class StallDetector:
         self.proofs = 0
         """How often progress has been proved, so that a session can tell whether it was in its time."""
         self.rip_hidden = False
-        self.stamp = 0
-        """Another number once the state, ``rip_hidden`` or a count of records may be another: from any thread."""
         self.evidence: Evidence | None = None
         """What told of RIPs last."""
         self._rule = rule
@@ -220,7 +225,7 @@ class StallDetector:
             self._run = RecordRun()
             if self._window:
                 self._window.interrupt()
-        self.stamp += 1
+        self.on_change()
         if other_rip:
             self._prove(now, "it left the guest at another RIP")
         if self._at_rip is not None and self._suspicion:
@@ -242,7 +247,7 @@ class StallDetector:
             self.rip_hidden = False
             self.traced_exits += finding.exits
             self.same_rip_exits += finding.repeats
-            self.stamp += 1
+            self.on_change()
             self._runs_nested |= counts.last_guest_mode
         if finding.kind not in (Kind.NOTHING, Kind.INTERRUPTED):
             self.evidence = Evidence.KERNEL
@@ -367,7 +372,7 @@ class StallDetector:
 
     def _hide(self, seconds: float, reason: str) -> None:
         self.rip_hidden = True
-        self.stamp += 1
+        self.on_change()
         self._run = RecordRun()
         if self._window:
             self._window.interrupt()
@@ -474,7 +479,7 @@ class StallDetector:
         self._reason = reason
         if state is not self.state:
             self.state, self._since = state, max(now, self._since)
-            self.stamp += 1
+            self.on_change()
             self._changes.append(self.verdict)
 
     def _take_changes(self) -> Sequence[Verdict]:

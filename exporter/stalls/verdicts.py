@@ -111,6 +111,21 @@ class VcpuFigures(NamedTuple):
     can_judge: bool
 
 
+class VmFigures(NamedTuple):
+    """What metrics tell of a VM's vCPUs that have taken a notify exit, by vcpu_id; and how many of them are stalled.
+
+    The same object until something of it changes: few of a host's do from one scrape to the next.
+    """
+
+    vcpus: Mapping[int, VcpuFigures]
+    stalled: int
+
+
+def build_vm_figures(vcpus: Mapping[int, VcpuFigures]) -> VmFigures:
+    """Build the figures of a VM of those of its vCPUs."""
+    return VmFigures(vcpus, sum(found.state is State.STALLED for found in vcpus.values()))
+
+
 # Kinds of the agent's threads: the event loop, and its pools of workers.
 THREAD_KINDS: Final = ("main", "monitor", "scrape", "status", "other")
 
@@ -133,7 +148,7 @@ class MonitorReport:
     """What the stall monitor has found, and how it works.
 
     ``vcpus`` are those that have taken a notify exit in the agent's time, unless only ``figures`` of these were asked
-    for, by VM and vcpu_id, and always those of drills; every other one is quiet. ``problem`` says
+    for, and always those of drills; every other one is quiet. ``problem`` says
     why RIPs cannot be had ("" where they can), ``evidence`` what tells them on this host. ``trigger`` is what
     tells of notify exits: "bpf", "poll", or "" where none can happen; ``trigger_problem`` is why no BPF trigger is
     attached ("" where one is, or where none is wanted), ``trigger_missed`` how often a counter had moved of which the
@@ -143,7 +158,7 @@ class MonitorReport:
     """
 
     vcpus: tuple[VcpuReport, ...] = ()
-    figures: Mapping[VmKey, Mapping[int, VcpuFigures]] = field(default_factory=dict)
+    figures: Mapping[VmKey, VmFigures] = field(default_factory=dict)
     problem: str = ""
     evidence: Evidence = Evidence.TRACE
     trigger: str = ""

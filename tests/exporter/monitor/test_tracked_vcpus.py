@@ -37,36 +37,68 @@ def test_each_vcpu_is_renewed_with_its_own_counters() -> None:
     assert found == {(vm.key, 0): (0, 0), (vm.key, 1): (1, 10), (vm.key, 2): (2, 20), (other.key, 0): (3, 30)}
 
 
-def test_figures_are_the_same_object_until_they_change() -> None:
+def test_figures_are_the_same_objects_until_they_change() -> None:
+    vm, other = FakeVm("web", 100, 2), FakeVm("db", 200, 1)
+    tracked = track(vm, other)
+    vcpu = next(iter(tracked))
+    before = tracked.find_figures()
+    assert before[vm.key].vcpus[0] == VcpuFigures(State.QUIET, None, 0, 0, can_judge=True)
+    vcpu.detector.observe_trigger(1.0)
+    now = tracked.find_figures()
+    assert now[vm.key].vcpus[0].state is State.NOTIFYING
+    assert now[vm.key].vcpus[2] is before[vm.key].vcpus[2]
+    assert before[vm.key].vcpus[0].state is State.QUIET
+    assert now[other.key] is before[other.key]
+    reading = vm.read()
+    hidden = replace(reading, vcpus=tuple(replace(vcpu, tid=None) for vcpu in reading.vcpus))
+    assert len([*tracked.renew({vm.key: hidden} | read(other), 1.0)]) == 3
+    assert not tracked.find_figures()[vm.key].vcpus[0].can_judge
+
+
+def test_figures_follow_vcpus_that_come_and_go() -> None:
     vm = FakeVm("web", 100, 2)
     tracked = track(vm)
-    vcpu = next(iter(tracked))
-    before = tracked.find_figures()[vm.key]
-    assert before[0] == VcpuFigures(State.QUIET, None, 0, 0, can_judge=True)
-    vcpu.detector.observe_trigger(1.0)
-    now = tracked.find_figures()[vm.key]
-    assert now[0].state is State.NOTIFYING
-    assert now[2] is before[2]
-    vcpu.vcpu = replace(vcpu.vcpu, tid=None)
-    assert not tracked.find_figures()[vm.key][0].can_judge
+    assert set(tracked.find_figures()[vm.key].vcpus) == {0, 2}
+    gone = tracked.drop(VcpuKey(vm.key, 2))
+    assert set(tracked.find_figures()[vm.key].vcpus) == {0}
+    assert gone is not None
+    tracked.add(gone)
+    assert set(tracked.find_figures()[vm.key].vcpus) == {0, 2}
+    tracked.drop_vm(vm.key)
+    assert tracked.find_figures() == {}
+
+
+def test_figures_count_the_stalled() -> None:
+    vm = FakeVm("web", 100, 3)
+    tracked = track(vm)
+    detectors = [vcpu.detector for vcpu in tracked]
+    assert tracked.find_figures()[vm.key].stalled == 0
+    for detector in detectors[:2]:
+        records = [NotifyExit(n * 10**8, 7, 0x1000, 0, 0) for n in range(40)]
+        detector.start_window(0.0)
+        detector.observe_records(4.0, records)
+    found = tracked.find_figures()[vm.key]
+    assert found.stalled == sum(vcpu.state is State.STALLED for vcpu in found.vcpus.values()) == 2
 
 
 class AskedMeanwhile(StallDetector):
-    """Has its vCPU's figures asked for at each change of its own, as a scrape may in its thread."""
+    """Has the figures asked for at each change of its own, as a scrape may in its thread."""
 
-    vcpu: TrackedVcpu | None = None
+    tracked: TrackedVcpus | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
-        if self.vcpu is not None:
-            assert self.vcpu.figures
+        if self.tracked is not None:
+            assert self.tracked.find_figures()
 
 
 @pytest.mark.parametrize("evidence", ["records", "kernel"])
 def test_figures_that_are_asked_for_during_a_change_are_not_kept(evidence: str) -> None:
     vm, detector = FakeVm("web", 100, 1), AskedMeanwhile(StallRule(), 0.0)
     (thread,) = vm.read().vcpus
-    vcpu = detector.vcpu = TrackedVcpu(VcpuKey(vm.key, 0), vm.vm, thread, "bpf", detector)
+    tracked = TrackedVcpus()
+    tracked.add(TrackedVcpu(VcpuKey(vm.key, 0), vm.vm, thread, "bpf", detector))
+    detector.tracked = tracked
     counts = KernelCounts(10, 10, 0, 0x1000, False, 11, 11, 100, 0)
     for second in range(1, 5):  # it is suspected after two: from then on nothing but the counts changes
         if evidence == "records":
@@ -75,7 +107,7 @@ def test_figures_that_are_asked_for_during_a_change_are_not_kept(evidence: str) 
             repeats = 10 + second
             more = replace(counts, same_rip_exits=repeats, stuck_exits=repeats, streak=repeats + 1)
             detector.observe_kernel(second, second, replace(more, notify_exits=repeats + 1, exits=100 + second))
-        assert vcpu.figures[2:4] == (detector.traced_exits, detector.same_rip_exits)
+        assert tracked.find_figures()[vm.key].vcpus[0][2:4] == (detector.traced_exits, detector.same_rip_exits)
     assert (detector.state, detector.same_rip_exits) == (State.SUSPECT, 3)
 
 
