@@ -1,9 +1,9 @@
 """Makes thousands of vCPUs on /dev/kvm: processes that hold VMs as VMMs do, and run them when they are told to.
 
 Run as a program it forks, one process a VM; each makes its vCPUs with their stats fds (as QEMU 8.1 does) and some
-eventfds. It prints ``ready`` when all are there. For each line of its input every vCPU takes a VM exit (the guest
-halts), and ``ready`` is printed again. It ends, with all of them, at the end of its input, or once one of them has
-ended, as where there is no memory for so many.
+eventfds. It prints ``ready`` when all are there. For each line of its input, a number, every vCPU of so many VMs takes
+a VM exit (the guest halts), and ``ready`` is printed again. It ends, with all of them, at the end of its input, or once
+one of them has ended, as where there is no memory for so many.
 """
 
 from __future__ import annotations
@@ -75,27 +75,30 @@ def main() -> None:
                 os._exit(1)
         members.append(member)
     os.close(ready)
+    running = members
     while True:
-        for _ in members:
+        for _ in running:
             os.read(told, 1)
         print("ready", flush=True)
-        if not sys.stdin.readline():
+        line = sys.stdin.readline()
+        if not line:
             break
-        for member in members:
+        running = members[: int(line)]
+        for member in running:
             os.kill(member, signal.SIGUSR1)
 
 
 class Crowd:
     """A crowd that is there."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, process: subprocess.Popen[str], vms: int) -> None:
+        self._process, self._vms = process, vms
         self.wait()
 
-    def run(self) -> None:
-        """Let every vCPU take a VM exit: every ``exits`` moves."""
+    def run(self, vms: int | None = None) -> None:
+        """Let every vCPU of so many VMs, by default of all, take a VM exit: their ``exits`` move."""
         assert self._process.stdin is not None
-        self._process.stdin.write("run\n")
+        self._process.stdin.write(f"{self._vms if vms is None else vms}\n")
         self._process.stdin.flush()
         self.wait()
 
@@ -112,7 +115,7 @@ def open_crowd(vms: int, vcpus: int, eventfds: int = 0) -> Iterator[Crowd]:
     words = [sys.executable, "-m", "tests.bench.crowd", str(vms), str(vcpus), str(eventfds)]
     root = Path(__file__).parent.parent.parent
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        yield Crowd(process)
+        yield Crowd(process, vms)
         process.communicate()
 
 

@@ -16,6 +16,7 @@ def test_who_has_lost_one_is_gone(kill_first: bool) -> None:
     before = set(psutil.Process().children())
     with open_crowd(3, 1) as crowd:
         crowd.run()
+        crowd.run(2)
         (maker,) = set(psutil.Process().children()) - before
         members = maker.children()
         assert len(members) == 3
