@@ -29,6 +29,9 @@ ALERT_KEYS: Final = f"{VM_KEYS}, alertname, severity, microcode"
 # The alerts about hosts where a stall would go unseen.
 DOWN: Final = "KvmNotifyExporterDown"
 INCOMPLETE: Final = "KvmNotifyAgentBlind"
+LEFT_OUT: Final = "KvmNotifyVmsLeftOut"
+# Why VMs are left out that the agent sees.
+LEFT_OUT_REASONS: Final = "over_budget|owners_pending"
 NO_RIPS: Final = "KvmNotifyStallsNotDetected"
 # Of the job and instance that were chosen, and those about a whole fleet, which have neither.
 SCOPES: Final = ('job=~"$job", instance=~"$instance"', 'job="", instance=""')
@@ -65,10 +68,18 @@ def make_stalled_table(number: int, vm_exit_rate: str, *info: Metric, rows: int,
     )
 
 
+def select_reasons(matcher: str) -> str:
+    """Return a selector of the reasons for which VMs are left out on purpose, with ``!~`` of all others."""
+    return select(m.INCOMPLETE_REASON).replace("}", f', reason{matcher}"{LEFT_OUT_REASONS}"}}')
+
+
 def make_blind_table(number: int) -> Panel:
     """Return the table of hosts on which a stall would go unseen, and why; since when, the alerts' series know."""
     down, incomplete = f"{AGENTS} == 0", f"max by ({HOST_KEYS}) ({select(m.COMPLETE)}) == 0"
-    reasons = f"max by ({HOST_KEYS}, reason) ({select(m.INCOMPLETE_REASON)})"
+    left_out, reasons = (
+        f"max by ({HOST_KEYS}, reason) ({select_reasons(matcher)}) and on ({HOST_KEYS}) {incomplete}"
+        for matcher in ("=~", "!~")
+    )
     untold = (
         f"max by ({HOST_KEYS}, lockdown) ({select(m.HOST_INFO)}) unless on ({HOST_KEYS}) {select(m.HOST_NO_PROGRESS)}"
     )
@@ -82,15 +93,16 @@ def make_blind_table(number: int) -> Panel:
                 f"{down} unless on ({HOST_KEYS}) {known_to_prometheus}", DOWN, state="down", reason="no target now"
             ),
             tell_by(
-                f"({reasons} and on ({HOST_KEYS}) {incomplete} or on ({HOST_KEYS}) {incomplete})",
+                f"({reasons} or on ({HOST_KEYS}) ({incomplete} unless on ({HOST_KEYS}) {select_reasons('=~')}))",
                 INCOMPLETE,
                 state="blind",
             ),
+            tell_by(f"({left_out})", LEFT_OUT, state="blind"),
             tell_by(f"max by ({HOST_KEYS}, reason) ({no_rips})", NO_RIPS, state="blind"),
         )
     )
     keys = f"{HOST_KEYS}, alertname"
-    names = "|".join((DOWN, INCOMPLETE, NO_RIPS))
+    names = "|".join((DOWN, INCOMPLETE, LEFT_OUT, NO_RIPS))
     since = f'{ALERT_ACTIVE_SINCE.name}{{alertname=~"{names}", {SCOPES[0]}}}'
     return make_table(
         number,

@@ -32,7 +32,8 @@ SCENARIOS: Mapping[str, str] = {
     "KvmVcpuNoForwardProgress": "demo",
     "KvmVmUnprotected": "demo",
     "KvmNotifyExporterDown": "gone lost",
-    "KvmNotifyAgentBlind": "blind",
+    "KvmNotifyAgentBlind": "blind faulty",
+    "KvmNotifyVmsLeftOut": "crowded",
     "KvmNotifySnapshotStale": "faulty",
     "KvmNotifySourceLost": "blind faulty",
     "KvmNotifyVmsUnread": "blind",
@@ -55,6 +56,7 @@ _TRACED = "no agent here has vCPUs that are armed and cannot be traced: that tak
 _NO_STATISTICS = "this kernel describes no statistic that is not understood"
 _NO_REBOOT = "no host is rebooted here"
 _FLEET_WIDE = "no alert about a whole fleet fires within minutes"
+_NOT_CROWDED = "no user here has more VMs than are shown of one"
 _TOO_SHORT = "two stalls in a minute and a half are too few"
 # What the simulated history has to answer: (place, metric) and why. "" stands for any.
 MADE_UP: Mapping[tuple[str, str], str] = {
@@ -71,6 +73,9 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("alert KvmNotifyStallsNotDetected", ""): _TRACED,
     ("kvm-notify-fleet: Blind to stalls", "kvm_host_vcpus_no_forward_progress"): _TRACED,
     ("kvm-notify-fleet: Agents down or blind", "kvm_host_vcpus_no_forward_progress"): _TRACED,
+    ("kvm-notify-fleet: Agents down or blind", "kvm_exporter_incomplete_reason_info"): _NOT_CROWDED,
+    ("alert KvmNotifyVmsLeftOut", ""): _NOT_CROWDED,
+    ("documents", "kvm_exporter_incomplete_reason_info"): _NOT_CROWDED,
     ("kvm-notify-fleet: Firing alerts", ""): _FLEET_WIDE,
     ("kvm-notify-host: Statistics left out", ""): _NO_STATISTICS,
     ("kvm-notify-host: annotation Microcode or kernel changed", ""): _NO_REBOOT,
