@@ -1,8 +1,8 @@
 """Counts what could not be read, and logs each trouble once and not on every snapshot.
 
 A trouble is told by process, because that is what is known where it is found; whose VM it is, is known at the end of a
-snapshot, and then it is logged with the VM's name. Whoever makes processes by the thousand makes as many troubles: of
-one kind so many are logged in a minute, and of the rest their number.
+snapshot, and then it is logged with the VM's name, unless the process has several. Whoever makes processes by the
+thousand makes as many troubles: of one kind so many are logged in a minute, and of the rest their number.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class ReadErrors:
         if not (self._new or self._logged):
             self._vm_pids = set()
             return
-        vms = {vm.key.pid: vm for vm in found}
+        vms: dict[int, list[Vm]] = {}
+        for vm in found:
+            vms.setdefault(vm.key.pid, []).append(vm)
         for (pid, source, kind), why in self._new.items():
             admitted = self._limit.admit(kind)
             if admitted is None:
@@ -76,8 +78,8 @@ class ReadErrors:
             fields: dict[str, object] = {"source": source, "kind": kind, "reason": why}
             if pid:
                 fields["pid"] = pid
-            if pid in vms:
-                fields |= {"vm": vms[pid].id, "name": vms[pid].owner.name}
+            if len(of_process := vms.get(pid, [])) == 1:
+                fields |= {"vm": of_process[0].id, "name": of_process[0].owner.name}
             log.warning(MESSAGES.get(kind, "something could not be read"), extra={"fields": {**fields, **admitted}})
         ended = self._vm_pids - vms.keys()
         logged = [entry for entry in (*self._logged, *self._new) if entry[0] not in ended]

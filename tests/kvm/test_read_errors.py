@@ -25,6 +25,19 @@ def test_what_is_left_out_again_is_counted_again_and_logged_once(caplog: pytest.
     assert len(caplog.records) == 1
 
 
+def test_no_vm_is_named_for_the_trouble_of_another_one_of_its_process(caplog: pytest.LogCaptureFixture) -> None:
+    errors = ReadErrors()
+    with caplog.at_level(logging.WARNING):
+        for pid in (7, 8):
+            errors.record("owners", pid, "duplicate", "it is another one")
+        errors.log_new([make_vm(7), make_vm(8, 4), make_vm(8, 5)])
+    fields = [vars(record)["fields"] for record in caplog.records]
+    assert [(told["pid"], told.get("vm"), told.get("name")) for told in fields] == [
+        (7, make_vm(7).id, make_vm(7).owner.name),
+        (8, None, None),
+    ]
+
+
 def test_troubles_by_the_thousand_are_a_few_lines_and_their_number(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     errors = ReadErrors(lambda: now[0])
