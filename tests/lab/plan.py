@@ -31,6 +31,7 @@ from tests.lab.initramfs import write_layers
 DEFAULT_SERIES = "6.12"
 JUNIT = "/tmp/junit.xml"
 AT_ONCE = 2
+SLOWEST = 5
 KERNEL_WARNING = re.compile(r"WARNING: |BUG: |Oops: |general protection|rcu: INFO: .* stall|hung_task")
 ENVIRONMENT = {"KVM_LAB_INSIDE": "1", "KVM_TESTS_MUST_RUN": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 # hypothesis is for the tests outside; importing it under emulation takes seconds.
@@ -113,6 +114,13 @@ def parse_figures(xml: bytes) -> tuple[str, ...]:
     return tuple(found.get("value", "") for found in properties if found.get("name") == "figure")
 
 
+def find_slowest(xml: bytes) -> str:
+    """Returns a line with the tests of a junit file that took longest."""
+    cases = ET.fromstring(xml).iter("testcase")
+    slowest = sorted(((float(case.get("time", "0")), case.get("name", "")) for case in cases), reverse=True)[:SLOWEST]
+    return "slowest: " + ", ".join(f"{name} {seconds:.0f} s" for seconds, name in slowest)
+
+
 def parse_blind_rows(xml: bytes) -> tuple[Row, ...]:
     """Returns what blind agents have claimed inside, with the alerts that Prometheus would have raised outside."""
     properties = ET.fromstring(xml).iter("property")
@@ -134,7 +142,7 @@ def run_tests(kernel: Kernel, boot: Boot, arguments: Sequence[str] = ()) -> Outc
     )
     junit = run.files.get(JUNIT)
     tests, failed, skipped = parse_junit(junit) if junit else (0, 0, 0)
-    figures = parse_figures(junit) if junit else ()
+    figures = (*parse_figures(junit), find_slowest(junit)) if junit else ()
     rows = parse_blind_rows(junit) if junit else ()
     figures += tuple(render_table(rows)) if rows else ()
     return Outcome(boot, run, tests, failed, skipped, find_kernel_warnings(run.console), figures, rows)

@@ -14,7 +14,7 @@ from tests.lab.boot import Limits, Listener, RunLost
 from tests.lab.debian import parse_numbers
 from tests.lab.inside.perf_reader import Field, parse_format
 from tests.lab.modules import parse_depends
-from tests.lab.plan import find_kernel_warnings, parse_figures, parse_junit, read_series
+from tests.lab.plan import find_kernel_warnings, find_slowest, parse_figures, parse_junit, read_series
 
 DEB822 = """Types: deb
 # http://snapshot.example/archive
@@ -81,6 +81,12 @@ def test_figures_come_from_the_junit_file() -> None:
         b'<properties><property name="figure" value="3 &lt; 4"/><property name="other" value="5"/></properties>'
     )
     assert parse_figures(b"<testsuites><testsuite>" + properties + b"</testsuite></testsuites>") == ("3 < 4",)
+
+
+def test_the_slowest_tests_of_a_junit_file_are_named() -> None:
+    cases = "".join(f'<testcase name="test_{number}" time="{number}.4"/>' for number in range(9))
+    line = find_slowest(f"<testsuites><testsuite>{cases}</testsuite></testsuites>".encode())
+    assert line == "slowest: test_8 8 s, test_7 7 s, test_6 6 s, test_5 5 s, test_4 4 s"
 
 
 def test_what_a_kernel_complains_of_is_found() -> None:
