@@ -1,8 +1,9 @@
 """Counts what could not be read, and logs each trouble once and not on every snapshot.
 
-A trouble is told by process, because that is what is known where it is found; whose VM it is, is known at the end of a
-snapshot, and then it is logged with the VM's name, unless the process has several. Whoever makes processes by the
-thousand makes as many troubles: of one kind so many are logged in a minute, and of the rest their number.
+A trouble is told by VM, or by process where no more is known when it is found. What a VM is called is known at the end
+of a snapshot: then its trouble is logged with its name, and so is a process's if it has a single VM. Whoever makes
+processes by the thousand makes as many troubles: of one kind so many are logged in a minute, and of the rest their
+number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from kvm.log_limit import LogLimit
-from kvm.model import Vm
+from kvm.model import Vm, VmKey
 
 log = logging.getLogger(__name__)
 
@@ -32,33 +33,37 @@ MESSAGES = {
 }
 
 
+Subject = VmKey | int
+"""Who has a trouble: a VM, or a process by its pid."""
+
+
 class ReadErrors:
     """The tally of what could not be read, by (source, kind), since start.
 
-    A trouble is logged when a process first has it; then only counted, until the process has ended. ``clock`` gives
-    seconds that only grow.
+    A trouble is logged when a VM or process first has it; then only counted, until the process has ended. ``clock``
+    gives seconds that only grow.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = LogLimit(LINES, clock)
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._logged: dict[tuple[int, str, str], None] = {}
+        self._logged: dict[tuple[Subject, str, str], None] = {}
         self._vm_pids: set[int] = set()
-        self._new: dict[tuple[int, str, str], str] = {}
+        self._new: dict[tuple[Subject, str, str], str] = {}
 
-    def teller(self, source: str) -> Callable[[int, str, str], None]:
-        """Return a function that records a trouble of this source: (pid, kind, message)."""
+    def teller(self, source: str) -> Callable[[Subject, str, str], None]:
+        """Return a function that records a trouble of this source: (whose, kind, message)."""
 
-        def tell(pid: int, kind: str, message: str) -> None:
-            self.record(source, pid, kind, message)
+        def tell(whose: Subject, kind: str, message: str) -> None:
+            self.record(source, whose, kind, message)
 
         return tell
 
-    def record(self, source: str, pid: int, kind: str, message: str) -> None:
-        """Count one trouble of process ``pid``, or of no single one if that is 0."""
+    def record(self, source: str, whose: Subject, kind: str, message: str) -> None:
+        """Count one trouble of a VM or of a process; of no single one if that is 0."""
         self._counts[source, kind] += 1
-        if (pid, source, kind) not in self._logged:
-            self._new.setdefault((pid, source, kind), message)
+        if (whose, source, kind) not in self._logged:
+            self._new.setdefault((whose, source, kind), message)
 
     def log_new(self, found: Iterable[Vm]) -> None:
         """Log the troubles that are new since the snapshot before, and forget those of VMs that have ended.
@@ -68,25 +73,30 @@ class ReadErrors:
         if not (self._new or self._logged):
             self._vm_pids = set()
             return
-        vms: dict[int, list[Vm]] = {}
+        vms: dict[Subject, list[Vm]] = {}
         for vm in found:
             vms.setdefault(vm.key.pid, []).append(vm)
-        for (pid, source, kind), why in self._new.items():
+            vms[vm.key] = [vm]
+        for (whose, source, kind), why in self._new.items():
             admitted = self._limit.admit(kind)
             if admitted is None:
                 continue
             fields: dict[str, object] = {"source": source, "kind": kind, "reason": why}
-            if pid:
-                fields["pid"] = pid
-            if len(of_process := vms.get(pid, [])) == 1:
-                fields |= {"vm": of_process[0].id, "name": of_process[0].owner.name}
+            if whose:
+                fields["pid"] = _find_pid(whose)
+            if len(named := vms.get(whose, [])) == 1:
+                fields |= {"vm": named[0].id, "name": named[0].owner.name}
             log.warning(MESSAGES.get(kind, "something could not be read"), extra={"fields": {**fields, **admitted}})
         ended = self._vm_pids - vms.keys()
-        logged = [entry for entry in (*self._logged, *self._new) if entry[0] not in ended]
+        logged = [entry for entry in (*self._logged, *self._new) if _find_pid(entry[0]) not in ended]
         self._logged = dict.fromkeys(logged[-MAX_LOGGED:])
-        self._vm_pids, self._new = set(vms), {}
+        self._vm_pids, self._new = {_find_pid(whose) for whose in vms}, {}
 
     @property
     def counts(self) -> Mapping[tuple[str, str], int]:
         """How many troubles there were, by (source, kind)."""
         return MappingProxyType(dict(self._counts))
+
+
+def _find_pid(whose: Subject) -> int:
+    return whose if isinstance(whose, int) else whose.pid

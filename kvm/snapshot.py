@@ -141,7 +141,7 @@ class HostReader:
         readings = [self._assemble(vm, answers[key], now) for key, vm in vms.items()]
         for reading in readings:
             if not reading.source:
-                self._errors.record("none", reading.vm.key.pid, "unread", reading.counters.problem)
+                self._errors.record("none", reading.vm.key, "unread", reading.counters.problem)
         self._errors.log_new(vms.values())
         blind_spots = find_blind_spots(self._find_evidence())
         self._blind_spot_log.log_new(blind_spots, now)

@@ -183,7 +183,7 @@ class HostCollector:
                 shown = self.settings.shows(vm)
             if lines.vm_label in labels:
                 message = f"another VM has the id {vm.id!r} too"
-                self._errors.record(reading.source, vm.key.pid, "duplicate_vm", message)
+                self._errors.record(reading.source, vm.key, "duplicate_vm", message)
                 continue
             labels.add(lines.vm_label)
             self._lines[vm.key] = (lines, shown)
@@ -198,7 +198,7 @@ class HostCollector:
                 answer = ask(lines, reading)
             except Exception as err:  # noqa: BLE001 - one VM's nonsense costs that VM's series only
                 why = str(err) if isinstance(err, MalformedData) else repr(err)
-                self._errors.record(reading.source, reading.vm.key.pid, "malformed", why)
+                self._errors.record(reading.source, reading.vm.key, "malformed", why)
             else:
                 yield shown, answer
 

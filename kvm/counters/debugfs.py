@@ -115,7 +115,7 @@ class DebugfsSource:
         wanted: Sequence[str],
         kvm_directory: Path,
         proc: Path,
-        on_error: Callable[[int, str, str], None],
+        on_error: Callable[[VmKey, str, str], None],
         sysfs: Path = Path("/sys"),
         *,
         selection: StatSelection | None = None,
@@ -185,7 +185,7 @@ class DebugfsSource:
             except FileNotFoundError:
                 self._directories[vm.key] = None
             except (OSError, MalformedData) as err:
-                self._on_error(vm.key.pid, "malformed" if isinstance(err, MalformedData) else "unreadable", str(err))
+                self._on_error(vm.key, "malformed" if isinstance(err, MalformedData) else "unreadable", str(err))
                 readings[vm.key] = VmCounters(problem=str(err))
         if not again:
             self._directories = {key: path for key, path in self._directories.items() if key in readings}

@@ -92,7 +92,7 @@ def check_safe_to_borrow(kallsyms: Path) -> None:
 class StatsFdSource:
     """The CounterSource ``stats_fd``. ``wanted`` names the counters, ``selection`` what is to be read besides.
 
-    ``on_error`` takes (pid, kind, message). A VM's own statistics are read where its VMM holds a stats fd of the VM,
+    ``on_error`` takes (VM, kind, message). A VM's own statistics are read where its VMM holds a stats fd of the VM,
     which QEMU does not.
     """
 
@@ -103,7 +103,7 @@ class StatsFdSource:
     def __init__(
         self,
         wanted: Sequence[str],
-        on_error: Callable[[int, str, str], None],
+        on_error: Callable[[VmKey, str, str], None],
         kallsyms: Path = Path("/proc/kallsyms"),
         device: Path = Path("/dev/kvm"),
         selection: StatSelection | None = None,
@@ -162,10 +162,10 @@ class StatsFdSource:
             except (VmGone, FileNotFoundError, ProcessLookupError):
                 return None
             except MalformedData as err:
-                self._on_error(key.pid, "malformed", str(err))
+                self._on_error(key, "malformed", str(err))
                 return None
             except OSError as err:
-                self._on_error(key.pid, "unreadable", f"cannot borrow its stats fds: {err.strerror}")
+                self._on_error(key, "unreadable", f"cannot borrow its stats fds: {err.strerror}")
                 return None
         return VcpuState(vcpu_id, None, {}, frozenset(), statistics)
 
@@ -177,10 +177,10 @@ class StatsFdSource:
             except VmGone:
                 continue
             except MalformedData as err:
-                self._on_error(vm.key.pid, "malformed", str(err))
+                self._on_error(vm.key, "malformed", str(err))
                 readings[vm.key] = VmCounters(problem=str(err))
             except OSError as err:
-                self._on_error(vm.key.pid, "unreadable", f"cannot borrow its stats fds: {err.strerror}")
+                self._on_error(vm.key, "unreadable", f"cannot borrow its stats fds: {err.strerror}")
                 readings[vm.key] = VmCounters(problem=f"cannot borrow its stats fds: {err.strerror}")
         if self.doubt and any(counters.per_vcpu for counters in readings.values()):
             self.doubt = ""

@@ -138,7 +138,7 @@ class VmIds:
         pending = [key for key, presence in unknown.items() if presence is _Presence.ALIVE]
         self.pending = len(pending)
         for key in pending:
-            self._errors.record("owners", key.pid, "pending", "whose VM it is has not been found out yet")
+            self._errors.record("owners", key, "pending", "whose VM it is has not been found out yet")
         new = owners.keys() - self._vms.keys()
         if new:
             ids = choose_ids(owners, {key: vm.id for key, vm in self._vms.items()})
@@ -154,7 +154,7 @@ class VmIds:
     def _note_conflict(self, key: VmKey, vm_id: str) -> None:
         """Record a conflict once for each process: one that goes on making VMs of one identity is one condition."""
         if key[:2] not in self._conflicts:
-            self._errors.record("owners", key.pid, "duplicate", f"another VM has its identity: this one is {vm_id}")
+            self._errors.record("owners", key, "duplicate", f"another VM has its identity: this one is {vm_id}")
             self._conflicts[key[:2]] = None
             if len(self._conflicts) > MAX_CONFLICTS:
                 del self._conflicts[next(iter(self._conflicts))]

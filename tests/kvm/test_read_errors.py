@@ -30,10 +30,14 @@ def test_no_vm_is_named_for_the_trouble_of_another_one_of_its_process(caplog: py
     with caplog.at_level(logging.WARNING):
         for pid in (7, 8):
             errors.record("owners", pid, "duplicate", "it is another one")
+        errors.record("none", make_vm(8, 5).key, "unread", "nothing reads it")
+        errors.record("none", make_vm(8, 6).key, "unread", "nor this, and it has ended")
         errors.log_new([make_vm(7), make_vm(8, 4), make_vm(8, 5)])
     fields = [vars(record)["fields"] for record in caplog.records]
     assert [(told["pid"], told.get("vm"), told.get("name")) for told in fields] == [
         (7, make_vm(7).id, make_vm(7).owner.name),
+        (8, None, None),
+        (8, make_vm(8, 5).id, make_vm(8, 5).owner.name),
         (8, None, None),
     ]
 

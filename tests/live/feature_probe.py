@@ -25,13 +25,14 @@ from kvm.host.lockdown import read_lockdown
 from kvm.identity.owners import read_owner
 from kvm.model import EXITS, VmCounters, VmKey
 from kvm.perf.notify_tracer import NotifyTracer
+from kvm.read_errors import Subject
 
 # The trigger's own is of kvm_intel alone; this one every KVM has, in the module kvm.
 FUNCTION = "kvm_arch_vcpu_ioctl_run"
 PROC, SYSFS, KVM_DEBUGFS = Path("/proc"), Path("/sys"), Path("/sys/kernel/debug/kvm")
 
 
-def ignore(_pid: int, _kind: str, _message: str) -> None:
+def ignore(_whose: Subject, _kind: str, _message: str) -> None:
     """Other processes may be odd."""
 
 

@@ -22,6 +22,7 @@ from kvm.discovery.uevents import open_uevents, parse_uevent, read_uevent
 from kvm.discovery.vm_discovery import Discovery, HeldVm
 from kvm.errors import SourceUnavailable
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VmKey
+from kvm.read_errors import Subject
 from tests.live import OTHER_EXITS, open_guest_process
 
 pytestmark = pytest.mark.live
@@ -31,8 +32,8 @@ WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
 PORT_WRITES = 23
 
 
-def refuse_trouble(pid: int, kind: str, message: str) -> None:
-    raise AssertionError((pid, kind, message))
+def refuse_trouble(whose: Subject, kind: str, message: str) -> None:
+    raise AssertionError((whose, kind, message))
 
 
 @pytest.fixture

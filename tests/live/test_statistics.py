@@ -19,6 +19,7 @@ from kvm.counters.stats_fd import StatsFdSource
 from kvm.discovery.vm_discovery import Discovery
 from kvm.host.throwaway_vm import read_descriptors, read_values
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VmCounters
+from kvm.read_errors import Subject
 from kvm.statistics import StatDescriptor, StatKind, StatScope, StatSelection, StatUnit, VmStatistics, cut_values
 from tests.live import GuestProcess, open_guest_process
 
@@ -31,8 +32,8 @@ KINDS = [StatKind.CUMULATIVE, StatKind.INSTANT, StatKind.PEAK, StatKind.LINEAR_H
 UNITS = [StatUnit.NONE, StatUnit.BYTES, StatUnit.SECONDS, StatUnit.CYCLES, StatUnit.BOOLEAN]
 
 
-def refuse_trouble(pid: int, kind: str, message: str) -> None:
-    raise AssertionError((pid, kind, message))
+def refuse_trouble(whose: Subject, kind: str, message: str) -> None:
+    raise AssertionError((whose, kind, message))
 
 
 def select_all(level: StatScope, pattern: str = "") -> StatSelection:

@@ -29,9 +29,9 @@ WANTED = (NOTIFY_WINDOW_EXITS, EXITS)
 KEY = VmKey(1000, 5, 9)
 
 
-class Troubles(list[tuple[int, str, str]]):
-    def tell(self, pid: int, kind: str, message: str) -> None:
-        self.append((pid, kind, message))
+class Troubles(list[tuple[VmKey, str, str]]):
+    def tell(self, whose: VmKey, kind: str, message: str) -> None:
+        self.append((whose, kind, message))
 
 
 def held(key: VmKey) -> HeldVm:
@@ -95,7 +95,7 @@ def test_a_vm_that_makes_no_sense_costs_only_itself(tmp_path: Path) -> None:
     readings = source.read([held(KEY), held(other)])
     assert readings[KEY].totals == {}
     assert "many" in readings[KEY].problem
-    assert [(pid, kind) for pid, kind, _message in troubles] == [(1000, "malformed")]
+    assert [(whose.pid, kind) for whose, kind, _message in troubles] == [(1000, "malformed")]
     assert readings[other].totals[NOTIFY_WINDOW_EXITS] == 7
 
 

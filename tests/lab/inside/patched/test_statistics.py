@@ -10,6 +10,7 @@ import pytest
 
 from kvm.counters.stats_fd import StatsFdSource
 from kvm.discovery.vm_discovery import Discovery
+from kvm.read_errors import Subject
 from tests.lab.inside.agent import run_once
 from tests.lab.inside.kvm_readers import find_vm_directory, read_vcpu_statistics
 from tests.lab.inside.perf_reader import open_perf_reader
@@ -27,8 +28,8 @@ NAMES = (
 pytestmark = pytest.mark.usefixtures("injector")
 
 
-def refuse_trouble(pid: int, kind: str, message: str) -> None:
-    raise AssertionError((pid, kind, message))
+def refuse_trouble(whose: Subject, kind: str, message: str) -> None:
+    raise AssertionError((whose, kind, message))
 
 
 def read(guest: GuestProcess, index: int = 0) -> dict[str, int]:
