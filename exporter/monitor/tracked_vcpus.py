@@ -35,15 +35,20 @@ class _TrackedVm:
         """Return what metrics tell of them; one thread at a time, while another may change them."""
         if not self.changed:
             return self._figures
-        vcpus = dict(self._figures.vcpus)
-        while self.changed:
-            vcpu_id = self.changed.pop()  # before it is looked at: what changes after that is for the next time
-            vcpu = self.vcpus.get(vcpu_id)
-            if vcpu is not None:
-                vcpus[vcpu_id] = vcpu.figures
-            else:
-                vcpus.pop(vcpu_id, None)
-        self._figures = build_vm_figures(vcpus)
+        vcpus, taken = dict(self._figures.vcpus), set[int]()
+        try:
+            while self.changed:
+                vcpu_id = self.changed.pop()  # before it is looked at: what changes after that is for the next time
+                taken.add(vcpu_id)
+                vcpu = self.vcpus.get(vcpu_id)
+                if vcpu is not None:
+                    vcpus[vcpu_id] = vcpu.figures
+                else:
+                    vcpus.pop(vcpu_id, None)
+            self._figures = build_vm_figures(vcpus)
+        except BaseException:
+            self.changed |= taken
+            raise
         return self._figures
 
 
