@@ -175,7 +175,7 @@ def test_where_no_child_starts_that_is_said(
     key = (pid, START_TICKS)
     for _ in range(OwnerCache.TRIES):
         assert cache.find({key: pid}, 0.0) == {}
-        assert cache.children <= OwnerCache.BUSY_CHILDREN
+        assert cache.children <= OwnerCache.CHILDREN  # on a busy machine one that was killed takes a while to end
         clock.seconds += OwnerCache.START_SECONDS
     assert cache.find({key: pid}, 0.0) == {key: FALLBACK}
     assert [(at, kind) for at, kind, _ in errors] == [(pid, "unreadable")]
