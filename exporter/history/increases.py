@@ -40,6 +40,7 @@ class _Memory:
     that are away; ``total`` is the latest sum, where there is one instead. ``accounted`` is what of the VM's notify
     exits is in one of our sums or known as history; ``complete`` whether that holds for all of them. A vCPU that is
     seen for the first time counts ``from_zero``, unless the VM has been ``summed``: then it may be in a sum already.
+    ``moved_at_once`` is when all of ``vcpu_ids`` moved, where that is newer than ``last_moves``.
     """
 
     from_zero: bool
@@ -53,6 +54,7 @@ class _Memory:
     complete: bool = False
     summed: bool = False
     last_moves: dict[int, float] = field(default_factory=dict)
+    moved_at_once: float | None = None
 
 
 class IncreaseTracker:
@@ -81,14 +83,21 @@ class IncreaseTracker:
                 memory = self._memories[reading.vm.key] = _Memory(from_zero, started)
             memory.last_seen_seconds = snapshot.monotonic_seconds
             self._observe_vm(memory, reading, snapshot.unix_seconds)
-            if memory.last_moves:
+            if memory.last_moves or memory.moved_at_once is not None:
                 self.moved_vms.add(reading.vm.key)
         self._forget_missing(snapshot.monotonic_seconds)
 
     def last_moves(self, key: VmKey) -> Mapping[int, float]:
         """Return when each vCPU of a VM, by vcpu_id, was last seen to move (Unix time); never seen is absent."""
         memory = self._memories.get(key)
+        if memory is not None:
+            _date_moves(memory)
         return MappingProxyType(memory.last_moves if memory else {})
+
+    def moved_at_once(self, key: VmKey) -> float | None:
+        """Return when all vCPUs of a VM were last seen to move (Unix time), if none has alone since; else None."""
+        memory = self._memories.get(key)
+        return memory.moved_at_once if memory else None
 
     def _forget_missing(self, now: float) -> None:
         """Forget VMs that have been missing for long; of too many those first that never took an exit."""
@@ -128,8 +137,9 @@ class IncreaseTracker:
             return
         if all(map(gt, column, memory.column)):  # as where every vCPU of a host takes notify exits
             self._count(memory, sum(column) - sum(memory.column))
-            memory.last_moves.update(dict.fromkeys(memory.vcpu_ids, now))
+            memory.moved_at_once = now
         else:
+            _date_moves(memory)
             for vcpu_id, before, value in zip(memory.vcpu_ids, memory.column, column, strict=True):
                 increase = value - before if value >= before else value
                 if increase:
@@ -139,6 +149,7 @@ class IncreaseTracker:
 
     def _observe_vcpus(self, memory: _Memory, values: dict[int, int], complete: bool, now: float) -> None:
         memory.values.update(zip(memory.vcpu_ids, memory.column, strict=True))
+        _date_moves(memory)
         if memory.total is not None:
             if complete:
                 self._count_beyond_accounted(memory, sum(values.values()))
@@ -169,6 +180,7 @@ class IncreaseTracker:
         elif memory.complete or (memory.from_zero and not memory.values):
             self._count_beyond_accounted(memory, total)
         memory.accounted = max(memory.accounted, total)
+        _date_moves(memory)
         memory.vcpu_ids, memory.column, memory.values = (), (), {}
         memory.total, memory.complete = total, True
         memory.summed = True
@@ -179,6 +191,13 @@ class IncreaseTracker:
     def _count(self, memory: _Memory, increase: int) -> None:
         self.increases_total += increase
         memory.accounted += increase
+
+
+def _date_moves(memory: _Memory) -> None:
+    """Have ``last_moves`` tell all that is known."""
+    if memory.moved_at_once is not None:
+        memory.last_moves |= dict.fromkeys(memory.vcpu_ids, memory.moved_at_once)
+        memory.moved_at_once = None
 
 
 def _can_count(snapshot: Snapshot) -> bool:

@@ -244,8 +244,13 @@ class HostCollector:
 
         def render(lines: VmSeries, reading: VmReading) -> Rendered:
             rendered: Rendered = []
-            if reading.vm.key in moved:
-                rendered += lines.render_last_moves(self._increases.last_moves(reading.vm.key))
+            key = reading.vm.key
+            if key in moved:
+                at_once = self._increases.moved_at_once(key)
+                if at_once is not None:
+                    rendered += lines.render_moved_at_once(at_once)
+                else:
+                    rendered += lines.render_last_moves(self._increases.last_moves(key))
             if verdicts:
                 rendered += verdicts.render_vcpus(reading, lines, with_series)
             return rendered

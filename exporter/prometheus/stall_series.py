@@ -103,7 +103,7 @@ class StallSeries:
             self._drills.get(key, ()),
             self._find_starts(figures) if figures.stalled else {},
             None if report.context_invalid is None else self._invalid.get(process, {}),
-            self._vms[process] <= 1,
+            self._vms.get(process, 0) <= 1,
         )
 
     def _find_starts(self, figures: VmFigures) -> dict[int, float]:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
+from functools import lru_cache
 
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family, escape_label_value, make_template, render_number, render_sample
@@ -147,15 +148,28 @@ class VmSeries:
         """Render a time of each of those of the VM's vCPUs that stand at these positions; nothing for none."""
         return self._render_values(metric, positions, times, "%s") if positions else []
 
-    def _render_values(self, metric: Metric, positions: Sequence[int], values: Sequence[float], place: str) -> Rendered:
+    def _keep_lines(self, metric: Metric, positions: Sequence[int], place: str) -> _KeptLines:
         kept = self._kept.get(metric)
         if kept is None or kept.positions != positions:
             kept = self._kept[metric] = _KeptLines(positions, self._make_template(metric, positions, place))
+        return kept
+
+    def _render_values(self, metric: Metric, positions: Sequence[int], values: Sequence[float], place: str) -> Rendered:
+        kept = self._keep_lines(metric, positions, place)
         if kept.values != values:
             kept.values = values
             # To have ``%`` print the integers takes a sixth of what it takes to print each here.
             kept.text = kept.template % (tuple(values) if place == "%d" else _render_times(values))
         return [(metric, kept.text)]
+
+    def render_moved_at_once(self, time: float) -> Rendered:
+        """Render that each vCPU was last seen to take a notify exit at one time, as where all of a host's do."""
+        metric, vcpus = metrics.VCPU_LAST_NOTIFY_EXIT, len(self._vcpus)
+        if not vcpus:
+            return []
+        kept = self._keep_lines(metric, range(vcpus), "%s")
+        kept.values = ()
+        return [(metric, kept.template % ((_render_time(time),) * vcpus))]
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
@@ -187,6 +201,11 @@ def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
         for metric, text in lines:
             chunks[metric].append(text)
     return [Family(metric, texts) for metric, texts in chunks.items()]
+
+
+@lru_cache(maxsize=4)
+def _render_time(time: float) -> bytes:
+    return render_number(time).encode()
 
 
 def _render_times(times: Sequence[float]) -> tuple[bytes, ...]:
