@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final
 
 from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu
-from exporter.stalls.verdicts import VmFigures, build_vm_figures
+from exporter.stalls.verdicts import State, VmFigures
 from kvm.model import VcpuKey, VmKey, VmReading
 
 # A VM or a vCPU that is missing from a snapshot may be back in the next.
@@ -35,17 +35,17 @@ class _TrackedVm:
         """Return what metrics tell of them; one thread at a time, while another may change them."""
         if not self.changed:
             return self._figures
-        vcpus, taken = dict(self._figures.vcpus), set[int]()
+        vcpus, stalled, taken = dict(self._figures.vcpus), self._figures.stalled, set[int]()
         try:
             while self.changed:
                 vcpu_id = self.changed.pop()  # before it is looked at: what changes after that is for the next time
                 taken.add(vcpu_id)
-                vcpu = self.vcpus.get(vcpu_id)
+                before, vcpu = vcpus.pop(vcpu_id, None), self.vcpus.get(vcpu_id)
+                stalled -= before is not None and before.state is State.STALLED
                 if vcpu is not None:
-                    vcpus[vcpu_id] = vcpu.figures
-                else:
-                    vcpus.pop(vcpu_id, None)
-            self._figures = build_vm_figures(vcpus)
+                    now = vcpus[vcpu_id] = vcpu.figures
+                    stalled += now.state is State.STALLED
+            self._figures = VmFigures(vcpus, stalled)
         except BaseException:
             self.changed |= taken
             raise

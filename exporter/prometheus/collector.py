@@ -26,7 +26,7 @@ from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.stat_series import StatSeries, check_statistics, has_columns
-from exporter.prometheus.vm_series import Rendered, ShownVm, VcpuSeries, VmSeries, find_vm_state, group_lines
+from exporter.prometheus.vm_series import Column, Rendered, ShownVm, VcpuSeries, VmSeries, find_vm_state, group_lines
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
 from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
@@ -241,16 +241,17 @@ class HostCollector:
         """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any."""
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         moved = self._increases.moved_vms if with_series else ()
+        at_once: list[Column] = []
 
         def render(lines: VmSeries, reading: VmReading) -> Rendered:
             rendered: Rendered = []
             key = reading.vm.key
             if key in moved:
-                at_once = self._increases.moved_at_once(key)
-                if at_once is not None:
-                    rendered += lines.render_moved_at_once(at_once)
-                else:
+                time = self._increases.moved_at_once(key)
+                if time is None:
                     rendered += lines.render_last_moves(self._increases.last_moves(key))
+                elif reading.vcpus:
+                    at_once.append(lines.take_moves(time))
             if verdicts:
                 rendered += verdicts.render_vcpus(reading, lines, with_series)
             return rendered
@@ -260,7 +261,13 @@ class HostCollector:
             for reading, lines in vms
             if (verdicts and verdicts.concerns(reading)) or (moved and reading.vm.key in moved)
         ]
-        return group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
+        families = {
+            family.metric: family
+            for family in group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
+        }
+        for family in self._counters.render([column] for column in at_once):
+            families.setdefault(family.metric, Family(family.metric)).chunks += family.chunks
+        return [*families.values()]
 
     def _collect_statistics(self) -> list[Family]:
         shown: Iterable[ShownVm] = self._shown

@@ -21,7 +21,7 @@ class CounterSeries:
     def render(self, vms: Iterable[Iterable[Column]]) -> list[Family]:
         """Render the columns of all VMs."""
         templates: defaultdict[Metric, list[bytes]] = defaultdict(list)
-        columns: defaultdict[Metric, list[tuple[int, ...]]] = defaultdict(list)
+        columns: defaultdict[Metric, list[tuple[int | bytes, ...]]] = defaultdict(list)
         for taken in vms:
             for metric, template, column in taken:
                 templates[metric].append(template)

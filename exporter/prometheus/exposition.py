@@ -53,7 +53,7 @@ class Family:
 
 
 class CounterLines:
-    """The sample lines of one counter, kept until something moves.
+    """The sample lines of one metric of many VMs, kept until something moves.
 
     A ``%`` for each of 625 VMs took three times as long as one for all of them. And most vCPUs never take a notify
     exit: to compare their zeros, nearly always the same objects, takes a hundredth of printing them again.
@@ -64,11 +64,11 @@ class CounterLines:
     def __init__(self) -> None:
         self._templates: list[bytes] = []
         self._template = b""
-        self._columns: list[tuple[int, ...]] = []
+        self._columns: Sequence[tuple[int | bytes, ...]] = []
         self._text = b""
 
-    def render(self, templates: list[bytes], columns: list[tuple[int, ...]]) -> bytes:
-        """Put a column of integers into each template; raises TypeError if there are more or fewer than places."""
+    def render(self, templates: list[bytes], columns: Sequence[tuple[int | bytes, ...]]) -> bytes:
+        """Put a column of numbers into each template; raises TypeError if there are more or fewer than places."""
         is_same = templates == self._templates
         if not is_same:
             self._template, self._templates = b"".join(templates), templates
@@ -77,7 +77,7 @@ class CounterLines:
             self._columns = columns
         return self._text
 
-    def refill(self, columns: list[tuple[int, ...]]) -> bytes:
+    def refill(self, columns: Sequence[tuple[int | bytes, ...]]) -> bytes:
         """Put other numbers into the templates of the last ``render``."""
         return self.render(self._templates, columns)
 

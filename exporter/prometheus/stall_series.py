@@ -31,6 +31,12 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
 
 NOT_KNOWN: Final = (State.UNKNOWN, State.CONTEXT_LOST)
 NO_FIGURES: Final = VmFigures({}, 0)
+_IS_STUCK: Final[Mapping[tuple[State, bool], int | None]] = {
+    (state, can_judge): 1 if state is State.STALLED else 0 if can_judge and state not in NOT_KNOWN else None
+    for state in State
+    for can_judge in (False, True)
+}
+"""By a vCPU's state, and whether it can be judged."""
 
 
 class _Known(NamedTuple):
@@ -143,55 +149,56 @@ def _find_notified(reading: VmReading) -> Sequence[int]:
 
 
 def _render_known(known: _Known, reading: VmReading, lines: VmSeries) -> Rendered:
-    vcpu_ids = [vcpu.vcpu_id for vcpu in reading.vcpus]
-    figures = [*map(known.figures.vcpus.get, vcpu_ids)]
-    traced = [(at, found) for at, found in enumerate(figures) if found is not None and known.traced]
-    stuck = _judge(known, figures, reading)
-    counts: tuple[tuple[Metric, Mapping[int, int]], ...] = (
-        (metrics.VCPU_TRACED_EXITS, {at: found.traced_exits for at, found in traced}),
-        (metrics.VCPU_SAME_RIP_EXITS, {at: found.same_rip_exits for at, found in traced}),
+    """Render columns: a value of each vCPU, in the reading's order, None of those of which nothing is told."""
+    figures = [*map(known.figures.vcpus.get, [vcpu.vcpu_id for vcpu in reading.vcpus])]
+    traced, stuck = figures if known.traced else [], _judge(known, figures, reading)
+    columns: tuple[tuple[Metric, Sequence[int | None]], ...] = (
+        (metrics.VCPU_TRACED_EXITS, [None if found is None else found.traced_exits for found in traced]),
+        (metrics.VCPU_SAME_RIP_EXITS, [None if found is None else found.same_rip_exits for found in traced]),
         (metrics.VCPU_CONTEXT_INVALID, _count_invalid(known, reading)),
         (metrics.VCPU_NO_PROGRESS, stuck),
-        (metrics.VCPU_DRILL, {at: 1 for at, vcpu_id in enumerate(vcpu_ids) if vcpu_id in known.drilled}),
+        (metrics.VCPU_DRILL, [1 if vcpu.vcpu_id in known.drilled else None for vcpu in reading.vcpus]),
     )
     rendered: Rendered = []
-    for metric, numbers in counts:
-        rendered += lines.render_counts(metric, list(numbers), list(numbers.values()))
-    starts = {at: known.starts[vcpu_ids[at]] for at in stuck if vcpu_ids[at] in known.starts}
-    return rendered + lines.render_times(metrics.VCPU_STALL_START, list(starts), list(starts.values()))
+    for metric, column in columns:
+        rendered += lines.render_counts(metric, column)
+    starts = [
+        None if told is None else known.starts.get(vcpu.vcpu_id)
+        for vcpu, told in zip(reading.vcpus, stuck if known.starts else (), strict=False)
+    ]
+    return rendered + lines.render_times(metrics.VCPU_STALL_START, starts)
 
 
-def _judge(known: _Known, figures: Sequence[VcpuFigures | None], reading: VmReading) -> dict[int, int]:
-    """Tell which vCPUs are stuck, by position; those of which it is not known, or not asked, are left out."""
-    stuck: dict[int, int] = {}
-    notified = set(known.notified)
-    for at, found in enumerate(figures if known.judged else ()):
-        if found is None:
-            # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
-            if at in notified and reading.vcpus[at].tid is not None:
-                stuck[at] = 0
-        elif found.state is State.STALLED:
-            stuck[at] = 1
-        elif found.can_judge and found.state not in NOT_KNOWN:
-            stuck[at] = 0
-    return stuck
+def _judge(known: _Known, figures: Sequence[VcpuFigures | None], reading: VmReading) -> list[int | None]:
+    """Tell which vCPUs are stuck: None of those of which it is not known, or not asked."""
+    if not known.judged:
+        return []
+    # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
+    untracked = {at: 0 for at in known.notified if figures[at] is None and reading.vcpus[at].tid is not None}
+    return [
+        untracked.get(at) if found is None else _IS_STUCK[found.state, found.can_judge]
+        for at, found in enumerate(figures)
+    ]
 
 
-def _count_invalid(known: _Known, reading: VmReading) -> dict[int, int]:
-    """Count exits with an invalid context, by position, of the vCPUs that have taken notify exits.
+def _count_invalid(known: _Known, reading: VmReading) -> list[int | None]:
+    """Count exits with an invalid context of the vCPUs that have taken notify exits, None of those that nobody counts.
 
     They are counted by process and vcpu_id; where a process has several VMs, only the thread tells them apart.
     """
+    counts: list[int | None] = [None] * len(reading.vcpus)
     if known.invalid is None:
-        return {}
-    counts = dict.fromkeys(known.notified, 0)
+        return counts
+    by_vcpu: Counter[tuple[int | None, int]] = Counter()
     for (tid, vcpu_id), count in known.invalid.items():
-        for at in known.notified:
-            vcpu = reading.vcpus[at]
-            if vcpu_id == vcpu.vcpu_id and (known.is_alone or tid == vcpu.tid):
-                counts[at] += count
-    # Of a vCPU whose exits go past the trigger, none counted is not none.
-    return {at: count for at, count in counts.items() if count or reading.vcpus[at].vcpu_id not in known.missed}
+        by_vcpu[None if known.is_alone else tid, vcpu_id] += count
+    for at in known.notified:
+        vcpu = reading.vcpus[at]
+        count = by_vcpu.get((None if known.is_alone else vcpu.tid, vcpu.vcpu_id), 0)
+        # Of a vCPU whose exits go past the trigger, none counted is not none.
+        if count or vcpu.vcpu_id not in known.missed:
+            counts[at] = count
+    return counts
 
 
 def _build_usage_families(usage: AgentUsage) -> list[Family]:

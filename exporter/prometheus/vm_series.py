@@ -21,8 +21,8 @@ from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmRead
 
 Rendered = list[tuple[Metric, bytes]]
 """Lines of any number of metrics, those of one metric in one text."""
-Column = tuple[Metric, bytes, tuple[int, ...]]
-"""The template of one counter's lines, and the numbers for it."""
+Column = tuple[Metric, bytes, tuple[int | bytes, ...]]
+"""The template of one metric's lines, and the numbers for it."""
 
 VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
     (NOTIFY_WINDOW_EXITS, metrics.VCPU_NOTIFY_WINDOW_EXITS),
@@ -111,7 +111,7 @@ class VmSeries:
         numbers = reading.counters.per_vcpu
         if self._vcpu_series is not VcpuSeries.ALL:
             self._choose_active(numbers.get(NOTIFY_WINDOW_EXITS, ()))
-        columns = []
+        columns: list[Column] = []
         for statistic, metric in VCPU_COUNTERS:
             column = numbers.get(statistic)
             if column is None or not self._positions:
@@ -140,13 +140,13 @@ class VmSeries:
             raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
         return make_template(metric, [(str(self._vcpus[at].index), self._vm.id) for at in positions], place)
 
-    def render_counts(self, metric: Metric, positions: Sequence[int], counts: Sequence[int]) -> Rendered:
-        """Render an integer of each of those of the VM's vCPUs that stand at these positions; nothing for none."""
-        return self._render_values(metric, positions, counts, "%d") if positions else []
+    def render_counts(self, metric: Metric, counts: Sequence[int | None]) -> Rendered:
+        """Render an integer of each of the VM's vCPUs, in their order; those without one are left out."""
+        return self._render_values(metric, counts, "%d")
 
-    def render_times(self, metric: Metric, positions: Sequence[int], times: Sequence[float]) -> Rendered:
-        """Render a time of each of those of the VM's vCPUs that stand at these positions; nothing for none."""
-        return self._render_values(metric, positions, times, "%s") if positions else []
+    def render_times(self, metric: Metric, times: Sequence[float | None]) -> Rendered:
+        """Render a time of each of the VM's vCPUs, in their order; those without one are left out."""
+        return self._render_values(metric, times, "%s")
 
     def _keep_lines(self, metric: Metric, positions: Sequence[int], place: str) -> _KeptLines:
         kept = self._kept.get(metric)
@@ -154,7 +154,12 @@ class VmSeries:
             kept = self._kept[metric] = _KeptLines(positions, self._make_template(metric, positions, place))
         return kept
 
-    def _render_values(self, metric: Metric, positions: Sequence[int], values: Sequence[float], place: str) -> Rendered:
+    def _render_values(self, metric: Metric, column: Sequence[float | None], place: str) -> Rendered:
+        values = [value for value in column if value is not None]
+        if not values:
+            return []
+        is_all = len(values) == len(column)
+        positions = range(len(column)) if is_all else [at for at, value in enumerate(column) if value is not None]
         kept = self._keep_lines(metric, positions, place)
         if kept.values != values:
             kept.values = values
@@ -162,22 +167,14 @@ class VmSeries:
             kept.text = kept.template % (tuple(values) if place == "%d" else _render_times(values))
         return [(metric, kept.text)]
 
-    def render_moved_at_once(self, time: float) -> Rendered:
-        """Render that each vCPU was last seen to take a notify exit at one time, as where all of a host's do."""
+    def take_moves(self, time: float) -> Column:
+        """Take that each vCPU was last seen to take a notify exit at one time, as where all of a host's do."""
         metric, vcpus = metrics.VCPU_LAST_NOTIFY_EXIT, len(self._vcpus)
-        if not vcpus:
-            return []
-        kept = self._keep_lines(metric, range(vcpus), "%s")
-        kept.values = ()
-        return [(metric, kept.template % ((_render_time(time),) * vcpus))]
+        return metric, self._keep_lines(metric, range(vcpus), "%s").template, (_render_time(time),) * vcpus
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
-        times = [*map(last_moves.get, self._vcpu_ids)]
-        found = [time for time in times if time is not None]
-        is_all = len(found) == len(times)
-        positions = range(len(times)) if is_all else [at for at, time in enumerate(times) if time is not None]
-        return self.render_times(metrics.VCPU_LAST_NOTIFY_EXIT, positions, found)
+        return self.render_times(metrics.VCPU_LAST_NOTIFY_EXIT, [*map(last_moves.get, self._vcpu_ids)])
 
 
 ShownVm = tuple[VmReading, VmSeries]
