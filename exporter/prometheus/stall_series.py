@@ -189,15 +189,16 @@ def _count_invalid(known: _Known, reading: VmReading) -> list[int | None]:
     counts: list[int | None] = [None] * len(reading.vcpus)
     if known.invalid is None:
         return counts
+    for at in known.notified:
+        counts[at] = 0
     by_vcpu: Counter[tuple[int | None, int]] = Counter()
     for (tid, vcpu_id), count in known.invalid.items():
         by_vcpu[None if known.is_alone else tid, vcpu_id] += count
-    for at in known.notified:
+    for at in known.notified if by_vcpu or known.missed else ():
         vcpu = reading.vcpus[at]
         count = by_vcpu.get((None if known.is_alone else vcpu.tid, vcpu.vcpu_id), 0)
         # Of a vCPU whose exits go past the trigger, none counted is not none.
-        if count or vcpu.vcpu_id not in known.missed:
-            counts[at] = count
+        counts[at] = count if count or vcpu.vcpu_id not in known.missed else None
     return counts
 
 
