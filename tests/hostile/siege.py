@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from exporter.commands.drill import ask_for_drill
 from exporter.stalls.drill import DRILL_SECONDS
@@ -51,6 +52,7 @@ EVIL_NAME, EVIL_PATTERN = "a" * 127 + "!", "^([a-z]+-?)+$"
 TARGETS: Final = 10
 NICE: Final = 10
 PATIENCE_SECONDS: Final = 60.0
+APPENDED_SECONDS: Final = 2.0  # until then a scrape has all its series in Prometheus
 
 
 class Sample(NamedTuple):
@@ -221,10 +223,11 @@ def run_siege(
 
 
 def _ask_what_was_seen(seen: Siege, stage: _Stage, seconds: float) -> None:
-    """Ask Prometheus about the time of the siege."""
+    """Ask Prometheus about the time of the siege, all at one moment: scrapes go on."""
+    query = partial(stage.prometheus.query, at=time.time() - APPENDED_SECONDS)
 
     def ask(expression: str) -> float:
-        found = stage.prometheus.query(expression)
+        found = query(expression)
         return float(found[0]["value"][1]) if found else 0.0
 
     span = f"[{seconds:.0f}s]"
@@ -234,16 +237,16 @@ def _ask_what_was_seen(seen: Siege, stage: _Stage, seconds: float) -> None:
     seen.longest_scrape_seconds = ask(f"max(max_over_time(scrape_duration_seconds{span}))")
     seen.usual_scrape_seconds = ask(f"max(quantile_over_time(0.99, scrape_duration_seconds{span}))")
     for guest in stage.guests:
-        seen.honest_scrapes[str(guest.pid)] = _count_honest(stage.prometheus, guest, span)
-    seen.claimed_owners = len(stage.prometheus.query(f'last_over_time(kvm_vm_info{{project!=""}}{span})'))
+        seen.honest_scrapes[str(guest.pid)] = _count_honest(query, guest, span)
+    seen.claimed_owners = len(query(f'last_over_time(kvm_vm_info{{project!=""}}{span})'))
     seen.stalls = ask(f"max(max_over_time(kvm_vcpu_no_forward_progress{span}))")
     seen.over_budget = ask("max(kvm_host_vms_over_budget)")
-    for series in stage.prometheus.query(f'last_over_time(ALERTS{{alertstate="firing", drill!="yes"}}{span})'):
+    for series in query(f'last_over_time(ALERTS{{alertstate="firing", drill!="yes"}}{span})'):
         seen.alerts[series["metric"]["alertname"]] = series["metric"]["severity"]
 
 
-def _count_honest(prometheus: Prometheus, guest: GuestProcess, span: str) -> int:
+def _count_honest(query: Callable[[str], list[dict[str, Any]]], guest: GuestProcess, span: str) -> int:
     """In how many scrapes an honest VM had all its vCPUs."""
-    found = prometheus.query(f'count_over_time(kvm_vcpu_exits_total{{vm=~".*-{guest.pid}"}}{span})')
+    found = query(f'count_over_time(kvm_vcpu_exits_total{{vm=~".*-{guest.pid}"}}{span})')
     counts = [int(series["value"][1]) for series in found]
     return sum(counts) // len(guest.vcpus) if len(counts) == TARGETS * len(guest.vcpus) else 0

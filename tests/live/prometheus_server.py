@@ -204,9 +204,9 @@ class Prometheus:
             raise ServerError(f"{path} {parameters}: {answer.get('error') or answer.get('warnings')}")
         return answer["data"]
 
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series of an instant query, each with ``metric`` and ``value``."""
-        data = self.ask("query", ("query", expression))
+    def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
+        """The series of an instant query, each with ``metric`` and ``value``; at some Unix time, by default now."""
+        data = self.ask("query", ("query", expression), *([] if at is None else [("time", f"{at:.3f}")]))
         return [] if data["resultType"] == "scalar" else list(data["result"])
 
     def query_range(self, expression: str, start: float, end: float, step: float = 1.0) -> list[dict[str, Any]]:
