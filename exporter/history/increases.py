@@ -94,10 +94,11 @@ class IncreaseTracker:
             _date_moves(memory)
         return MappingProxyType(memory.last_moves if memory else {})
 
-    def moved_at_once(self, key: VmKey) -> float | None:
-        """Return when all vCPUs of a VM were last seen to move (Unix time), if none has alone since; else None."""
-        memory = self._memories.get(key)
-        return memory.moved_at_once if memory else None
+    def moved_at_once(self, reading: VmReading) -> float | None:
+        """Return when all vCPUs of a reading were last seen to move (Unix time), if none has alone since; else None."""
+        memory = self._memories.get(reading.vm.key)
+        is_of_all = memory is not None and memory.vcpu_ids == reading.counters.vcpu_ids
+        return memory.moved_at_once if memory is not None and is_of_all else None
 
     def _forget_missing(self, now: float) -> None:
         """Forget VMs that have been missing for long; of too many those first that never took an exit."""

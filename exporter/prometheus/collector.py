@@ -247,7 +247,7 @@ class HostCollector:
             rendered: Rendered = []
             key = reading.vm.key
             if key in moved:
-                time = self._increases.moved_at_once(key)
+                time = self._increases.moved_at_once(reading)
                 if time is None:
                     rendered += lines.render_last_moves(self._increases.last_moves(key))
                 elif reading.vcpus:
