@@ -6,8 +6,8 @@
 ``fleet-1``... three hosts with a new microcode for 20 hours, since when guests take notify exits; on ``fleet-1`` one
                guest is stalled and takes many more since half an hour
 ``untraced``   has vCPUs with notify exits armed and no way to trace them
-``faulty``     an invalid VM context, a source that was lost, lost records, too many looks, a collector that fails,
-               processes that it does not see
+``faulty``     an invalid VM context, a source that was lost, lost records, too many looks, a collector that fails
+``hidden``     an agent that does not see every process
 ``crowded``    a user has more VMs than are shown of one
 ``changed``    a host that has come back with another microcode within the last minute
 ``gone``       an agent that is not scraped for half an hour
@@ -104,7 +104,6 @@ def _make_faulty_host(instance: str) -> Iterator[Series]:
     invalid = m.VCPU_CONTEXT_INVALID
     yield Series(invalid, instance, count_from(-2.0, 10), {"vm": VM, "vcpu": "0"})
     yield Series(invalid, instance, between(-0.5, 1.0), {"vm": VM, "vcpu": "1"})  # born at 1
-    yield from _make_incomplete(instance, "hidden_processes")
     yield Series(m.SOURCE_UP, instance, lambda hour: float(hour < RISE_HOURS), {"source": "bpf"})
     yield Series(m.SOURCE_UP, instance, always(1), {"source": "stats_fd"})
     for source, since, until in (("bpf", -SAMPLING.hours, RISE_HOURS), ("stats_fd", RISE_HOURS, 1.0)):
@@ -117,6 +116,7 @@ def _make_faulty_host(instance: str) -> Iterator[Series]:
 
 
 def _make_incomplete(instance: str, reason: str) -> Iterator[Series]:
+    yield Series(UP, instance, always(1), {})
     yield Series(m.COMPLETE, instance, always(0), {})
     yield Series(m.INCOMPLETE_REASON, instance, always(1), {"reason": reason})
 
@@ -127,6 +127,7 @@ SERIES: tuple[Series, ...] = (
     *_make_fleet_host("fleet-3:9750", 0),
     *_make_host("untraced:9750", 8),
     *_make_faulty_host("faulty:9750"),
+    *_make_incomplete("hidden:9750", "hidden_processes"),
     *_make_incomplete("crowded:9750", "over_budget"),
     *_make_changed_host("changed:9750"),
     *_make_alert("", "KvmMicrocodeNotifyExits"),

@@ -32,7 +32,7 @@ SCENARIOS: Mapping[str, str] = {
     "KvmVcpuNoForwardProgress": "demo",
     "KvmVmUnprotected": "demo",
     "KvmNotifyExporterDown": "gone lost",
-    "KvmNotifyAgentBlind": "blind faulty",
+    "KvmNotifyAgentBlind": "blind hidden",
     "KvmNotifyVmsLeftOut": "crowded",
     "KvmNotifySnapshotStale": "faulty",
     "KvmNotifySourceLost": "blind faulty",
