@@ -134,6 +134,8 @@ SERIES: tuple[Series, ...] = (
     *_make_alert("fleet-1:9750", "KvmMicrocodeUpdateNotifyExits"),
     *_make_alert("gone:9750", "KvmNotifyExporterDown"),
     Series(UP, "gone:9750", lambda hour: float(hour < RISE_HOURS), {}),
+    Series(m.VM_NOTIFY_PROTECTION, "crowded:9750", always(1), {"vm": VM, "state": Protection.ARMED}),
+    Series(m.COMPLETE, "lost:9750", lambda hour: 0 if hour < RISE_HOURS else None, {}),
     Series(m.HOST_VMS, "lost:9750", lambda hour: 2 if hour < RISE_HOURS else None, {"protection": Protection.ARMED}),
 )
 

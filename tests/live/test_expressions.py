@@ -56,6 +56,7 @@ _TRACED = "no agent here has vCPUs that are armed and cannot be traced: that tak
 _NO_STATISTICS = "this kernel describes no statistic that is not understood"
 _NO_REBOOT = "no host is rebooted here"
 _FLEET_WIDE = "no alert about a whole fleet fires within minutes"
+_NONE_LOST = "no agent that does not see every VM is lost here"
 _NOT_CROWDED = "no user here has more VMs than are shown of one"
 _TOO_SHORT = "two stalls in a minute and a half are too few"
 # What the simulated history has to answer: (place, metric) and why. "" stands for any.
@@ -75,6 +76,7 @@ MADE_UP: Mapping[tuple[str, str], str] = {
     ("kvm-notify-fleet: Agents down or blind", "kvm_host_vcpus_no_forward_progress"): _TRACED,
     ("kvm-notify-fleet: Agents down or blind", "kvm_exporter_incomplete_reason_info"): _NOT_CROWDED,
     ("alert KvmNotifyVmsLeftOut", ""): _NOT_CROWDED,
+    ("record instance:kvm_exporter_scraped:bool", "kvm_exporter_complete"): _NONE_LOST,
     ("documents", "kvm_exporter_incomplete_reason_info"): _NOT_CROWDED,
     ("kvm-notify-fleet: Firing alerts", ""): _FLEET_WIDE,
     ("kvm-notify-host: Statistics left out", ""): _NO_STATISTICS,
