@@ -31,7 +31,8 @@ def test_no_vm_is_named_for_the_trouble_of_another_one_of_its_process(caplog: py
         for pid in (7, 8):
             errors.record("owners", pid, "duplicate", "it is another one")
         errors.record("none", make_vm(8, 5).key, "unread", "nothing reads it")
-        errors.record("none", make_vm(8, 6).key, "unread", "nor this, and it has ended")
+        errors.record("none", make_vm(8, 4).key, "unread", "nor this, which its process takes no second line for")
+        errors.record("bpf", make_vm(8, 6).key, "malformed", "it has ended")
         errors.log_new([make_vm(7), make_vm(8, 4), make_vm(8, 5)])
     fields = [vars(record)["fields"] for record in caplog.records]
     assert [(told["pid"], told.get("vm"), told.get("name")) for told in fields] == [
@@ -40,6 +41,15 @@ def test_no_vm_is_named_for_the_trouble_of_another_one_of_its_process(caplog: py
         (8, make_vm(8, 5).id, make_vm(8, 5).owner.name),
         (8, None, None),
     ]
+
+
+def test_a_process_with_many_vms_does_not_use_up_what_may_be_said_of_others(caplog: pytest.LogCaptureFixture) -> None:
+    errors, crowd, victim = ReadErrors(), [make_vm(6, fd) for fd in range(64)], make_vm(9)
+    with caplog.at_level(logging.WARNING):
+        for vm in (*crowd, victim):
+            errors.record("none", vm.key, "unread", "nothing reads it")
+        errors.log_new([*crowd, victim])
+    assert [vars(record)["fields"]["vm"] for record in caplog.records] == [crowd[0].id, victim.id]
 
 
 def test_troubles_by_the_thousand_are_a_few_lines_and_their_number(caplog: pytest.LogCaptureFixture) -> None:
