@@ -26,7 +26,16 @@ from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.stat_series import StatSeries, check_statistics, has_columns
-from exporter.prometheus.vm_series import Column, Rendered, ShownVm, VcpuSeries, VmSeries, find_vm_state, group_lines
+from exporter.prometheus.vm_series import (
+    Column,
+    Rendered,
+    ShownVm,
+    VcpuSeries,
+    VmSeries,
+    find_vm_state,
+    group_lines,
+    join_families,
+)
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
 from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
@@ -95,7 +104,7 @@ class HostCollector:
         names = self.settings.enabled if selected is None else selected
         duration, success = Family(metrics.SCRAPE_DURATION), Family(metrics.SCRAPE_SUCCESS)
         build = Family(metrics.BUILD_INFO)
-        build.add(order_labels(metrics.BUILD_INFO, **_label_build(self.build)), 1)
+        build.add(order_labels(metrics.BUILD_INFO, **_label(metrics.BUILD_INFO, self.build)), 1)
         families = {family.metric: family for family in (duration, success, build)}
         for metric, is_in_order in self._file_states.items():
             families[metric] = Family(metric)
@@ -261,13 +270,8 @@ class HostCollector:
             for reading, lines in vms
             if (verdicts and verdicts.concerns(reading)) or (moved and reading.vm.key in moved)
         ]
-        families = {
-            family.metric: family
-            for family in group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
-        }
-        for family in self._counters.render([column] for column in at_once):
-            families.setdefault(family.metric, Family(family.metric)).chunks += family.chunks
-        return [*families.values()]
+        families = group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
+        return join_families([*families, *self._counters.render([column] for column in at_once)])
 
     def _collect_statistics(self) -> list[Family]:
         shown: Iterable[ShownVm] = self._shown
@@ -280,7 +284,7 @@ class HostCollector:
         info, total = Family(metrics.HOST_INFO), Family(metrics.HOST_NOTIFY_WINDOW_EXITS)
         supported, over = Family(metrics.HOST_NOTIFY_SUPPORTED), Family(metrics.HOST_VMS_OVER_BUDGET)
         if not snapshot.host.cpu_unknown_reason:  # empty labels would be an answer
-            info.add(order_labels(metrics.HOST_INFO, **_label_host(snapshot.host)), 1)
+            info.add(order_labels(metrics.HOST_INFO, **_label(metrics.HOST_INFO, snapshot.host)), 1)
         if snapshot.host.notify_supported is not None:
             supported.add((), int(snapshot.host.notify_supported))
         if self._increases.readable and not snapshot.is_blind:  # to Prometheus, one that stands still says: no exits
@@ -334,9 +338,5 @@ def _count_vms(snapshot: Snapshot) -> list[Family]:
     return [vms, vcpus]
 
 
-def _label_host(host: Host) -> dict[str, str]:
-    return {name: str(getattr(host, name)) for name in metrics.HOST_INFO.labels}
-
-
-def _label_build(build: BuildInfo) -> dict[str, str]:
-    return {name: str(getattr(build, name)) for name in metrics.BUILD_INFO.labels}
+def _label(metric: Metric, of: Host | BuildInfo) -> dict[str, str]:
+    return {name: str(getattr(of, name)) for name in metric.labels}

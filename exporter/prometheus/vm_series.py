@@ -205,6 +205,14 @@ def _render_time(time: float) -> bytes:
     return render_number(time).encode()
 
 
+def join_families(families: Iterable[Family]) -> list[Family]:
+    """Make one of families of one metric."""
+    joined: dict[Metric, Family] = {}
+    for family in families:
+        joined.setdefault(family.metric, Family(family.metric)).chunks += family.chunks
+    return [*joined.values()]
+
+
 def _render_times(times: Sequence[float]) -> tuple[bytes, ...]:
     # Many share one: that of a snapshot in which they were seen to move.
     rendered = {time: render_number(time).encode() for time in set(times)}
