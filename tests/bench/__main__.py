@@ -145,7 +145,6 @@ def measure(agent: Agent, binary: Path, crowd: Crowd, vcpus: int, *, running: in
         scrapes.append(agent.scrape(coding))
         if rounds[-1].vcpus < vcpus:
             raise RuntimeError(f"the C program found {rounds[-1].vcpus} of {vcpus} vCPUs")
-    check_complete(agent.scrape().answer, vcpus)
     find, wall, cpu = (
         statistics.median(getattr(round_, name) for round_ in rounds) * 1e3
         for name in ("find_seconds", "seconds", "cpu_seconds")
@@ -163,11 +162,15 @@ def measure(agent: Agent, binary: Path, crowd: Crowd, vcpus: int, *, running: in
     )
 
 
-def check_complete(answer: bytes, vcpus: int) -> None:
-    """Make sure that a scrape has two series of each vCPU."""
+def is_complete(answer: bytes, vcpus: int) -> bool:
+    """Tell whether a scrape has two series of each vCPU: of new VMs only once their owners are known."""
     series = answer.count(b"\nkvm_vcpu_exits_total{") + answer.count(b"\nkvm_vcpu_notify_window_exits_total{")
-    if series < 2 * vcpus:
-        raise RuntimeError(f"the agent gave {series} of {2 * vcpus} series")
+    return series >= 2 * vcpus
+
+
+def wait_for_all(agent: Agent, vcpus: int) -> None:
+    """Wait until the agent tells of every vCPU."""
+    wait_until(lambda: is_complete(agent.scrape().answer, vcpus), "all vCPUs are told", 120)
 
 
 def describe(ratios: Sequence[float]) -> str:
@@ -200,6 +203,7 @@ def main() -> None:
                     with open_agent(directory, source) as agent:
                         start_seconds = time.perf_counter() - started
                         settle(source)
+                        wait_for_all(agent, total)
                         for now_running, coding in modes:
                             row = measure(agent, binary, crowd, total, running=now_running, coding=coding)
                             counters = f"{now_running} move" if now_running not in (0, arguments.vms) else ""
