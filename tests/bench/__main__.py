@@ -9,8 +9,8 @@ exports.
 Where counters are ``still``, no guest runs, and the agent has most lines ready. Where they ``move``, each vCPU takes a
 VM exit before each round.
 
-50,000 vCPUs (``--vms=3125``) take 11 GB, and another 0.35 MB each once they have run, which are page tables: what has
-not run stands still, but is there. ``--running`` says how many VMs run at all.
+50,000 vCPUs (``--vms=3125``) take 11 GB, and 0.35 MB more each once they have run: ``--running`` says how many of the
+VMs do. The others are there, and stand still.
 """
 
 from __future__ import annotations

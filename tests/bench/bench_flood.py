@@ -25,13 +25,12 @@ from exporter.monitor.backends import Backends
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import open_self_metrics, render_document
-from exporter.prometheus.negotiation import PLAIN, Format
+from exporter.prometheus.negotiation import parse_accept
 from exporter.prometheus.selection import CollectorSettings
 from exporter.stalls.verdicts import StallRule
 from kvm.bpf.notify_trigger import NotifyCall
 from tests.bench.flooded_host import FloodedHost, FloodedTracer, FloodedTrigger
 
-PLAIN_TEXT = Format(PLAIN, "0.0.4")
 SCRAPE_SECONDS = 1.0
 QUIET_SECONDS = 4.0
 NO_PROGRESS = "kvm_vcpu_no_forward_progress{"
@@ -75,14 +74,14 @@ async def run(vms: int, vcpus: int, seconds: float) -> Figures:
     collector = build_collector(host, monitor)
     warning = FirstWarning()
     logging.getLogger().addHandler(warning)
-    stop, no_self_metrics = asyncio.Event(), open_self_metrics(False)
+    stop, no_self_metrics, text_format = asyncio.Event(), open_self_metrics(False), parse_accept("")
     task = asyncio.create_task(monitor.run(stop))
     with ExitStack() as stack:
         worker = stack.enter_context(ThreadPoolExecutor(1))
 
         def scrape() -> float:
             started = time.thread_time()
-            document = render_document(collector.collect(), no_self_metrics, PLAIN_TEXT)
+            document = render_document(collector.collect(), no_self_metrics, text_format)
             seconds = time.thread_time() - started
             text = document.decode()
             figures.called = find_called(text) if host.began is not None else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 import pytest
@@ -28,7 +29,6 @@ START = 1_000_000.0
 OLD, KEY = START - 500.0, VmKey(100, 7, 9)
 UP = (SourceReport("bpf", True),)
 IDS: dict[tuple[int, ...], tuple[int, ...]] = {}
-"""The same tuple for the same vCPUs, as sources give it while nothing changes."""
 
 
 def read_vm(
@@ -38,11 +38,16 @@ def read_vm(
     count: int | None = None,
     key: VmKey = KEY,
     started: float | None = OLD,
+    same_ids: bool = True,
 ) -> VmReading:
-    """A reading with these counts by vcpu_id, or this sum, or neither; ``count`` vCPUs, all that were read if None."""
+    """A reading with these counts by vcpu_id, or this sum, or neither; ``count`` vCPUs, all that were read if None.
+
+    ``same_ids``: the ids of the same vCPUs are the same object, as sources give them while nothing changes.
+    """
+    ids = tuple(values or ())
     column = {} if values is None else {NOTIFY_WINDOW_EXITS: tuple(values.values())}
     counters = VmCounters(
-        vcpu_ids=IDS.setdefault(tuple(values or ()), tuple(values or ())),
+        vcpu_ids=IDS.setdefault(ids, ids) if same_ids else ids,
         per_vcpu=column,
         totals={} if total is None else {NOTIFY_WINDOW_EXITS: total},
     )
@@ -103,12 +108,14 @@ def test_vm_that_is_read_late_has_a_history(snapshots: Snapshots, started: float
     assert snapshots.take(read_vm({0: 7, 1: 0}, started=started)) == 1
 
 
-def test_reset_counts_the_new_value(snapshots: Snapshots) -> None:
-    snapshots.take(read_vm({0: 50}))
-    assert snapshots.take(read_vm({0: 0})) == 0
+@pytest.mark.parametrize("same_ids", [True, False])
+def test_reset_counts_the_new_value(snapshots: Snapshots, same_ids: bool) -> None:
+    read = partial(read_vm, same_ids=same_ids)
+    snapshots.take(read({0: 50}))
+    assert snapshots.take(read({0: 0})) == 0
     assert snapshots.movements.last_moves(KEY) == {}
-    assert snapshots.take(read_vm({0: 3})) == 3
-    assert snapshots.take(read_vm({0: 2})) == 5
+    assert snapshots.take(read({0: 3})) == 3
+    assert snapshots.take(read({0: 2})) == 5
     assert snapshots.movements.last_moves(KEY) == {0: START + 30}
 
 
@@ -213,9 +220,12 @@ def test_unknown_vm_never_moved(snapshots: Snapshots) -> None:
 three_numbers = st.lists(st.integers(0, 5), min_size=3, max_size=3)
 
 
-@given(st.booleans(), three_numbers, st.lists(st.tuples(three_numbers, st.integers(0, 6)), min_size=1, max_size=12))
+ways = st.tuples(three_numbers, st.integers(0, 6))
+
+
+@given(st.booleans(), st.booleans(), three_numbers, st.lists(ways, min_size=1, max_size=12))
 def test_sum_is_never_too_high_and_never_falls(
-    new: bool, history: list[int], steps: list[tuple[list[int], int]]
+    new: bool, same_ids: bool, history: list[int], steps: list[tuple[list[int], int]]
 ) -> None:
     """Three vCPUs, read whole, in part, as a sum, or not at all, hot-unplugged, out of sight: in any order."""
     snapshots, started = Snapshots(), START + 1 if new else OLD
@@ -227,14 +237,14 @@ def test_sum_is_never_too_high_and_never_falls(
     for number, (growth, way) in enumerate(steps):
         if new or number:
             values = [value + more for value, more in zip(values, growth, strict=True)]
-        by_id = dict(enumerate(values))
+        by_id, read = dict(enumerate(values)), partial(read_vm, started=started, same_ids=same_ids)
         readings: list[list[VmReading]] = [
-            [read_vm(by_id, started=started)],
-            [read_vm({1: values[1]}, count=3, started=started)],
-            [read_vm({0: values[0], 2: values[2]}, count=3, started=started)],
-            [read_vm(total=sum(values), count=3, started=started)],
-            [read_vm(count=3, started=started)],
-            [read_vm({0: values[0], 1: values[1]}, started=started)] if seen_all else [],
+            [read(by_id)],
+            [read({1: values[1]}, count=3)],
+            [read({0: values[0], 2: values[2]}, count=3)],
+            [read(total=sum(values), count=3)],
+            [read(count=3)],
+            [read({0: values[0], 1: values[1]})] if seen_all else [],
             [],
         ]
         total = snapshots.take(*readings[way])
@@ -243,13 +253,13 @@ def test_sum_is_never_too_high_and_never_falls(
         highest = total
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=12))
-def test_nothing_is_lost_while_everything_is_read(steps: list[list[int]]) -> None:
+@given(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=12), st.booleans())
+def test_nothing_is_lost_while_everything_is_read(steps: list[list[int]], same_ids: bool) -> None:
     snapshots, values = Snapshots(), [1000, 0]
     snapshots.take(read_vm(dict(enumerate(values))))
     for growth in steps:
         values = [value + more for value, more in zip(values, growth, strict=True)]
-        assert snapshots.take(read_vm(dict(enumerate(values)))) == sum(values) - 1000
+        assert snapshots.take(read_vm(dict(enumerate(values)), same_ids=same_ids)) == sum(values) - 1000
 
 
 def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner(snapshots: Snapshots) -> None:

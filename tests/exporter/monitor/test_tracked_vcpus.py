@@ -10,7 +10,7 @@ from exporter.monitor.tracked_vcpu import TrackedVcpu
 from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.kernel_evidence import KernelCounts
-from exporter.stalls.verdicts import StallRule, State, VcpuFigures
+from exporter.stalls.verdicts import StallRule, State, VcpuFigures, Verdict
 from kvm.model import NotifyExit, VcpuKey, VmKey, VmReading
 from tests.fake_host import FakeVm
 
@@ -79,6 +79,31 @@ def test_figures_count_the_stalled() -> None:
         detector.observe_records(4.0, records)
     found = tracked.find_figures()[vm.key]
     assert found.stalled == sum(vcpu.state is State.STALLED for vcpu in found.vcpus.values()) == 2
+
+
+class RaisesOnce(StallDetector):
+    """Cannot be asked for its verdict once."""
+
+    raises = False
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.raises:
+            self.raises = False
+            raise MemoryError
+        return super().verdict
+
+
+def test_a_vcpu_that_could_not_be_asked_is_asked_again() -> None:
+    vm, detector = FakeVm("web", 100, 2), RaisesOnce(StallRule(), 0.0)
+    tracked = track(vm)
+    tracked.find_figures()
+    tracked.add(TrackedVcpu(VcpuKey(vm.key, 0), vm.vm, vm.read().vcpus[0], "bpf", detector))
+    detector.observe_trigger(1.0)
+    detector.raises = True
+    with pytest.raises(MemoryError):
+        tracked.find_figures()
+    assert tracked.find_figures()[vm.key].vcpus[0].state is State.NOTIFYING
 
 
 class AskedMeanwhile(StallDetector):
