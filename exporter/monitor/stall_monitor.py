@@ -286,7 +286,7 @@ class StallMonitor:
             else:
                 self._take_counts(vcpu, poll.began, poll.ended, *counts)
         waited = self._threads.observe(poll.snapshot, poll.ended)
-        if not self._threads.is_same:  # to find ten thousand anew takes a sixth of what a flood costs
+        if not self._threads.is_same:  # else a flood would have ten thousand found anew after each poll
             self._heard.clear()
         for found in waited:
             self._take_exit(self._track(found.reading, found.vcpu))

@@ -1,4 +1,4 @@
-"""The sample lines of the counters of all VMs: metric by metric, the numbers of all VMs put into them at once."""
+"""Sample lines of all VMs that have a number a vCPU: metric by metric, the numbers of all VMs put in at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from exporter.prometheus.vm_series import VCPU_COUNTERS, Column, ShownVm, VmSeri
 
 
 class CounterSeries:
-    """Renders columns of counters, and keeps their lines from scrape to scrape."""
+    """Renders columns of numbers, and keeps their lines from scrape to scrape."""
 
     def __init__(self) -> None:
         self._lines: defaultdict[Metric, CounterLines] = defaultdict(CounterLines)

@@ -56,12 +56,11 @@ NEWS_SECONDS: Final = 3.0
 # RIP is what is judged anyway, and on VMX neither is current in memory (VMX_REGS_LAZY_LOAD_SET).
 NOT_COMPARED: Final = frozenset({"rip", "rsp"})
 
+_NS: Final = 1_000_000_000
+
 
 def _ignore() -> None:
     """Tell nobody."""
-
-
-_NS: Final = 1_000_000_000
 
 
 class StallDetector:

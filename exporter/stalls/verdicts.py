@@ -122,7 +122,7 @@ class VmFigures(NamedTuple):
 
 
 def build_vm_figures(vcpus: Mapping[int, VcpuFigures]) -> VmFigures:
-    """Build the figures of a VM of those of its vCPUs."""
+    """Build a VM's figures from those of its vCPUs."""
     return VmFigures(vcpus, sum(found.state is State.STALLED for found in vcpus.values()))
 
 
@@ -148,11 +148,11 @@ class MonitorReport:
     """What the stall monitor has found, and how it works.
 
     ``vcpus`` are those that have taken a notify exit in the agent's time, unless only ``figures`` of these were asked
-    for, and always those of drills; every other one is quiet. ``problem`` says
-    why RIPs cannot be had ("" where they can), ``evidence`` what tells them on this host. ``trigger`` is what
-    tells of notify exits: "bpf", "poll", or "" where none can happen; ``trigger_problem`` is why no BPF trigger is
-    attached ("" where one is, or where none is wanted), ``trigger_missed`` how often a counter had moved of which the
-    trigger told nothing, and ``missed_vcpus`` whose.
+    for, and always those of drills; every other one is quiet. ``problem`` says why RIPs cannot be had ("" where they
+    can), ``evidence`` what tells them on this host. ``trigger`` is what tells of notify exits: "bpf", "poll", or ""
+    where none can happen; ``trigger_problem`` is why no BPF trigger is attached ("" where one is, or where none is
+    wanted), ``trigger_missed`` how often a counter had moved of which the trigger told nothing, and ``missed_vcpus``
+    whose.
     ``interval_min_seconds`` is by the VM's window in cycles, ``context_invalid`` by pid, start_ticks,
     tid and vcpu_id, None where nothing counts it; ``agent_usage`` is None until it has been read.
     """

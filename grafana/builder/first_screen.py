@@ -70,7 +70,7 @@ def make_stalled_table(number: int, vm_exit_rate: str, *info: Metric, rows: int,
 
 def select_reasons(matcher: str) -> str:
     """Return a selector of the reasons for which VMs are left out on purpose, with ``!~`` of all others."""
-    return select(m.INCOMPLETE_REASON).replace("}", f', reason{matcher}"{LEFT_OUT_REASONS}"}}')
+    return f'{m.INCOMPLETE_REASON.name}{{{SCOPES[0]}, reason{matcher}"{LEFT_OUT_REASONS}"}}'
 
 
 def make_blind_table(number: int) -> Panel:
