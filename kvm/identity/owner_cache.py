@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from kvm.discovery.processes import read_uid
@@ -102,9 +103,10 @@ class OwnerCache:
     def find(self, wanted: Mapping[Key, int], wait_seconds: float) -> dict[Key, Owner]:
         """Return the owners that are known, of processes given as {(pid, start_ticks): a living thread}.
 
-        Waits at most ``wait_seconds``, and only for processes that were not asked for before: one that hangs delays
-        its first snapshot and no other, and while it hangs nobody waits for new ones of its uid. Processes that are
-        not wanted any more are forgotten.
+        Waits at most ``wait_seconds``, and only for processes that were not asked for before, or whose turn has not
+        come yet, as where an agent starts on a host with thousands: one that hangs delays its first snapshot and no
+        other, and while it hangs nobody waits for others of its uid. Processes that are not wanted any more are
+        forgotten.
         """
         if self._settled and self._settled[0] == wanted and self._is_at_rest:
             return self._settled[1]
@@ -161,18 +163,19 @@ class OwnerCache:
                 self._queue.append(lookup)
         return new
 
-    def _are_worth_waiting_for(self, lookups: Sequence[_Lookup]) -> bool:
-        """Tell whether one of them may have its answer soon: whoever makes lookups hang makes nobody wait twice."""
+    def _are_worth_waiting_for(self, new: Sequence[_Lookup]) -> bool:
+        """Tell whether one of them, or one whose turn comes, may have its answer soon.
+
+        Whoever makes lookups hang makes nobody wait twice; and no turn comes where no child gets on.
+        """
         now = self._clock()
+        at_work = [child for child in self._children if child.lookup]
+        stuck = [child for child in at_work if child.process.is_ready and now - child.since >= self.STUCK_SECONDS]
         hung_uids = {uid for process, uid in self._left_behind if not process.has_ended}
-        hung_uids |= {
-            child.lookup.uid
-            for child in self._children
-            if child.lookup and child.process.is_ready and now - child.since >= self.STUCK_SECONDS
-        }
+        hung_uids |= {child.lookup.uid for child in stuck if child.lookup}
         return any(
             lookup.reading is None and lookup.is_queued and (lookup.uid is None or lookup.uid not in hung_uids)
-            for lookup in lookups
+            for lookup in chain(new, self._queue if len(stuck) < len(at_work) else ())
         )
 
     def _ask(self) -> None:
