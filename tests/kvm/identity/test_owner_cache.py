@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -173,6 +174,23 @@ def test_those_whose_turn_has_not_come_are_waited_for_again(proc: FakeProc, make
     assert len(cache.find(wanted, 0.0)) < len(wanted)
     found = cache.find(wanted, PATIENCE_SECONDS)
     assert len(wanted) - len(found) <= OwnerCache.BUSY_CHILDREN  # whose turn has come is not waited for again
+
+
+def test_where_no_child_can_be_started_nobody_waits_again(proc: FakeProc, errors: Errors, make_cache: Make) -> None:
+    wanted = {(pid, START_TICKS): proc.add("crosvm", pid) for pid in (200, 201)}
+    cache, (soft, hard) = make_cache(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path("/dev/null").open() as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, hard))
+    try:
+        assert cache.find(wanted, 0.0) == {}
+        began = time.monotonic()
+        assert cache.find(wanted, PATIENCE_SECONDS) == {}
+        assert time.monotonic() - began < PATIENCE_SECONDS / 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {kind for _, kind, _ in errors} == {"unstarted"}
+    cache.find(wanted, 0.0)
+    assert cache.children  # now that there are fds
 
 
 def test_where_no_child_starts_that_is_said(
