@@ -95,7 +95,6 @@ TESTED_IN = {
     "kvm.identity.lookup_child": "kvm/identity/test_owner_cache.py",
     "kvm.identity.lookup_process": "kvm/identity/test_owner_cache.py",
     "kvm.log_limit": "kvm/test_read_errors.py",
-    "kvm.perf.event": "kvm/perf/test_notify_tracer.py",
     "kvm.perf.notify_records": "kvm/perf/test_notify_tracer.py",
     "kvm.perf.refusals": "kvm/perf/test_notify_tracer.py",
     "kvm.perf.tracefs": "kvm/perf/test_notify_tracer.py",

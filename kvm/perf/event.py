@@ -8,10 +8,12 @@ Closing the last event of a tracepoint takes it out of the kernel's text and wai
 
 **Memory ordering.** The kernel writes records, then ``data_head``; it reads ``data_tail`` before it overwrites
 (perf_output_put_handle and perf_output_begin in kernel/events/ring_buffer.c). Here ``data_head`` has to be read before
-the records, and ``data_tail`` written after. Each is one call of the C library's struct or mmap code, which no compiler
-moves across another; both are aligned 64-bit numbers in native format, which CPython moves by a memcpy of constant
-size, one instruction; and x86-64, the only machine that has notify exits, neither moves a load before an earlier load
-nor a store before an earlier load. That is all that load-acquire and store-release mean there.
+the records, and ``data_tail`` written after. Each is one call of CPython's C code, which no compiler moves across
+another; both are aligned 64-bit numbers in native format, which struct.unpack_from and an item of a memoryview move by
+a memcpy of constant size, one instruction; and x86-64, the only machine that has notify exits, neither moves a load
+before an earlier load nor a store before an earlier load. That is all that load-acquire and store-release mean there.
+**Not struct.pack_into**: it writes zeros first, and a kernel that reads 0 as ``data_tail`` drops records for which
+there is room.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from kvm import abi, syscalls
 from kvm.perf.ring import RingContents, copy_unread, decode_records
 
 _EVENT_ID = struct.Struct("=Q")
-_DATA_TAIL = struct.Struct("Q")
+_DATA_TAIL_WORD = abi.PERF_MMAP_DATA_TAIL // struct.calcsize("Q")
 _SAMPLE_TYPE = abi.PERF_SAMPLE_IDENTIFIER | abi.PERF_SAMPLE_TIME | abi.PERF_SAMPLE_RAW
 # What a record takes beside the tracepoint's bytes; the kernel rounds up to 8.
 _RECORD_OVERHEAD = abi.PERF_EVENT_HEADER.size + abi.PERF_SAMPLE.size + 8
@@ -109,6 +111,7 @@ class Ring:
             self._map = mmap.mmap(fd, (1 + pages) * mmap.PAGESIZE)
         except OSError as err:
             raise OSError(err.errno, err.strerror, "mmap") from err  # so that it can be told from other refusals
+        self._words = memoryview(self._map).cast("Q")
 
     def read(self) -> RingContents:
         """Take what stands in the ring, without waiting; what makes no sense as a whole counts as one odd record."""
@@ -116,9 +119,10 @@ class Ring:
         if head == tail:
             return RingContents()
         block = copy_unread(self._map[offset : offset + size], head, tail)
-        _DATA_TAIL.pack_into(self._map, abi.PERF_MMAP_DATA_TAIL, head)
+        self._words[_DATA_TAIL_WORD] = head
         return RingContents(odd=1) if block is None else decode_records(block)
 
     def close(self) -> None:
         """Unmap the ring; may be called twice."""
+        self._words.release()
         self._map.close()

@@ -58,15 +58,17 @@ class PerfReader:
         self._fd = fd
         self._fields = fields
         self._ring = mmap.mmap(fd, (1 + DATA_PAGES) * mmap.PAGESIZE)
+        self._words = memoryview(self._ring).cast("Q")
 
     def close(self) -> None:
         """Unmaps the ring and closes the event."""
+        self._words.release()
         self._ring.close()
         os.close(self._fd)
 
     def read(self) -> list[dict[str, int]]:
         """Returns the records since the last call; AssertionError when the kernel had to drop some."""
-        head, tail = struct.unpack_from("<QQ", self._ring, DATA_HEAD)
+        head, tail = struct.unpack_from("QQ", self._ring, DATA_HEAD)
         records = []
         while tail < head:
             kind, _misc, size = struct.unpack("<IHH", self._bytes(tail, 8))
@@ -74,7 +76,7 @@ class PerfReader:
             if kind == PERF_RECORD_SAMPLE:
                 records.append(self._decode(self._bytes(tail + 8, size - 8)))
             tail += size
-        struct.pack_into("<Q", self._ring, DATA_TAIL, tail)
+        self._words[DATA_TAIL // 8] = tail
         return records
 
     def _bytes(self, position: int, count: int) -> bytes:
