@@ -32,6 +32,7 @@ from kvm.model import NotifyExit
 from kvm.perf import event as perf_event
 from kvm.perf.notify_records import FIELDS, NOTIFY_FILTER, TraceRecords, decode_notify_exit
 from kvm.perf.refusals import explain
+from kvm.perf.ring import RingContents
 from kvm.perf.tracefs import Tracefs, open_tracefs, read_tracepoint
 from kvm.perf.tracepoint_format import Tracepoint
 
@@ -78,11 +79,12 @@ class ArmedThread:
         self._ring: perf_event.Ring | None = None
         self._events = {_Role.RING: _Event(self.fd, -1)}
         self._other_seen = False
-        self._seen = 0
-        self._allowance = self._allowed = allowance
+        # Of the notify event's records: how many it may make in all, and how many of those may be still to come.
+        self._allowance = self._left = allowance
         try:
             self._ring = perf_event.Ring(self.fd, pages)
-            self._exit_ids = {perf_event.read_event_id(self.fd)}
+            self._exits = _Event(self.fd, perf_event.read_event_id(self.fd))
+            self._exit_ids = {self._exits.id}
             perf_event.allow_records(self.fd, allowance)
         except BaseException:
             self.disarm()
@@ -94,8 +96,8 @@ class ArmedThread:
             if self._ring is None:
                 return TraceRecords(other_rip=self._other_seen, ended=True)
             gone = perf_event.has_exited(self.fd)  # before reading the ring, see there
-            samples, lost, odd = self._ring.read()
-            self._seen += lost + odd  # each may have been one of the notify event's
+            samples, lost, odd = self._read_ring(self._ring)
+            self._left -= lost + odd  # each may have been one of the notify event's
             other = self._events.get(_Role.OTHER_RIP)
             exits: list[NotifyExit] = []
             for sample in samples:
@@ -103,7 +105,7 @@ class ArmedThread:
                     # What a progress event of an earlier RIP has left says nothing about this one.
                     self._other_seen |= other is not None and sample.event_id == other.id
                     continue
-                self._seen += 1
+                self._left -= sample.event_id == self._exits.id  # an earlier one's have come late
                 decoded = decode_notify_exit(self._tracepoint, sample, self.tid)
                 if decoded is None:
                     odd += 1
@@ -112,8 +114,17 @@ class ArmedThread:
             if lost and other is not None and not self._other_seen:
                 # The progress event's only record may be among those lost. Its counter is not.
                 self._other_seen = bool(perf_event.read_count(other.fd))
-            ended = gone or self._seen >= self._allowed
+            ended = gone or self._left <= 0
             return TraceRecords(tuple(exits), lost, odd, self._other_seen, ended, gone)
+
+    def _read_ring(self, ring: perf_event.Ring) -> RingContents:
+        contents = ring.read()
+        if not any(contents) and self._left > 0 and (perf_event.read_count(self._exits.fd) or 0) >= self._allowance:
+            contents = ring.read()  # what was counted stands there by now
+            if not any(contents):
+                # The last ones were lost. The kernel says so with its next record, and would make none.
+                self._left = 0
+        return contents
 
     def watch_other_rips(self, rip: int) -> None:
         """Arm the progress event: it takes any exit of the thread at another RIP. Waits for the kernel.
@@ -140,15 +151,15 @@ class ArmedThread:
         # kernel/trace/trace_event_perf.c never starts it again. Before, it was switched off a moment late, and could
         # be so after it had been switched on again.
         def start(event: _Event) -> bool:
-            if self._seen < self._allowed:
+            if self._left > 0:
                 return False  # another call was faster
+            self._exits, self._left = event, self._allowance
             self._exit_ids.add(event.id)
-            self._allowed = self._seen + self._allowance
             perf_event.allow_records(event.fd, self._allowance)
             return True
 
         with self._lock:
-            if self._ring is None or self._seen < self._allowed:
+            if self._ring is None or self._left > 0:
                 return
         self._replace(_Role.EXITS, NOTIFY_FILTER, start)
 

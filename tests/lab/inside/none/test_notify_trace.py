@@ -239,6 +239,21 @@ def test_records_that_find_the_ring_full_are_counted(guest: GuestProcess) -> Non
         assert {record.rip for record in (*first.exits, *second.exits)} == {rip}
 
 
+def test_an_allowance_is_used_up_although_its_last_records_are_lost(guest: GuestProcess) -> None:
+    with open_tracer(allowance=200, pages=1) as tracer, open_armed(tracer, guest.vcpus[0].tid) as armed:
+        guest.notify(0, exits=1000)
+        guest.wait_for("done")
+        first = armed.read()
+        assert 20 < len(first.exits) < 100
+        assert (first.lost, first.ended) == (0, False)
+        assert armed.read() == TraceRecords(ended=True)
+        armed.refresh()
+        assert armed.read() == TraceRecords()
+        guest.notify(0, exits=1)
+        guest.wait_for("done")
+        assert len(first.exits) + armed.read().lost == 200
+
+
 def test_another_rip_is_known_even_where_its_record_is_lost(guest: GuestProcess) -> None:
     with open_tracer(allowance=5000, pages=1) as tracer, open_armed(tracer, guest.vcpus[0].tid) as armed:
         guest.notify(0, exits=1)
