@@ -40,7 +40,8 @@ RECORDS_PER_SECOND = 1
 MAX_THREADS = 16384
 
 # struct control of notify.bpf.c: records_per_second, exit_reason, flags, own_tgid, lost, uncounted
-_CONTROL = struct.Struct("=4I2Q")
+# Native, so that each number is read whole while the programs write it.
+_CONTROL = struct.Struct("@4I2Q")
 # struct record: time_ns, tgid, tid, vcpu_id
 _RECORD = struct.Struct("=Q3I4x")
 # struct vcpu_thread: start_boottime, tgid, tid, vcpu_id; its value is a count
