@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from exporter.monitor.backends import Reading
 from exporter.stalls.kernel_evidence import KernelCounts
-from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
+from kvm.bpf.notify_trigger import AGAIN_SECONDS, NotifyCall, TriggerStatus, VcpuThread
 from kvm.errors import SourceUnavailable, VmGone
 from kvm.model import (
     EXITS,
@@ -372,7 +372,7 @@ class FakeTrigger:
         self.refusal: SourceUnavailable | None = None
         self.fd = -1
         self._calls: list[NotifyCall] = []
-        self._told: dict[tuple[int, int], int] = {}
+        self._told: dict[int, float] = {}
         self.invalid: dict[VcpuThread, int] = {}
         self.unreadable = False
         self.lost = (0, 0)
@@ -385,10 +385,9 @@ class FakeTrigger:
         return self.status
 
     def tell(self, vcpu: FakeVcpu, seconds: float) -> None:
-        """As the BPF program does: four a second and thread."""
-        second = (vcpu.tid, int(seconds))
-        self._told[second] = self._told.get(second, 0) + 1
-        if self.fd >= 0 and self._told[second] <= 4:
+        """As the BPF program does."""
+        if self.fd >= 0 and seconds - self._told.get(vcpu.tid, -AGAIN_SECONDS) >= AGAIN_SECONDS:
+            self._told[vcpu.tid] = seconds
             number, vm = next((vm.vcpus.index(vcpu), vm) for vm in self._host.vms if vcpu in vm.vcpus)
             self._calls.append(NotifyCall(round(seconds * 1e9), vm.key.pid, vcpu.tid, 2 * number))
             os.eventfd_write(self.fd, 1)

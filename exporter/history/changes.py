@@ -9,13 +9,11 @@ from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, Vcpu, VmKey, VmReading
 
 
 class Moved(NamedTuple):
-    """A vCPU whose counter has moved: what it was when, and what it is."""
+    """A VM with vCPUs whose counters have moved since ``before_seconds``: each with what it was and what it is."""
 
     reading: VmReading
-    vcpu: Vcpu
-    before: int
     before_seconds: float
-    now: int
+    vcpus: list[tuple[Vcpu, int, int]]
 
 
 class CounterChanges:
@@ -25,7 +23,7 @@ class CounterChanges:
         self._columns: dict[VmKey, tuple[float, tuple[Vcpu, ...], tuple[int, ...]]] = {}
 
     def observe(self, snapshot: Snapshot) -> Iterator[Moved]:
-        """Yield what has moved since the snapshot before; a VM that is seen for the first time has not."""
+        """Yield where something has moved since the snapshot before; a VM that is seen for the first time has not."""
         before, self._columns = self._columns, {}
         for reading in snapshot.readings:
             column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
@@ -36,17 +34,11 @@ class CounterChanges:
             last = before.get(key)
             if last is None or last[2] == column:
                 continue
-            yield from _compare(reading, last, column)
-
-
-def _compare(
-    reading: VmReading, last: tuple[float, tuple[Vcpu, ...], tuple[int, ...]], column: tuple[int, ...]
-) -> Iterator[Moved]:
-    seconds, vcpus, values = last
-    if reading.vcpus is not vcpus:
-        known = {vcpu.vcpu_id: value for vcpu, value in zip(vcpus, values, strict=True)}
-        # A vCPU that was not there before has been plugged in: it counts from 0.
-        values = tuple(known.get(vcpu.vcpu_id, 0) for vcpu in reading.vcpus)
-    for vcpu, before, value in zip(reading.vcpus, values, column, strict=True):
-        if value != before:
-            yield Moved(reading, vcpu, before, seconds, value)
+            seconds, vcpus, values = last
+            if reading.vcpus is not vcpus:
+                known = dict(zip((vcpu.vcpu_id for vcpu in vcpus), values, strict=True))
+                # A vCPU that was not there before has been plugged in: it counts from 0.
+                values = tuple(known.get(vcpu.vcpu_id, 0) for vcpu in reading.vcpus)
+            moved = [found for found in zip(reading.vcpus, values, column, strict=True) if found[1] != found[2]]
+            if moved:
+                yield Moved(reading, seconds, moved)

@@ -2,7 +2,7 @@
 
 Three ways lead here, and none costs a guest anything while nothing happens:
 
-- the **trigger**, BPF programs at handle_notify(), reports each vCPU that takes a notify exit, at most once a second;
+- the **trigger**, BPF programs at handle_notify(), reports each vCPU that takes a notify exit, at once and then seldom;
 - counters are **polled**, but only while there are VMs whose counter can move, and slowly while a trigger is attached
   that has told of all that they have counted;
 - vCPUs that were seen to take notify exits are **tracked**: their counters and registers are read each second, until
@@ -40,7 +40,7 @@ from exporter.monitor.read_plan import choose_due, find_next
 from exporter.monitor.thread_index import Found, ThreadIndex
 from exporter.monitor.trace_budget import Limits
 from exporter.monitor.trace_scheduler import TraceScheduler
-from exporter.monitor.tracked_vcpu import TrackedVcpu, build_report
+from exporter.monitor.tracked_vcpu import TrackedVcpu, build_report, find_window
 from exporter.monitor.tracked_vcpus import TrackedVcpus
 from exporter.monitor.trigger import ManagedTrigger
 from exporter.monitor.vcpu_reader import VcpuReader
@@ -276,10 +276,10 @@ class StallMonitor:
         self._kvm_changes = poll.snapshot.kvm_changes
         self._poller.wanted |= self._trigger.misses_any(poll.moved)  # from now on as without it
         self._trigger.forget_missed(self._poller.readings)
-        for moved in poll.moved:
-            if self._tracked.get(VcpuKey(moved.reading.vm.key, moved.vcpu.vcpu_id)) is None:
-                vcpu = self._track(moved.reading, moved.vcpu)
-                vcpu.detector.observe_counter(moved.before_seconds, moved.before_seconds, moved.before)
+        for reading, seconds, vcpus in poll.moved:
+            known = self._tracked.of_vm(reading.vm.key)
+            for moved, before, _ in [found for found in vcpus if found[0].vcpu_id not in known]:
+                self._track(reading, moved).detector.observe_counter(seconds, seconds, before)
         for vcpu, counts in self._tracked.renew(self._poller.readings, poll.ended):
             if counts is None:
                 self._take(vcpu, vcpu.detector.observe_unread(poll.ended))
@@ -372,9 +372,9 @@ class StallMonitor:
 
     def _consider(self, vcpu: TrackedVcpu) -> None:
         """Have a vCPU traced if that is due, and if KVM itself does not tell enough."""
-        vcpu.considered_at = self._clock()
+        now = vcpu.considered_at = self._clock()
         vcpu.told_by_kernel = self._is_told(vcpu)
-        self._scheduler.consider(vcpu)
+        self._scheduler.consider(vcpu, now)
 
     def _take_context_losses(self, now: float) -> None:
         """Take in which vCPUs have taken an exit with an invalid context; that cannot wait for a trace."""
@@ -419,8 +419,8 @@ class StallMonitor:
         key = VcpuKey(reading.vm.key, vcpu.vcpu_id)
         tracked = self._tracked.get(key)
         if tracked is None:
-            tracked = TrackedVcpu(key, reading.vm, vcpu, reading.source, StallDetector(self._rule, self._clock()))
-            tracked.renew(reading, None)
+            detector, window = StallDetector(self._rule, self._clock()), find_window(reading)
+            tracked = TrackedVcpu(key, reading.vm, vcpu, reading.source, detector, window)
             self._tracked.add(tracked)
             self._processes.watch(key.vm)
         return tracked

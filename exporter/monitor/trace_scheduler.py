@@ -91,9 +91,8 @@ class TraceScheduler:
                 text = "exits cannot be traced: stalls cannot be told from other notify exits"
                 log.warning(text, extra={"fields": {"reason": err.reason, "remedy": err.remedy}})
 
-    def consider(self, vcpu: TrackedVcpu) -> None:
+    def consider(self, vcpu: TrackedVcpu, now: float) -> None:
         """Start a session for a vCPU if one is due and the budget allows it; else it waits."""
-        now = asyncio.get_running_loop().time()
         if self.problem or self._closing or not vcpu.wants_session(now):
             return
         self._vcpus[vcpu.key] = vcpu
@@ -206,7 +205,10 @@ class TraceScheduler:
         """Consider a vCPU when its next session may be; what was planned before is cancelled."""
         if vcpu.key in self._timers:
             self._timers[vcpu.key].cancel()
-        self._timers[vcpu.key] = asyncio.get_running_loop().call_at(vcpu.next_session_at, self.consider, vcpu)
+        self._timers[vcpu.key] = asyncio.get_running_loop().call_at(vcpu.next_session_at, self._consider_now, vcpu)
+
+    def _consider_now(self, vcpu: TrackedVcpu) -> None:
+        self.consider(vcpu, asyncio.get_running_loop().time())
 
     async def _open_later(self) -> None:
         await asyncio.sleep(RETRY_SECONDS)

@@ -8,7 +8,7 @@ from typing import Final
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.interval import SESSION_SECONDS
 from exporter.stalls.verdicts import State, VcpuFigures, VcpuReport, Verdict
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Instruction, Protection, Vcpu, VcpuKey, Vm, VmReading
+from kvm.model import Instruction, Protection, Vcpu, VcpuKey, Vm, VmReading
 
 # After so many readings in which other exits came between repeats, a trace has to tell what they are.
 INTERRUPTIONS: Final = 5
@@ -67,20 +67,6 @@ class TrackedVcpu:
     _counted_at: float = float("-inf")
     _counts: tuple[int, int | None] | None = None
     _slowest: float = SESSION_SECONDS
-
-    def renew(self, reading: VmReading, position: int | None) -> Counts | None:
-        """Take in a newer reading of the VM, in which the vCPU stands at ``position``; returns its counters, if any."""
-        self.vm, self.source = reading.vm, reading.source
-        is_armed = reading.protection is Protection.ARMED
-        self.window_cycles = reading.counters.notify_window_cycles if is_armed else None
-        if position is None:
-            return None
-        self.vcpu = reading.vcpus[position]
-        notify = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
-        exits = reading.counters.per_vcpu.get(EXITS, ())
-        if position >= len(notify):
-            return None
-        return notify[position], exits[position] if position < len(exits) else None
 
     @property
     def figures(self) -> VcpuFigures:
@@ -197,6 +183,11 @@ class TrackedVcpu:
     def _idle(self) -> bool:
         slow = (self.detector.interval_seconds or 0.0) > TOO_SLOW_SECONDS
         return slow and not (self.detector.suspected or self.goes_on or self.faster)
+
+
+def find_window(reading: VmReading) -> int | None:
+    """Find the window in cycles after which a VM's vCPUs take notify exits, None where it is off or not known."""
+    return reading.counters.notify_window_cycles if reading.protection is Protection.ARMED else None
 
 
 def build_report(vcpu: TrackedVcpu, verdict: Verdict | None, problem: str, now: float) -> VcpuReport:

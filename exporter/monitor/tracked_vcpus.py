@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
 
-from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu
+from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu, find_window
 from exporter.stalls.verdicts import State, VmFigures
-from kvm.model import VcpuKey, VmKey, VmReading
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuKey, VmKey, VmReading
 
 # A VM or a vCPU that is missing from a snapshot may be back in the next.
 MISSING_SECONDS: Final = 60.0
@@ -68,8 +68,12 @@ class TrackedVcpus:
 
     def get(self, key: VcpuKey) -> TrackedVcpu | None:
         """Return a tracked vCPU, None where it is not tracked."""
-        vm = self._by_vm.get(key.vm)
-        return None if vm is None else vm.vcpus.get(key.vcpu_id)
+        return self.of_vm(key.vm).get(key.vcpu_id)
+
+    def of_vm(self, key: VmKey) -> Mapping[int, TrackedVcpu]:
+        """Return the tracked vCPUs of a VM, by vcpu_id."""
+        vm = self._by_vm.get(key)
+        return {} if vm is None else vm.vcpus
 
     def find_figures(self) -> dict[VmKey, VmFigures]:
         """Return what metrics tell of all that are tracked now; from any thread."""
@@ -90,19 +94,34 @@ class TrackedVcpus:
     def _renew_vm(
         self, reading: VmReading | None, vm: _TrackedVm, now: float
     ) -> Iterator[tuple[TrackedVcpu, Counts | None]]:
-        positions = {} if reading is None else {vcpu.vcpu_id: place for place, vcpu in enumerate(reading.vcpus)}
-        for vcpu_id, vcpu in vm.vcpus.items():
-            position = positions.get(vcpu_id)
-            # A VM that cannot be read shows none of its vCPUs.
-            if reading is None or (reading.vcpus and position is None):
+        if reading is None:
+            for vcpu in vm.vcpus.values():
                 self._missing.setdefault(vcpu.key, now)
-            else:
+                yield vcpu, None
+            return
+        per_vcpu, window = reading.counters.per_vcpu, find_window(reading)
+        notify, exits = per_vcpu.get(NOTIFY_WINDOW_EXITS, ()), per_vcpu.get(EXITS, ())
+        places = {vcpu.vcpu_id: place for place, vcpu in enumerate(reading.vcpus)}
+        for vcpu_id, vcpu in vm.vcpus.items():
+            vcpu.vm, vcpu.source, vcpu.window_cycles = reading.vm, reading.source, window
+            place = places.get(vcpu_id)
+            # A VM that cannot be read shows none of its vCPUs.
+            if place is None and reading.vcpus:
+                self._missing.setdefault(vcpu.key, now)
+            elif self._missing:
                 self._missing.pop(vcpu.key, None)
-            tid = vcpu.vcpu.tid
-            counts = None if reading is None else vcpu.renew(reading, position)
-            if vcpu.vcpu.tid != tid:
-                vm.changed.add(vcpu_id)
-            yield vcpu, counts
+            if place is None:
+                yield vcpu, None
+                continue
+            shown = reading.vcpus[place]
+            if vcpu.vcpu is not shown:
+                if vcpu.vcpu.tid != shown.tid:
+                    vm.changed.add(vcpu_id)
+                vcpu.vcpu = shown
+            if place < len(notify):
+                yield vcpu, (notify[place], exits[place] if place < len(exits) else None)
+            else:
+                yield vcpu, None
 
     def drop(self, key: VcpuKey) -> TrackedVcpu | None:
         """Track a vCPU no more; returns it if it was tracked."""

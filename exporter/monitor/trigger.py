@@ -1,7 +1,11 @@
 """Holds the trigger: attaches it where it can be attached, asks it for what only it counts, and checks what it tells.
 
-It tells of each vCPU that takes notify exits at least once a second. So a counter that has moved while the trigger told
-nothing of its vCPU, and lost nothing, shows that the kernel does not call the function for every notify exit.
+It tells of each vCPU that takes notify exits at least once in ``AGAIN_SECONDS``. So a counter that has moved while the
+trigger told nothing of its vCPU for so long, and lost nothing, shows that the kernel does not call the function for
+every notify exit.
+
+What it tells is taken at once, and what comes within ``GATHER_SECONDS`` after that together: thousands of vCPUs that
+take notify exits do not cost a turn of the event loop each.
 """
 
 from __future__ import annotations
@@ -14,14 +18,13 @@ from typing import Final
 from exporter.history.changes import Moved
 from exporter.logs.rate_limit import RateLimitedLog
 from exporter.monitor.backends import Run, Trigger
-from kvm.bpf.notify_trigger import NotifyCall
+from kvm.bpf.notify_trigger import AGAIN_SECONDS, NotifyCall
 from kvm.errors import SourceUnavailable
 from kvm.model import VcpuKey, VmKey
 
 log = logging.getLogger(__name__)
 
-# Of a thread that takes more notify exits than that, the programs tell a few times, and no more for so long.
-UNTOLD_SECONDS: Final = 1.0
+GATHER_SECONDS: Final = 0.02
 # No two polls lie further apart.
 KEPT_SECONDS: Final = 600.0
 NS_PER_SECOND: Final = 1_000_000_000
@@ -51,6 +54,7 @@ class ManagedTrigger:
         self._told: dict[tuple[int, int], float] = {}
         self._log = RateLimitedLog()
         self._trigger: Trigger | None = None
+        self._listening: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Attach it, where it is not attached; how that went is logged when it changes."""
@@ -66,7 +70,7 @@ class ManagedTrigger:
                 log.warning("notify exits are found by polling", extra={"fields": fields})
             return
         if status.attached:
-            asyncio.get_running_loop().add_reader(self._trigger.fd, self._trigger.deliver)
+            self._listen(self._trigger)
             self.attached, self._attached_at = True, asyncio.get_running_loop().time()
             self._lost_before = sum(self._trigger.lost)
         self.problem = "" if status.attached else status.reason
@@ -90,12 +94,9 @@ class ManagedTrigger:
             return False
         self._trigger.deliver()  # it tells of an exit before KVM counts it, so what it will tell of these is there
         before, self._lost_before = self._lost_before, sum(self._trigger.lost)
-        missed = [found for found in moved if self._is_untold(found)] if self._lost_before == before else []
-        for found in missed:
-            fields = {"vm": found.reading.vm.id, "vcpu": found.vcpu.index, "before": found.before, "now": found.now}
-            self._log.write(logging.WARNING, _MISSED, **fields)
+        missed = [vcpu for vm in moved for vcpu in self._find_untold(vm)] if self._lost_before == before else []
         self.missed += len(missed)
-        self.missed_vcpus |= {VcpuKey(found.reading.vm.key, found.vcpu.vcpu_id) for found in missed}
+        self.missed_vcpus |= set(missed)
         oldest = asyncio.get_running_loop().time() - KEPT_SECONDS
         self._told = {vcpu: told for vcpu, told in self._told.items() if told >= oldest}
         return bool(missed)
@@ -105,11 +106,29 @@ class ManagedTrigger:
         if any(vcpu.vm not in alive for vcpu in self.missed_vcpus):
             self.missed_vcpus = frozenset(vcpu for vcpu in self.missed_vcpus if vcpu.vm in alive)
 
-    def _is_untold(self, moved: Moved) -> bool:
-        if moved.now < moved.before or moved.before_seconds < self._attached_at:
-            return False  # somebody has set it to 0, or it may have moved before there was anybody to tell of it
-        told = self._told.get((moved.reading.vm.key.pid, moved.vcpu.vcpu_id), float("-inf"))
-        return told < moved.before_seconds - UNTOLD_SECONDS
+    def _find_untold(self, moved: Moved) -> list[VcpuKey]:
+        """Find the vCPUs of a VM of which it should have told, and log them."""
+        if moved.before_seconds < self._attached_at:
+            return []  # they may have moved before there was anybody to tell of it
+        vm, oldest, never = moved.reading.vm, moved.before_seconds - AGAIN_SECONDS, float("-inf")
+        untold = [
+            found
+            for found in moved.vcpus
+            if self._told.get((vm.key.pid, found[0].vcpu_id), never) < oldest
+            and found[2] > found[1]  # else somebody has set it to 0
+        ]
+        for vcpu, before, now in untold:
+            self._log.write(logging.WARNING, _MISSED, vm=vm.id, vcpu=vcpu.index, before=before, now=now)
+        return [VcpuKey(vm.key, vcpu.vcpu_id) for vcpu, _, _ in untold]
+
+    def _listen(self, trigger: Trigger) -> None:
+        asyncio.get_running_loop().add_reader(trigger.fd, self._deliver, trigger)
+
+    def _deliver(self, trigger: Trigger) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(trigger.fd)
+        self._listening = loop.call_later(GATHER_SECONDS, self._listen, trigger)
+        trigger.deliver()
 
     def _take(self, call: NotifyCall) -> None:
         self._told[call.pid, call.vcpu_id] = call.time_ns / NS_PER_SECOND
@@ -141,5 +160,7 @@ class ManagedTrigger:
         if self._trigger is not None:
             if self.attached:
                 asyncio.get_running_loop().remove_reader(self._trigger.fd)
+            if self._listening is not None:
+                self._listening.cancel()
             self.attached = False
             await self._run(self._trigger.close)

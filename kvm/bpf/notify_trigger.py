@@ -33,21 +33,23 @@ from kvm.host.privileges import read_is_module
 
 OBJECT = Path(__file__).parent / "programs" / "notify.bpf.o"
 FUNCTION = "handle_notify"
-# The first notify exit is told of at once. After a bad microcode update every vCPU of a host may take them: of 10,000,
-# each record a second takes some 5 % of a core.
-RECORDS_PER_SECOND = 1
+# The first notify exit of a thread is told of at once; that it goes on, after so long. After a bad microcode update
+# every vCPU of a host may take them, and the record of each of 10,000 once a second takes some 5 % of a core.
+AGAIN_SECONDS = 5.0
 # Threads whose records are limited at a time.
 MAX_THREADS = 16384
 
-# struct control of notify.bpf.c: records_per_second, exit_reason, flags, own_tgid, lost, uncounted
+# struct control of notify.bpf.c: again_ns, exit_reason, flags, own_tgid, reserved, lost, uncounted.
 # Native, so that each number is read whole while the programs write it.
-_CONTROL = struct.Struct("@4I2Q")
+_CONTROL = struct.Struct("@Q4I2Q")
+_SETTINGS = struct.Struct("@Q2I")
 # struct record: time_ns, tgid, tid, vcpu_id
 _RECORD = struct.Struct("=Q3I4x")
 # struct vcpu_thread: start_boottime, tgid, tid, vcpu_id; its value is a count
 _THREAD = struct.Struct("=Q3I4x")
 _COUNT = struct.Struct("=Q")
-_NS_PER_TICK = 1_000_000_000 // abi.USER_HZ
+_NS_PER_SECOND = 1_000_000_000
+_NS_PER_TICK = _NS_PER_SECOND // abi.USER_HZ
 
 
 class NotifyCall(NamedTuple):
@@ -91,7 +93,7 @@ class NotifyTrigger:
         on_call: Callable[[NotifyCall], None],
         *,
         function: str = FUNCTION,
-        records_per_second: int = RECORDS_PER_SECOND,
+        again_seconds: float = AGAIN_SECONDS,
         exit_reason: int = abi.KVM_EXIT_NOTIFY,
         flags: int = abi.KVM_NOTIFY_CONTEXT_INVALID,
         library: str = LIBRARY,
@@ -100,7 +102,7 @@ class NotifyTrigger:
     ) -> None:
         self._on_call = on_call
         self._function = function
-        self._settings = (records_per_second, exit_reason, flags)
+        self._settings = _SETTINGS.pack(round(again_seconds * _NS_PER_SECOND), exit_reason, flags)
         self._library_name = library
         self._kallsyms = kallsyms
         self._sys = sys
@@ -199,12 +201,12 @@ class NotifyTrigger:
                 raise
             self.close()
             return absent
-        self._object.set_entries("seconds", library.count_lru_entries(MAX_THREADS))
+        self._object.set_entries("told_ns", library.count_lru_entries(MAX_THREADS))
         self._object.load()
         self._control = mmap.mmap(self._object.map_fd(".bss"), _CONTROL.size)
         self._object.run("learn")
         check_own_pid(_CONTROL.unpack_from(self._control)[3])
-        struct.pack_into("=3I", self._control, 0, *self._settings)
+        self._control[: len(self._settings)] = self._settings
         self._ring = RingBuffer(library, self._object.map_fd("records"), self._take)
         # Counting first: what is told of has been counted then.
         self._object.attach("on_return")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Final
 
-from kvm.bpf.notify_trigger import RECORDS_PER_SECOND, NotifyCall, TriggerStatus, VcpuThread
+from kvm.bpf.notify_trigger import AGAIN_SECONDS, NotifyCall, TriggerStatus, VcpuThread
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
@@ -40,8 +40,8 @@ STUCK_RATE: Final = 40.0
 OTHER_EXITS: Final = 1000.0
 RIP: Final = 0xFFFF_FFFF_8100_0000
 TIDS_PER_VM: Final = 10_000
-TICKS: Final = 20
-TICK_SECONDS: Final = 1 / (TICKS * min(RATE, RECORDS_PER_SECOND))
+TICK_SECONDS: Final = 0.005
+TICKS: Final = round(AGAIN_SECONDS / TICK_SECONDS)
 
 
 class FloodedHost:
@@ -193,14 +193,15 @@ class FloodedTrigger:
 
     def _tell(self) -> None:
         calls = [(vm.key.pid, tid or 0, vcpu.vcpu_id) for tid, (vm, vcpu) in self._host.threads.items()]
-        part, all_told = 0, False
+        ticks = 0
         while not self._ended.wait(TICK_SECONDS):
             if self._host.began is not None:
-                now = time.monotonic_ns()
-                self._ready += [NotifyCall(now, *call) for call in (calls[part::TICKS] if all_told else calls)]
-                all_told = True
+                now = time.monotonic()
+                due = int((now - self._host.began) / TICK_SECONDS)
+                told = [call for tick in range(ticks, due) for call in calls[tick % TICKS :: TICKS]] if ticks else calls
+                self._ready += [NotifyCall(round(now * 1e9), *call) for call in told]
+                ticks = max(due, 1)
                 os.eventfd_write(self.fd, 1)
-                part = (part + 1) % TICKS
             self.cpu_seconds = time.thread_time()
 
     def deliver(self) -> int:

@@ -2,7 +2,7 @@
 /*
  * Watches handle_notify() of kvm_intel: nothing runs on any other exit.
  *
- * On entry a record goes to userspace, so that nobody has to poll counters; at most a few a second for each thread,
+ * On entry a record goes to userspace, so that nobody has to poll counters; one in some seconds for each thread,
  * whatever a guest does: it can take a notify exit every few microseconds. On return, exits with an invalid VM context
  * are counted, each of them: handle_notify() then returns 0 with KVM_EXIT_NOTIFY and KVM_NOTIFY_CONTEXT_INVALID in the
  * vCPU's kvm_run, and the guest can never run on.
@@ -14,7 +14,6 @@
 
 #define RING_BYTES (256 * 1024)
 #define MAX_THREADS 16384
-#define NS_PER_SECOND 1000000000ULL
 /* include/uapi/linux/kvm.h: struct kvm_run */
 #define RUN_EXIT_REASON 8
 #define RUN_NOTIFY_FLAGS 32
@@ -23,10 +22,10 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* Lies in .bss, which userspace maps: `_Control` in kvm/notify_trigger.py. */
 struct control {
-	__u32 records_per_second;
+	__u64 again_ns;
 	/* what counts on return: KVM_EXIT_NOTIFY, KVM_NOTIFY_CONTEXT_INVALID */
 	__u32 exit_reason, flags;
-	__u32 own_tgid;
+	__u32 own_tgid, reserved;
 	__u64 lost, uncounted;
 };
 struct control control;
@@ -34,11 +33,6 @@ struct control control;
 struct record {
 	__u64 time_ns;
 	__u32 tgid, tid, vcpu_id, reserved;
-};
-
-struct second {
-	__u64 began_ns;
-	__u32 records, reserved;
 };
 
 struct vcpu_thread {
@@ -55,8 +49,8 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1); /* set by userspace, by the number of CPUs */
 	__type(key, __u32);
-	__type(value, struct second);
-} seconds SEC(".maps");
+	__type(value, __u64);
+} told_ns SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -67,21 +61,19 @@ struct {
 
 static __always_inline bool may_tell(__u32 tid, __u64 now)
 {
-	struct second first = { .began_ns = now, .records = 1 };
-	struct second *second = bpf_map_lookup_elem(&seconds, &tid);
+	__u64 *told = bpf_map_lookup_elem(&told_ns, &tid);
 
-	if (!second) {
-		if (!bpf_map_update_elem(&seconds, &tid, &first, BPF_ANY))
+	if (!told) {
+		if (!bpf_map_update_elem(&told_ns, &tid, &now, BPF_ANY))
 			return true;
-		/* without its second nothing would limit it */
+		/* without its entry nothing would limit it */
 		__sync_fetch_and_add(&control.lost, 1);
 		return false;
 	}
-	if (now - second->began_ns >= NS_PER_SECOND) {
-		*second = first;
-		return true;
-	}
-	return second->records++ < control.records_per_second;
+	if (now - *told < control.again_ns)
+		return false;
+	*told = now;
+	return true;
 }
 
 SEC("fentry")
@@ -89,17 +81,20 @@ int BPF_PROG(on_entry, struct kvm_vcpu *vcpu)
 {
 	__u64 now = bpf_ktime_get_ns(), id = bpf_get_current_pid_tgid();
 	struct record *record;
+	__u32 tid = id;
 
-	if (!may_tell((__u32)id, now))
+	if (!may_tell(tid, now))
 		return 0;
 	record = bpf_ringbuf_reserve(&records, sizeof(*record), 0);
 	if (!record) {
+		/* it has not been told */
+		bpf_map_delete_elem(&told_ns, &tid);
 		__sync_fetch_and_add(&control.lost, 1);
 		return 0;
 	}
 	record->time_ns = now;
 	record->tgid = id >> 32;
-	record->tid = id;
+	record->tid = tid;
 	record->vcpu_id = BPF_CORE_READ(vcpu, vcpu_id);
 	record->reserved = 0;
 	bpf_ringbuf_submit(record, 0);

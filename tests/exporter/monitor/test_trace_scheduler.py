@@ -414,7 +414,7 @@ def test_who_waits_for_room_is_traced_when_another_session_ends() -> None:
     async def act(host: FakeHost, bench: Bench) -> None:
         for number, vcpu in enumerate(vm.vcpus):
             host.set(vcpu, "stuck", interval=0.02)
-            bench.scheduler.consider(bench.follow(vm, number))
+            bench.scheduler.consider(bench.follow(vm, number), host.clock())
         await asyncio.sleep(1)
         assert bench.scheduler.armings == 4
         await asyncio.sleep(6)
@@ -429,7 +429,7 @@ def test_a_vm_that_has_ended_is_not_traced_again() -> None:
     async def act(host: FakeHost, bench: Bench) -> None:
         followed = [bench.follow(vm, number) for number in range(6)]
         for vcpu in followed:
-            bench.scheduler.consider(vcpu)
+            bench.scheduler.consider(vcpu, host.clock())
         await asyncio.sleep(5.5)
         for vcpu in followed:
             vcpu.moved = True

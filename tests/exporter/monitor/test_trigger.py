@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from exporter.monitor.trigger import GATHER_SECONDS
 from exporter.stalls.verdicts import State
 from kvm.bpf.notify_trigger import NotifyCall, TriggerStatus, VcpuThread
 from kvm.errors import SourceUnavailable
@@ -94,6 +95,35 @@ def test_what_the_trigger_lost_and_a_counter_that_was_set_to_0_are_not_missed() 
             trigger.lost = (trigger.lost[0] + 1, 0)
             await asyncio.sleep(0.1)
         assert scene.monitor.report().trigger_missed == 0
+
+    play(act, vm, trigger=True)
+
+
+def test_what_comes_close_together_is_taken_together() -> None:
+    vm = FakeVm("web", 100, 50)
+
+    async def act(scene: Scene) -> None:
+        trigger = scene.host.trigger
+        assert trigger is not None
+        await asyncio.sleep(60)
+        scene.host.settle()
+        taken: list[int] = []
+        deliver = trigger.deliver
+
+        def count() -> int:
+            taken.append(deliver())
+            return taken[-1]
+
+        trigger.deliver = count  # type: ignore[method-assign]
+        trigger.tell(vm.vcpus[0], scene.host.clock())
+        await asyncio.sleep(0.001)
+        assert taken == [1], "the first one at once"
+        for vcpu in vm.vcpus[1:]:
+            trigger.tell(vcpu, scene.host.clock())
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(GATHER_SECONDS)
+        assert sum(taken) == 50
+        assert len(taken) <= 5
 
     play(act, vm, trigger=True)
 

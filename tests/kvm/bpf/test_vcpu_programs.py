@@ -104,6 +104,6 @@ def test_what_is_shared_with_vcpus_lies_where_python_takes_it() -> None:
 
 def test_what_is_shared_with_notify_lies_where_python_takes_it() -> None:
     structs = parse_structs(read_sections(notify_trigger.OBJECT)[".BTF"])
-    control = "records_per_second exit_reason flags own_tgid lost uncounted"
-    assert structs["control"] == (32, place(control, "I I I I Q Q"))
+    control = "again_ns exit_reason flags own_tgid reserved lost uncounted"
+    assert structs["control"] == (40, place(control, "Q I I I I Q Q"))
     assert structs["vcpu_thread"] == (24, place("start_boottime tgid tid vcpu_id reserved", "Q I I I I"))
