@@ -109,7 +109,8 @@ def test_hung_process_delays_nobody(proc: FakeProc, errors: Errors, make_cache: 
     proc.hang(hung)
     wanted = {hung_key: hung, well_key: well}
     wait_until(lambda: cache.find(wanted, 0.0) == {well_key: TERMINA})
-    answer = proc.hold(hung)
+    answer = proc.hold(hung)  # so its child has begun
+    cache.find(wanted, 0.0)
     wanted[later_key] = later
     clock.seconds += 9.9
     wait_until(lambda: cache.find(wanted, 0.0).keys() == {well_key, later_key})
@@ -118,9 +119,8 @@ def test_hung_process_delays_nobody(proc: FakeProc, errors: Errors, make_cache: 
     assert cache.find(wanted, 0.0)[hung_key] == FALLBACK
     assert [(pid, kind) for pid, kind, _ in errors] == [(hung, "hung")]
     # It would answer after all: what it is called does not change any more.
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError), answer:
         answer.write(LATE)
-        answer.close()
     wait_until(lambda: len(find_children()) == 1)
     assert cache.find(wanted, 0.0)[hung_key] == FALLBACK
     assert len(errors) == 1
