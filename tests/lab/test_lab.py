@@ -1,7 +1,8 @@
 """The lab as a part of the test suite: real kernels with the tests inside, and what the lab says of kernels that fail.
 
 LAB_KERNELS says which series are booted ("6.1 6.12 7", or "all"); one without it. LAB_PATCHED_KERNELS says the same of
-kernels with the project's patches. All boots are started together and run two at a time; each test waits for its own.
+kernels with the project's patches. LAB_WHOLE=1 repeats on every kernel what is the same on each. All boots are started
+together and run two at a time; each test waits for its own.
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ import pytest
 from tests.lab.boot import Limits, Run, RunLost, run_in_kernel
 from tests.lab.debian import Kernel, open_kernel
 from tests.lab.patched import open_patched_kernel
-from tests.lab.plan import BOOTS, PATCHED_BOOTS, Boots, Outcome, open_executor, read_series, start_boots
+from tests.lab.plan import (
+    BOOTS,
+    PATCHED_BOOTS,
+    Boots,
+    Outcome,
+    leave_out_repeats,
+    open_executor,
+    read_series,
+    run_everything,
+    start_boots,
+)
 
 pytestmark = pytest.mark.lab
 
 SERIES = read_series(os.environ)
+IS_WHOLE = os.environ.get("LAB_WHOLE") == "1"
 PATCHED_SERIES = read_series(os.environ, "LAB_PATCHED_KERNELS")
 ENVIRONMENT = {"GREETING": "hello"}
 FILES = ("/tmp/file", "/tmp/no-such-file")
@@ -53,7 +65,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture(scope="module")
 def boots(executor: ThreadPoolExecutor) -> Boots:
     """All boots with tests inside, under way."""
-    return start_boots(executor, SERIES, BOOTS)
+    return start_boots(executor, SERIES, BOOTS, run_everything if IS_WHOLE else leave_out_repeats)
 
 
 @pytest.fixture(scope="module")

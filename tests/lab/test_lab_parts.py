@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +18,18 @@ from tests.lab.boot import Limits, Listener, RunLost
 from tests.lab.debian import parse_numbers
 from tests.lab.inside.perf_reader import Field, parse_format
 from tests.lab.modules import parse_depends
-from tests.lab.plan import find_kernel_warnings, find_slowest, parse_figures, parse_junit, read_series
+from tests.lab.plan import (
+    BOOTS,
+    NOT_AGAIN,
+    Boot,
+    find_kernel_warnings,
+    find_slowest,
+    parse_figures,
+    parse_junit,
+    read_series,
+)
 
+ROOT = Path(__file__).parents[2]
 DEB822 = """Types: deb
 # http://snapshot.example/archive
 URIs: http://mirror.example/debian
@@ -150,3 +164,17 @@ def test_the_end_of_both_channels_is_the_end_of_the_machine(ends: Ends) -> None:
     ends.report.close()
     with pytest.raises(RunLost, match="ended before its job was done"):
         ends.listener.listen(Limits())
+
+
+@pytest.mark.parametrize("boot", BOOTS, ids=lambda boot: boot.name)
+def test_every_kernel_has_tests_in_each_boot(boot: Boot) -> None:
+    def collect(*arguments: str) -> set[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *boot.tests, *arguments]
+        environment = {**os.environ, "KVM_LAB_INSIDE": "1"}
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return {line for line in run.stdout.splitlines() if "::" in line}
+
+    everything, always, once = collect(), collect(*NOT_AGAIN), collect("-m", "one_kernel")
+    assert everything == always | once
+    assert {line.partition("/test_")[0] for line in everything} == {line.partition("/test_")[0] for line in always}
+    assert {line.partition("::")[0].rpartition("/")[2] for line in once} <= {"test_blind.py", "test_blind_module.py"}

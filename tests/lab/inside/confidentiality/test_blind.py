@@ -11,6 +11,8 @@ from tests.lab.inside.confidentiality.test_confidentiality import locked_down
 
 __all__ = ["locked_down"]
 pytestmark = pytest.mark.usefixtures("locked_down")
+pytestmark = pytest.mark.one_kernel
+
 WAYS = (
     Way(name="lockdown=confidentiality", sees=Sees.SOME),
     Way(name="lockdown=confidentiality, bpf only", sources="bpf", sees=Sees.NONE),

@@ -8,6 +8,8 @@ from tests.blind.scene import Scene
 from tests.blind.ways import Sees, Way
 from tests.lab.inside.blind import Record, check_way
 
+pytestmark = pytest.mark.one_kernel
+
 WAYS = (
     Way(name="lockdown=integrity"),
     Way(name="lockdown=integrity, debugfs only", sources="debugfs", sees=Sees.NONE),

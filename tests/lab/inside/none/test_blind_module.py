@@ -19,6 +19,8 @@ from tests.lab.inside.blind import Record, check_row
 from tests.lab.inside.none.test_bpf_module import insert, is_loaded, remove
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_kernel
+
 # Emulated, the programs take seconds to load.
 PATIENCE_SECONDS = 60.0
 
