@@ -1,8 +1,8 @@
 """``python -m tests.bench.bench_flood``: every vCPU of a host takes notify exits at once; what does the monitor cost?
 
 For each shape of the same number of vCPUs: the CPU time of the stall monitor in percent of a core, in microseconds a
-call of the trigger, when it called the one vCPU that is stuck, what was lost, and a scrape beside one of the same host
-in quiet. The shapes take turns.
+call of the trigger, when it called the one vCPU that is stuck, what was lost, and a scrape, without HTTP, beside one of
+the same host in quiet, with how many lines each has.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from exporter.prometheus.exposition import open_self_metrics, render_document
 from exporter.prometheus.negotiation import parse_accept
 from exporter.prometheus.selection import CollectorSettings
 from exporter.stalls.verdicts import StallRule
+from exporter.wiring import open_host
 from kvm.bpf.notify_trigger import NotifyCall
+from tests.bench.crowd import open_crowd
 from tests.bench.flooded_host import FloodedHost, FloodedTracer, FloodedTrigger
+from tests.waiting import wait_until
 
 SCRAPE_SECONDS = 1.0
 QUIET_SECONDS = 4.0
+PATIENCE_SECONDS = 120.0
 NO_PROGRESS = "kvm_vcpu_no_forward_progress{"
 
 
@@ -49,6 +53,8 @@ class Figures:
     called: list[str] = field(default_factory=list)
     quiet_scrapes: list[float] = field(default_factory=list)
     scrapes: list[float] = field(default_factory=list)
+    quiet_lines: int = 0
+    lines: int = 0
     of_bench: float = 0.0
 
 
@@ -58,10 +64,10 @@ def build_collector(host: FloodedHost, monitor: StallMonitor) -> HostCollector:
     return HostCollector(host, CollectorSettings(), BuildInfo("0", "", "3"), time.perf_counter, read_report)
 
 
-async def run(vms: int, vcpus: int, seconds: float) -> Figures:
+async def run(host: FloodedHost, seconds: float) -> Figures:
     """Run the monitor on a quiet host and then through a flood of so many seconds."""
     gc.set_threshold(*GC_THRESHOLDS)
-    host, figures = FloodedHost(vms, vcpus), Figures()
+    figures = Figures()
     triggers: list[FloodedTrigger] = []
 
     def make_trigger(on_call: Callable[[NotifyCall], None]) -> FloodedTrigger:
@@ -85,6 +91,7 @@ async def run(vms: int, vcpus: int, seconds: float) -> Figures:
             seconds = time.thread_time() - started
             text = document.decode()
             figures.called = find_called(text) if host.began is not None else []
+            figures.lines = text.count("\n")
             figures.of_bench += time.thread_time() - started - seconds
             return seconds
 
@@ -98,6 +105,7 @@ async def run(vms: int, vcpus: int, seconds: float) -> Figures:
                 await asyncio.sleep(0.05)
 
         await live(time.monotonic() + QUIET_SECONDS, figures.quiet_scrapes)
+        figures.quiet_lines = figures.lines
         host.begin()
         began, cpu = time.monotonic(), time.process_time() - triggers[0].cpu_seconds
         await live(began + seconds, figures.scrapes)
@@ -133,21 +141,30 @@ class FirstWarning(logging.Handler):
             self.at = time.monotonic()
 
 
+def measure(vms: int, vcpus: int, seconds: float) -> Figures:
+    """Measure one shape, over real vCPUs that stand still."""
+    with open_crowd(vms, vcpus), ExitStack() as stack:
+        reader = open_host(("bpf",), stack).reader
+        wait_until(lambda: len(reader.read().readings) >= vms, "all VMs are known", PATIENCE_SECONDS)
+        return asyncio.run(run(FloodedHost(vms, vcpus, reader.read), seconds))
+
+
 def main() -> None:
     """Print a row for each shape."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="625x16,10x1000")
     parser.add_argument("--seconds", type=float, default=20.0)
     arguments = parser.parse_args()
-    print("shape       core   us/call   called after  lost  deferred  scrape  quiet")
+    print("shape       core   us/call   called after  lost  deferred   scrape (lines)        quiet (lines)  ratio")
     for shape in arguments.shapes.split(","):
         vms, vcpus = map(int, shape.split("x"))
-        got = asyncio.run(run(vms, vcpus, arguments.seconds))
+        got = measure(vms, vcpus, arguments.seconds)
+        scrape, quiet = statistics.median(got.scrapes), statistics.median(got.quiet_scrapes)
         after = "never" if got.called_after is None else f"{got.called_after:.1f} s"
         print(
             f"{shape:10} {100 * got.monitor / got.seconds:5.1f} %  {1e6 * got.monitor / max(1, got.told):6.1f}"
             f"  {after:>12}  {got.lost:4}  {got.deferred:8}"
-            f"  {1e3 * statistics.median(got.scrapes):.1f} ms  {1e3 * statistics.median(got.quiet_scrapes):.1f} ms",
+            f"  {1e3 * scrape:5.1f} ms ({got.lines})  {1e3 * quiet:5.1f} ms ({got.quiet_lines})  {scrape / quiet:.2f}",
             flush=True,
         )
 
