@@ -65,7 +65,8 @@ from kvm.model import Vcpu, VcpuKey, VmKey, VmReading
 log = logging.getLogger(__name__)
 
 TRACK_SECONDS: Final = 1.0
-RECONSIDER_SECONDS: Final = 5.0
+# Sooner than a trigger tells of the same vCPU again.
+RECONSIDER_SECONDS: Final = 4.0
 # More active vCPUs than this are read with the whole host at once.
 SINGLE_READS: Final = 32
 # With more vCPUs than this, reading the whole host each second for a few of them is too much.
@@ -357,7 +358,7 @@ class StallMonitor:
         now = self._clock()
         if changes := vcpu.detector.observe_trigger(now):
             self._take(vcpu, changes)
-        # With all vCPUs of a host notifying, calls come by the ten thousand a second; whoever waits for a trace session
+        # With all vCPUs of a host notifying, calls come by the thousand a second; whoever waits for a trace session
         # goes on waiting.
         if not vcpu.moved or changes or now - vcpu.considered_at >= RECONSIDER_SECONDS:
             vcpu.moved = True
@@ -397,7 +398,7 @@ class StallMonitor:
 
     def _take(self, vcpu: TrackedVcpu, changes: Sequence[Verdict]) -> None:
         """Take in what has been found out about a vCPU."""
-        if not changes:  # nearly always, and a flood of exits comes by the ten thousand a second
+        if not changes:  # nearly always, and a flood of exits comes by the thousand a second
             return
         now = self._clock()
         for verdict in changes:

@@ -175,6 +175,8 @@ class TraceScheduler:
             self.armed -= 1
             self.records += subject.records
             self.lost += subject.lost
+            # A trigger may be silent about it for seconds: what its session has seen is news enough for another.
+            vcpu.moved |= subject.records > 0
             self._note_interval(vcpu)
 
     def _find_obstacle(self, key: VcpuKey) -> str:
@@ -208,7 +210,8 @@ class TraceScheduler:
         self._timers[vcpu.key] = asyncio.get_running_loop().call_at(vcpu.next_session_at, self._consider_now, vcpu)
 
     def _consider_now(self, vcpu: TrackedVcpu) -> None:
-        self.consider(vcpu, asyncio.get_running_loop().time())
+        # A timer may go off a rounding error early.
+        self.consider(vcpu, max(asyncio.get_running_loop().time(), vcpu.next_session_at))
 
     async def _open_later(self) -> None:
         await asyncio.sleep(RETRY_SECONDS)

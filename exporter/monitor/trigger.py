@@ -1,8 +1,8 @@
 """Holds the trigger: attaches it where it can be attached, asks it for what only it counts, and checks what it tells.
 
-It tells of each vCPU that takes notify exits at least once in ``AGAIN_SECONDS``. So a counter that has moved while the
-trigger told nothing of its vCPU for so long, and lost nothing, shows that the kernel does not call the function for
-every notify exit.
+It tells of each thread that takes notify exits at least once in ``AGAIN_SECONDS``. So a counter that has moved while
+the trigger told nothing of its vCPU or thread for so long, and lost nothing, shows that the kernel does not call the
+function for every notify exit.
 
 What it tells is taken at once, and what comes within ``GATHER_SECONDS`` after that together: thousands of vCPUs that
 take notify exits do not cost a turn of the event loop each.
@@ -50,8 +50,10 @@ class ManagedTrigger:
         self._make, self._run, self._on_call = make, run, on_call
         self._attached_at = 0.0
         self._lost_before = 0
-        # When it last told of a vCPU, by process and vcpu_id: a vCPU may change its thread.
+        # When it last told of a vCPU, by process and vcpu_id, and of a thread: a vCPU may change its thread, and the
+        # programs are silent about a thread that they have just told of, whichever vCPU it runs.
         self._told: dict[tuple[int, int], float] = {}
+        self._told_threads: dict[int, float] = {}
         self._log = RateLimitedLog()
         self._trigger: Trigger | None = None
         self._listening: asyncio.TimerHandle | None = None
@@ -99,6 +101,7 @@ class ManagedTrigger:
         self.missed_vcpus |= set(missed)
         oldest = asyncio.get_running_loop().time() - KEPT_SECONDS
         self._told = {vcpu: told for vcpu, told in self._told.items() if told >= oldest}
+        self._told_threads = {tid: told for tid, told in self._told_threads.items() if told >= oldest}
         return bool(missed)
 
     def forget_missed(self, alive: Container[VmKey]) -> None:
@@ -115,6 +118,7 @@ class ManagedTrigger:
             found
             for found in moved.vcpus
             if self._told.get((vm.key.pid, found[0].vcpu_id), never) < oldest
+            and self._told_threads.get(found[0].tid or 0, never) < oldest
             and found[2] > found[1]  # else somebody has set it to 0
         ]
         for vcpu, before, now in untold:
@@ -131,7 +135,7 @@ class ManagedTrigger:
         trigger.deliver()
 
     def _take(self, call: NotifyCall) -> None:
-        self._told[call.pid, call.vcpu_id] = call.time_ns / NS_PER_SECOND
+        self._told[call.pid, call.vcpu_id] = self._told_threads[call.tid] = call.time_ns / NS_PER_SECOND
         self._on_call(call)
 
     def read_context_invalid(self) -> dict[tuple[int, int, int, int], int] | None:

@@ -47,6 +47,9 @@ from kvm.model import NotifyExit
 
 # Without movement of the counter for so long a vCPU is quiet again.
 QUIET_SECONDS: Final = 60.0
+# Of a stuck vCPU whose counter cannot be read nothing is known after so long and one interval: a trigger tells of its
+# first notify exit after five seconds.
+UNREAD_SECONDS: Final = 6.0
 # A stuck vCPU burns its core: one whose counter stands still for so long while its thread is idle is not stuck now.
 PAUSED_SECONDS: Final = 1.0
 # So that somebody sees it: a vCPU that goes on after a stall may take a last notify exit or two.
@@ -200,7 +203,9 @@ class StallDetector:
         """Take in that the counter cannot be read, or not any more: in time, what was known of the vCPU is not."""
         unread = self._counter.find_unread(now, self._last_record_seconds)
         stalled = self._suspicion is not None and self._suspicion.stalled
-        limit = self._counter.still_limit_seconds if stalled else QUIET_SECONDS
+        limit = QUIET_SECONDS
+        if stalled:
+            limit = max(UNREAD_SECONDS + (self.interval_seconds or 0.0), self._counter.still_limit_seconds)
         if self.state not in (State.QUIET, State.CONTEXT_LOST) and unread >= limit:
             if not stalled:
                 self._forget()

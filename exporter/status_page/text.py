@@ -81,7 +81,7 @@ def describe_watch(view: StatusView) -> tuple[str, str]:
         text = "A BPF trigger on handle_notify() does not tell of all notify exits here, so counters are polled"
         return period, f"{text} {period} too."
     if report.trigger == "bpf":
-        return "as they happen", "A BPF trigger on handle_notify() tells of each notify exit."
+        return "as they happen", "A BPF trigger on handle_notify() tells of each vCPU that takes notify exits."
     if report.trigger == "poll":
         period = f"every {report.poll_period_seconds:.3g} s"
         why = clean_name(report.trigger_problem, MAX_REASON) or "none is asked for"

@@ -58,8 +58,9 @@ class ArmedThread:
     """One thread whose notify exits are traced; made by `NotifyTracer.arm`, ended by `disarm`.
 
     ``fd`` is readable when there is something to `read`, and stays so once the thread has exited: take it out of the
-    event loop before `disarm`. `read` never waits and belongs in the event loop; the others wait for the kernel and
-    belong in worker threads. Any of them may run while another one does.
+    event loop before `disarm`. `read` belongs in the event loop: where nothing has come it interrupts the thread's CPU
+    to read a counter, and waits for nothing else. The others wait for the kernel and belong in worker threads. Any of
+    them may run while another one does.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ArmedThread:
             raise
 
     def read(self) -> TraceRecords:
-        """Take what has come, without waiting; after `disarm`, nothing."""
+        """Take what has come; after `disarm`, nothing."""
         with self._lock:
             if self._ring is None:
                 return TraceRecords(other_rip=self._other_seen, ended=True)
@@ -153,9 +154,9 @@ class ArmedThread:
         def start(event: _Event) -> bool:
             if self._left > 0:
                 return False  # another call was faster
-            self._exits, self._left = event, self._allowance
             self._exit_ids.add(event.id)
             perf_event.allow_records(event.fd, self._allowance)
+            self._exits, self._left = event, self._allowance
             return True
 
         with self._lock:

@@ -176,7 +176,7 @@ class FloodedTracer:
 
 
 class FloodedTrigger:
-    """Tells of each thread as often as the BPF programs would, of all within a round, from a thread of its own."""
+    """Tells of all threads at once, then of each as often as the BPF programs would, one after the other."""
 
     def __init__(self, host: FloodedHost, on_call: Callable[[NotifyCall], None]) -> None:
         self._host, self._on_call = host, on_call

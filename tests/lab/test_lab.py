@@ -65,7 +65,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture(scope="module")
 def boots(executor: ThreadPoolExecutor) -> Boots:
     """All boots with tests inside, under way."""
-    return start_boots(executor, SERIES, BOOTS, run_everything if IS_WHOLE else leave_out_repeats)
+    return start_boots(executor, SERIES, BOOTS, run_everything if IS_WHOLE else leave_out_repeats(SERIES))
 
 
 @pytest.fixture(scope="module")

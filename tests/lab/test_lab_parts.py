@@ -24,6 +24,7 @@ from tests.lab.plan import (
     Boot,
     find_kernel_warnings,
     find_slowest,
+    leave_out_repeats,
     parse_figures,
     parse_junit,
     read_series,
@@ -166,15 +167,26 @@ def test_the_end_of_both_channels_is_the_end_of_the_machine(ends: Ends) -> None:
         ends.listener.listen(Limits())
 
 
+def test_what_is_the_same_on_each_kernel_is_tried_on_one() -> None:
+    for booted, once in ((["6.1", "6.12", "7"], "6.12"), (["6.1", "7"], "6.1"), (["7"], "7")):
+        find_arguments = leave_out_repeats(booted)
+        assert {series: list(find_arguments(series)) for series in booted} == {
+            series: [] if series == once else list(NOT_AGAIN) for series in booted
+        }
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("boot", BOOTS, ids=lambda boot: boot.name)
 def test_every_kernel_has_tests_in_each_boot(boot: Boot) -> None:
     def collect(*arguments: str) -> set[str]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *boot.tests, *arguments]
         environment = {**os.environ, "KVM_LAB_INSIDE": "1"}
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), run.stdout
         return {line for line in run.stdout.splitlines() if "::" in line}
 
     everything, always, once = collect(), collect(*NOT_AGAIN), collect("-m", "one_kernel")
     assert everything == always | once
+    assert bool(once) is (boot.name != "verdicts")
     assert {line.partition("/test_")[0] for line in everything} == {line.partition("/test_")[0] for line in always}
     assert {line.partition("::")[0].rpartition("/")[2] for line in once} <= {"test_blind.py", "test_blind_module.py"}

@@ -14,13 +14,15 @@
 
 #define RING_BYTES (256 * 1024)
 #define MAX_THREADS 16384
+/* A record for which the ring has no room is tried again after so long. */
+#define RETRY_NS 50000000ULL
 /* include/uapi/linux/kvm.h: struct kvm_run */
 #define RUN_EXIT_REASON 8
 #define RUN_NOTIFY_FLAGS 32
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-/* Lies in .bss, which userspace maps: `_Control` in kvm/notify_trigger.py. */
+/* Lies in .bss, which userspace maps: `_CONTROL` in kvm/bpf/notify_trigger.py. */
 struct control {
 	__u64 again_ns;
 	/* what counts on return: KVM_EXIT_NOTIFY, KVM_NOTIFY_CONTEXT_INVALID */
@@ -87,8 +89,8 @@ int BPF_PROG(on_entry, struct kvm_vcpu *vcpu)
 		return 0;
 	record = bpf_ringbuf_reserve(&records, sizeof(*record), 0);
 	if (!record) {
-		/* it has not been told */
-		bpf_map_delete_elem(&told_ns, &tid);
+		now = now - control.again_ns + RETRY_NS;
+		bpf_map_update_elem(&told_ns, &tid, &now, BPF_ANY);
 		__sync_fetch_and_add(&control.lost, 1);
 		return 0;
 	}

@@ -315,3 +315,94 @@ def test_a_trigger_that_is_switched_off_is_no_problem() -> None:
         assert (scene.monitor.report().trigger, scene.monitor.report().trigger_problem) == ("poll", "")
 
     play(act, FakeVm("web", 100, 1))
+
+
+@pytest.mark.parametrize("registers", [False, True], ids=["without-registers", "with-registers"])
+@pytest.mark.parametrize("interval", [0.01, 0.9, 1.24, 1.6])
+def test_a_stall_of_which_the_trigger_alone_tells_goes_on(interval: float, registers: bool) -> None:
+    """It tells each five seconds: not much is to be heard of a vCPU whose counter cannot be read any more."""
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "stuck", interval=interval)
+        await scene.wait_for(vm, State.STALLED, 300)
+        lose_sight(scene, vm)
+        until = scene.host.clock() + 100
+        while scene.host.clock() < until:
+            assert scene.state(vm) is State.STALLED
+            await asyncio.sleep(0.05)
+
+    play(act, vm, trigger=True, registers=registers)
+
+
+def test_of_a_vcpu_that_cannot_be_read_recovery_is_seen_and_the_next_stall_is_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    vm = FakeVm("web", 100, 1)
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "running", interval=0.1)
+        await asyncio.sleep(20)
+        lose_sight(scene, vm)
+        await asyncio.sleep(20)
+        scene.host.set(vm.vcpus[0], "stuck", interval=0.01)
+        await scene.wait_for(vm, State.STALLED)
+        await asyncio.sleep(2)
+        scene.host.set(vm.vcpus[0], "running", interval=0.1)
+        await scene.wait_for(vm, State.RECOVERED, 20)
+        await asyncio.sleep(100)
+        stuck = scene.host.clock()
+        scene.host.set(vm.vcpus[0], "stuck", interval=0.01)
+        await scene.wait_for(vm, State.STALLED)
+        found = scene.find(vm)
+        assert found is not None
+        assert found.verdict.stuck_since_seconds is not None
+        assert found.verdict.stuck_since_seconds >= stuck
+
+    play(act, vm, trigger=True, registers=False)
+    assert [record.getMessage() for record in caplog.records if "again" in record.getMessage()]
+
+
+def lose_sight(scene: Scene, vm: FakeVm) -> None:
+    """No counter can be read any more."""
+    scene.host.failure = "no memory"
+    scene.host.unread_vms.add(vm.key)
+
+
+@pytest.mark.parametrize("gap", [0.2, 2.0, 4.0])
+def test_a_thread_with_the_number_of_one_that_was_told_of_is_not_missed(gap: float) -> None:
+    vm, other, busy = FakeVm("web", 100, 1), FakeVm("db", 200, 1), FakeVm("x", 300, 1)
+    other.vcpus[0].tid = vm.vcpus[0].tid
+
+    async def act(scene: Scene) -> None:
+        await asyncio.sleep(30)
+        scene.host.set(busy.vcpus[0], "alternating", interval=0.1)
+        await asyncio.sleep(10.3)
+        scene.host.set(vm.vcpus[0], "alternating", interval=0.01)
+        await asyncio.sleep(0.3)
+        scene.host.end(vm)
+        await asyncio.sleep(gap)
+        scene.host.vms.append(other)
+        scene.host.set(other.vcpus[0], "alternating", interval=0.01)
+        await asyncio.sleep(30)
+        assert scene.monitor.report().trigger_missed == 0
+
+    play(act, vm, busy, trigger=True, registers=False)
+
+
+def test_vcpus_that_one_thread_runs_by_turns_are_not_missed() -> None:
+    vm = FakeVm("web", 100, 3)
+    for vcpu in vm.vcpus:
+        vcpu.tid = vm.vcpus[0].tid
+
+    async def act(scene: Scene) -> None:
+        await asyncio.sleep(30)
+        for _ in range(20):
+            for vcpu in vm.vcpus:
+                scene.host.set(vcpu, "alternating", interval=0.01)
+                await asyncio.sleep(0.7)
+                scene.host.set(vcpu, "idle")
+        await asyncio.sleep(30)
+        assert scene.monitor.report().trigger_missed == 0
+
+    play(act, vm, trigger=True)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.stalls.detector import QUIET_SECONDS, RECOVERED_SECONDS, StallDetector
+from exporter.stalls.detector import QUIET_SECONDS, RECOVERED_SECONDS, UNREAD_SECONDS, StallDetector
 from exporter.stalls.verdicts import StallRule, State, Verdict
+from kvm.bpf.notify_trigger import AGAIN_SECONDS
 from kvm.model import NotifyExit
 
 R, OTHER = 0xFFFFFFFF81000000, 0xFFFFFFFF81000010
@@ -424,15 +425,15 @@ def test_registers_that_were_read_once_prove_nothing() -> None:
 
 def test_a_stall_whose_counter_cannot_be_read_any_more_is_unknown() -> None:
     story = Story().session()
-    told = story.detector.observe_unread(story.now + 2.9)
+    told = story.detector.observe_unread(story.now + UNREAD_SECONDS - 0.1)
     assert (list(told), story.state) == ([], State.STALLED)
-    story.wait(3.1).changes += story.detector.observe_unread(story.now)
+    story.wait(UNREAD_SECONDS + 0.1).changes += story.detector.observe_unread(story.now)
     assert (story.state, story.detector.verdict.reason) == (State.UNKNOWN, "its counter cannot be read")
     assert story.trace(R).state is State.STALLED
     story.changes += story.detector.observe_unread(story.now + 1.0)  # its trace can be read
     assert story.state is State.STALLED
     story.changes += story.detector.observe_trigger(story.now + 9.0)
-    story.changes += story.detector.observe_unread(story.now + 10.0)
+    story.changes += story.detector.observe_unread(story.now + 9.0 + AGAIN_SECONDS)
     assert story.state is State.STALLED
 
 

@@ -45,12 +45,14 @@ def test_the_tail_never_goes_back_for_a_moment() -> None:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[fd], text=True
         ) as watcher:
             assert watcher.stdin is not None and watcher.stdout is not None
-            print(fd, file=watcher.stdin, flush=True)
-            assert watcher.stdout.readline() == "looking\n"
-            for number in range(1, READS + 1):
-                words[abi.PERF_MMAP_DATA_HEAD // 8] = number * len(RECORD)
-                assert ring.read() == RingContents(odd=1)
-            words[STOP_WORD] = 1
+            try:
+                print(fd, file=watcher.stdin, flush=True)
+                assert watcher.stdout.readline() == "looking\n"
+                for number in range(1, READS + 1):
+                    words[abi.PERF_MMAP_DATA_HEAD // 8] = number * len(RECORD)
+                    assert ring.read() == RingContents(odd=1)
+            finally:
+                words[STOP_WORD] = 1
             moved, went_back = map(int, watcher.communicate()[0].split())
         assert words[TAIL_WORD] == READS * len(RECORD)
         ring.close()

@@ -10,8 +10,7 @@ from tests.lab.inside.blind import Record, check_way
 from tests.lab.inside.confidentiality.test_confidentiality import locked_down
 
 __all__ = ["locked_down"]
-pytestmark = pytest.mark.usefixtures("locked_down")
-pytestmark = pytest.mark.one_kernel
+pytestmark = [pytest.mark.usefixtures("locked_down"), pytest.mark.one_kernel]
 
 WAYS = (
     Way(name="lockdown=confidentiality", sees=Sees.SOME),
