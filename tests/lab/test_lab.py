@@ -95,7 +95,10 @@ def check_outcome(outcome: Outcome, tell: Callable[[str], None]) -> None:
     for figure in outcome.figures:
         tell(f"{run.release} {boot}: {figure}")
     assert not outcome.kernel_warnings, f"{run.release} complained:\n{run.console}"
-    assert outcome.passed, f"{run.release}, {outcome.failed} of {outcome.tests} tests failed inside:\n{run.output}"
+    twice = "" if outcome.again is None else f"\nthe second time:\n{outcome.again.run.output}"
+    assert outcome.passed, (
+        f"{run.release}, {outcome.failed} of {outcome.tests} tests failed inside:\n{run.output}{twice}"
+    )
 
 
 # First, so that the patched modules are built while the other kernels boot.

@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.lab.apt import LabError, Mirror, parse_mirror, render_sources
-from tests.lab.boot import Limits, Listener, RunLost
+from tests.lab.boot import Limits, Listener, Run, RunLost
 from tests.lab.debian import parse_numbers
 from tests.lab.inside.perf_reader import Field, parse_format
 from tests.lab.modules import parse_depends
@@ -22,6 +23,8 @@ from tests.lab.plan import (
     BOOTS,
     NOT_AGAIN,
     Boot,
+    Outcome,
+    find_failed,
     find_kernel_warnings,
     find_slowest,
     leave_out_repeats,
@@ -190,3 +193,33 @@ def test_every_kernel_has_tests_in_each_boot(boot: Boot) -> None:
     assert bool(once) is (boot.name != "verdicts")
     assert {line.partition("/test_")[0] for line in everything} == {line.partition("/test_")[0] for line in always}
     assert {line.partition("::")[0].rpartition("/")[2] for line in once} <= {"test_blind.py", "test_blind_module.py"}
+
+
+REPORT = b"""<testsuites><testsuite tests="3" failures="1" errors="1" skipped="0">
+<testcase classname="tests.lab.inside.none.test_injector" name="test_a[x-1]"><failure message="m">t</failure></testcase>
+<testcase classname="tests.lab.inside.none.test_injector" name="test_b"><error message="m">t</error></testcase>
+<testcase classname="tests.lab.inside.none.test_blind" name="test_c"/></testsuite></testsuites>"""
+
+
+def test_what_failed_is_found_as_pytest_takes_it() -> None:
+    path = "tests/lab/inside/none/test_injector.py"
+    assert find_failed(REPORT) == (f"{path}::test_a[x-1]", f"{path}::test_b")
+    assert parse_junit(REPORT) == (3, 2, 0)
+
+
+def make_outcome(failed: int = 0, *, skipped: int = 0, warnings: tuple[str, ...] = (), tests: int = 9) -> Outcome:
+    run = Run(release="6.12", exit_status=int(failed > 0))
+    names = tuple(f"test_{number}" for number in range(failed))
+    return Outcome(BOOTS[0], run, tests, failed, skipped, warnings, failed_tests=names)
+
+
+def test_what_fails_twice_or_not_by_chance_has_failed() -> None:
+    assert make_outcome().passed
+    assert not make_outcome(1).passed
+    assert replace(make_outcome(1), again=make_outcome(tests=1)).passed
+    assert replace(make_outcome(2), again=make_outcome(tests=2)).passed
+    assert not replace(make_outcome(2), again=make_outcome(1, tests=2)).passed
+    assert not replace(make_outcome(2), again=make_outcome(tests=1)).passed, "one was not run again"
+    assert not replace(make_outcome(3), again=make_outcome(tests=3)).passed
+    for outcome in (make_outcome(), make_outcome(3), make_outcome(1, skipped=1), make_outcome(1, warnings=("BUG: x",))):
+        assert not outcome.may_be_tried_again
