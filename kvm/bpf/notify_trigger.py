@@ -36,6 +36,7 @@ FUNCTION = "handle_notify"
 # The first notify exit of a thread is told of at once; that it goes on, after so long. After a bad microcode update
 # every vCPU of a host may take them, and the record of each of 10,000 once a second takes some 5 % of a core.
 AGAIN_SECONDS = 5.0
+RING_BYTES = 256 * 1024
 # Threads whose records are limited at a time.
 MAX_THREADS = 16384
 
@@ -84,6 +85,7 @@ class NotifyTrigger:
 
     ``function`` may be any kernel function of the shape ``int f(struct kvm_vcpu *)``. Returns of 0 with this
     ``exit_reason`` in the vCPU's struct kvm_run, and one of ``flags`` where it has notify.flags, are counted.
+    ``ring_bytes``, a power of two and no less than a page, is the room for records that nobody has taken yet.
     What reads the counts and what detaches may be called from several threads: they wait for each other. ``deliver``
     waits for nobody, and must not be called while another thread opens or closes.
     """
@@ -94,6 +96,7 @@ class NotifyTrigger:
         *,
         function: str = FUNCTION,
         again_seconds: float = AGAIN_SECONDS,
+        ring_bytes: int = RING_BYTES,
         exit_reason: int = abi.KVM_EXIT_NOTIFY,
         flags: int = abi.KVM_NOTIFY_CONTEXT_INVALID,
         library: str = LIBRARY,
@@ -103,6 +106,7 @@ class NotifyTrigger:
         self._on_call = on_call
         self._function = function
         self._settings = _SETTINGS.pack(round(again_seconds * _NS_PER_SECOND), exit_reason, flags)
+        self._ring_bytes = ring_bytes
         self._library_name = library
         self._kallsyms = kallsyms
         self._sys = sys
@@ -201,6 +205,7 @@ class NotifyTrigger:
                 raise
             self.close()
             return absent
+        self._object.set_entries("records", self._ring_bytes)
         self._object.set_entries("told_ns", library.count_lru_entries(MAX_THREADS))
         self._object.load()
         self._control = mmap.mmap(self._object.map_fd(".bss"), _CONTROL.size)

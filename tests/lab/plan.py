@@ -101,16 +101,18 @@ class Outcome:
     @property
     def may_be_tried_again(self) -> bool:
         """True when few tests failed, and nothing else is wrong."""
-        few = 0 < len(self.failed_tests) == self.failed <= TRIED_AGAIN
-        return few and not self.skipped and not self.kernel_warnings and not count_wrong(self.blind)
+        return 0 < len(self.failed_tests) == self.failed <= TRIED_AGAIN and self._is_sound
 
     @property
     def passed(self) -> bool:
         """True when tests ran, all of them, none failed, alerts tell what is not seen, and the kernel is content."""
         if self.again is not None:
             return self.may_be_tried_again and self.again.passed and self.again.tests == self.failed
-        well = self.run.exit_status == 0 and not self.kernel_warnings and not count_wrong(self.blind)
-        return well and self.tests > 0 and self.failed == self.skipped == 0
+        return self._is_sound and self.run.exit_status == 0 and self.tests > 0 and self.failed == 0
+
+    @property
+    def _is_sound(self) -> bool:
+        return not self.skipped and not self.kernel_warnings and not count_wrong(self.blind)
 
 
 def read_series(environment: Mapping[str, str], variable: str = "LAB_KERNELS") -> list[str]:

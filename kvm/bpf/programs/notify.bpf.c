@@ -12,7 +12,6 @@
 #include "kernel.bpf.h"
 #include <bpf/bpf_tracing.h>
 
-#define RING_BYTES (256 * 1024)
 #define MAX_THREADS 16384
 /* A record for which the ring has no room is tried again after so long. */
 #define RETRY_NS 50000000ULL
@@ -44,7 +43,7 @@ struct vcpu_thread {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, RING_BYTES);
+	__uint(max_entries, 4096); /* set by userspace */
 } records SEC(".maps");
 
 struct {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import threading
@@ -19,9 +20,13 @@ from kvm.model import VmKey
 from tests.lab.inside.kvm_readers import read_vcpu_statistics
 from tests.live import GuestProcess, open_guest_process
 from tests.verifier_bill import MOST, read_bill
+from tests.waiting import wait_until
 
 RUN = "kvm_arch_vcpu_ioctl_run"
 KVM_EXIT_IO, KVM_EXIT_IO_OUT = 2, 1
+AGAIN_SECONDS = 0.1
+RETRY_SECONDS = 0.05  # RETRY_NS of notify.bpf.c
+PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +98,13 @@ def test_injected_notify_exits_are_counted(source: BpfSource, guest: GuestProces
 def test_the_trigger_tells_of_each_thread_at_once_and_then_seldom_and_counts_all() -> None:
     calls: list[NotifyCall] = []
     trigger = NotifyTrigger(
-        calls.append, function=RUN, again_seconds=0.1, exit_reason=KVM_EXIT_IO, flags=KVM_EXIT_IO_OUT
+        calls.append, function=RUN, again_seconds=AGAIN_SECONDS, exit_reason=KVM_EXIT_IO, flags=KVM_EXIT_IO_OUT
     )
     assert trigger.open().attached
     try:
         with open_guest_process(vcpus=2, port_writes=1) as guest:
             guest.run(499)
-            time.sleep(0.1)  # after which each thread is told of again
+            time.sleep(AGAIN_SECONDS)  # after which each thread is told of again
             guest.run(500)
             assert select.select([trigger.fd], [], [], 10)[0]
             trigger.deliver()
@@ -109,7 +114,7 @@ def test_the_trigger_tells_of_each_thread_at_once_and_then_seldom_and_counts_all
                 times = [call.time_ns for call in ours if call.tid == vcpu.tid]
                 assert times == sorted(times)
                 assert len(times) >= 2
-                assert all(later - sooner >= 10**8 for sooner, later in pairwise(times))
+                assert all(later - sooner >= AGAIN_SECONDS * 1e9 for sooner, later in pairwise(times))
             counts = {thread[2:]: count for thread, count in trigger.read_context_invalid().items()}
             assert counts == {(vcpu.tid, vcpu.vcpu_id): 1000 for vcpu in guest.vcpus}
         threads = list(trigger.read_context_invalid())
@@ -121,6 +126,37 @@ def test_the_trigger_tells_of_each_thread_at_once_and_then_seldom_and_counts_all
         trigger.forget({threads[0][:2]})
         assert trigger.read_context_invalid() == {}
         assert trigger.lost == (0, 0)
+    finally:
+        trigger.close()
+
+
+def count_exits(trigger: NotifyTrigger) -> int:
+    return sum(trigger.read_context_invalid().values())
+
+
+def test_what_finds_no_room_is_tried_again_seldom_and_counted() -> None:
+    trigger = NotifyTrigger(
+        lambda call: None,
+        function=RUN,
+        again_seconds=AGAIN_SECONDS,
+        ring_bytes=mmap.PAGESIZE,
+        exit_reason=KVM_EXIT_IO,
+        flags=KVM_EXIT_IO_OUT,
+    )
+    assert trigger.open().attached
+    try:
+        with open_guest_process(vcpus=2) as guest:
+            guest.send("loop")
+            wait_until(lambda: trigger.lost[0], "the ring has no room", PATIENCE_SECONDS)
+            began, lost, exits = time.monotonic(), trigger.lost[0], count_exits(trigger)
+            wait_until(lambda: trigger.lost[0] >= lost + 4, "it is tried again", PATIENCE_SECONDS)
+            wait_until(lambda: count_exits(trigger) >= exits + 1000, "1,000 exits", PATIENCE_SECONDS)
+            lost = trigger.lost[0] - lost
+            assert lost <= 2 * ((time.monotonic() - began) / RETRY_SECONDS + 1)
+            assert lost < count_exits(trigger) - exits
+            assert trigger.deliver()
+            wait_until(trigger.deliver, "there is room again", PATIENCE_SECONDS)
+            guest.stop()
     finally:
         trigger.close()
 
