@@ -115,9 +115,9 @@ class TrackedVcpus:
                 continue
             shown = reading.vcpus[place]
             if vcpu.vcpu is not shown:
-                if vcpu.vcpu.tid != shown.tid:
+                is_other_thread, vcpu.vcpu = vcpu.vcpu.tid != shown.tid, shown
+                if is_other_thread:  # only now: a scrape may ask at any moment
                     vm.changed.add(vcpu_id)
-                vcpu.vcpu = shown
             if place < len(notify):
                 yield vcpu, (notify[place], exits[place] if place < len(exits) else None)
             else:

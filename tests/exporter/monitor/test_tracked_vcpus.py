@@ -10,7 +10,7 @@ from exporter.monitor.tracked_vcpu import TrackedVcpu
 from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.kernel_evidence import KernelCounts
-from exporter.stalls.verdicts import StallRule, State, VcpuFigures, Verdict
+from exporter.stalls.verdicts import StallRule, State, VcpuFigures
 from kvm.model import NotifyExit, VcpuKey, VmKey, VmReading
 from tests.fake_host import FakeVm
 
@@ -81,26 +81,52 @@ def test_figures_count_the_stalled() -> None:
     assert found.stalled == sum(vcpu.state is State.STALLED for vcpu in found.vcpus.values()) == 2
 
 
-class RaisesOnce(StallDetector):
-    """Cannot be asked for its verdict once."""
+class AskedAtItsThread(TrackedVcpu):
+    """Has the figures asked for when its thread becomes another, as a scrape may in its thread."""
+
+    tracked: TrackedVcpus | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "vcpu" and AskedAtItsThread.tracked is not None:
+            AskedAtItsThread.tracked.find_figures()
+        super().__setattr__(name, value)
+
+
+def test_a_thread_that_becomes_another_while_figures_are_asked_for_is_not_overlooked() -> None:
+    vm, tracked = FakeVm("web", 100, 1), TrackedVcpus()
+    reading = vm.read()
+    hidden = replace(reading, vcpus=tuple(replace(vcpu, tid=None) for vcpu in reading.vcpus))
+    detector = StallDetector(StallRule(), 0.0)
+    tracked.add(AskedAtItsThread(VcpuKey(vm.key, 0), vm.vm, hidden.vcpus[0], "bpf", detector))
+    assert not tracked.find_figures()[vm.key].vcpus[0].can_judge
+    AskedAtItsThread.tracked = tracked
+    try:
+        assert len([*tracked.renew({vm.key: reading}, 1.0)]) == 1
+    finally:
+        AskedAtItsThread.tracked = None
+    assert tracked.find_figures()[vm.key].vcpus[0].can_judge
+
+
+class RaisesOnce(TrackedVcpu):
+    """Cannot be asked for its figures once."""
 
     raises = False
 
     @property
-    def verdict(self) -> Verdict:
-        if self.raises:
-            self.raises = False
+    def figures(self) -> VcpuFigures:
+        if RaisesOnce.raises:
+            RaisesOnce.raises = False
             raise MemoryError
-        return super().verdict
+        return super().figures
 
 
 def test_a_vcpu_that_could_not_be_asked_is_asked_again() -> None:
-    vm, detector = FakeVm("web", 100, 2), RaisesOnce(StallRule(), 0.0)
+    vm, detector = FakeVm("web", 100, 2), StallDetector(StallRule(), 0.0)
     tracked = track(vm)
     tracked.find_figures()
-    tracked.add(TrackedVcpu(VcpuKey(vm.key, 0), vm.vm, vm.read().vcpus[0], "bpf", detector))
+    tracked.add(RaisesOnce(VcpuKey(vm.key, 0), vm.vm, vm.read().vcpus[0], "bpf", detector))
     detector.observe_trigger(1.0)
-    detector.raises = True
+    RaisesOnce.raises = True
     with pytest.raises(MemoryError):
         tracked.find_figures()
     assert tracked.find_figures()[vm.key].vcpus[0].state is State.NOTIFYING
