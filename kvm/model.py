@@ -202,12 +202,13 @@ class VmCounters(NamedTuple):
     statistics: VmStatistics | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VmReading:
     """One VM in one snapshot: who it is, what was read of it, and by which source ("" where by none).
 
-    ``vcpus`` is in the order of ``counters.vcpu_ids``; it is empty where only the number ``vcpu_count`` is known.
-    The tuple is the same object from snapshot to snapshot while nothing changes, so that what is derived can be kept.
+    ``vcpus`` is in the order of ``counters.vcpu_ids``, empty where only the number ``vcpu_count`` is known.
+    The tuple is the same object while nothing changes, so that what is derived can be kept. The class is not frozen,
+    and nobody changes a reading all the same: a scrape makes one of each VM, which takes a third of the time so.
     """
 
     vm: Vm
@@ -247,11 +248,10 @@ class BlindSpot(NamedTuple):
 class Snapshot:
     """One reading of the whole host.
 
-    ``monotonic_seconds`` and ``unix_seconds`` are its time; ``readings`` are ordered by VM id; ``errors``
-    counts, since start, what was left out, by (source, kind). ``blind_spots`` say why there may be VMs
-    that are not listed (``kvm/blind_spots.py``), ``vms_over_budget`` how many were left out because their process or
-    user has too many (``kvm/vm_budget.py``). ``kvm_changes`` is another number once KVM was loaded, removed or
-    replaced.
+    ``monotonic_seconds`` and ``unix_seconds`` are its time; ``readings`` are ordered by VM id; ``errors`` counts, since
+    start, what was left out, by (source, kind). ``blind_spots`` say why there may be VMs that are not listed
+    (``kvm/blind_spots.py``), ``vms_over_budget`` how many were left out because their process or user has too many
+    (``kvm/vm_budget.py``). ``kvm_changes`` is another number once KVM was loaded, removed or replaced.
     """
 
     monotonic_seconds: float

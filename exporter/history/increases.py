@@ -56,6 +56,13 @@ class _Memory:
     last_moves: dict[int, float] = field(default_factory=dict)
     moved_at_once: float | None = None
 
+    def has_seen(self, reading: VmReading) -> bool:
+        """Tell whether these are surely the numbers that were taken in last: a source gives the same objects then."""
+        counters = reading.counters
+        column = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
+        is_same = column is self.column and counters.vcpu_ids is self.vcpu_ids and self.total is None
+        return is_same and self.complete is (len(self.column) == reading.vcpu_count)
+
 
 class IncreaseTracker:
     """Tracks the notify counters from snapshot to snapshot; used by one thread."""
@@ -82,6 +89,8 @@ class IncreaseTracker:
                 from_zero = started is not None and started > self._zero_after_unix_seconds
                 memory = self._memories[reading.vm.key] = _Memory(from_zero, started)
             memory.last_seen_seconds = snapshot.monotonic_seconds
+            if memory.has_seen(reading):
+                continue
             self._observe_vm(memory, reading, snapshot.unix_seconds)
             if memory.last_moves or memory.moved_at_once is not None:
                 self.moved_vms.add(reading.vm.key)

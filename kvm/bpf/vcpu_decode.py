@@ -37,6 +37,8 @@ _NOT_KNOWN = 0xFFFFFFFF
 # Process and thread ids and fds are ints in the kernel.
 _INT_MAX = 0x7FFFFFFF
 
+_NO_TOTALS: Mapping[str, int] = MappingProxyType({})
+
 NS_PER_TICK = 1_000_000_000 // abi.USER_HZ
 # enum kvm_reg (arch/x86/include/asm/kvm_host.h); bit N of regs_avail says that register N is not stale
 REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)), "rip")
@@ -67,13 +69,14 @@ class _Facts(NamedTuple):
 class _KeptVm:
     """A VM for as long as nothing of it changes but its numbers; its vCPUs are in ascending order of their ids."""
 
-    __slots__ = ("facts", "identities", "key", "order", "owner", "tids", "vcpu_ids")
+    __slots__ = ("facts", "identities", "key", "order", "owner", "problem", "tids", "vcpu_ids")
 
     def __init__(self, owner: tuple[int, int], key: VmKey, identities: bytes, facts: _Facts) -> None:
         self.owner = owner
         self.key = key
         self.identities = identities
         self.facts = facts
+        self.problem = f"{facts.missing} of its vCPUs have no open file" if facts.missing else ""
         pairs = list(IDENTITY.iter_unpack(identities))
         order = sorted(range(len(pairs)), key=pairs.__getitem__)
         self.vcpu_ids = tuple(pairs[i][0] for i in order)
@@ -85,17 +88,10 @@ class _KeptVm:
         self, names: Sequence[str], columns: Sequence[tuple[int, ...]], statistics: VmStatistics | None
     ) -> VmCounters:
         """Make counters of a column of numbers for each name."""
-        window_cycles, notify_flags, missing = self.facts
-        return VmCounters(
-            self.vcpu_ids,
-            self.tids,
-            dict(zip(names, columns, strict=False)),  # strict=True takes twice as long, and the rows are all alike
-            {},
-            window_cycles,
-            notify_flags,
-            f"{missing} of its vCPUs have no open file" if missing else "",
-            statistics,
-        )
+        window, flags, _ = self.facts
+        # A comprehension takes half of what dict(zip()) does, and the rows are all alike.
+        per_vcpu = {name: column for name, column in zip(names, columns, strict=False)}  # noqa: C416
+        return VmCounters(self.vcpu_ids, self.tids, per_vcpu, _NO_TOTALS, window, flags, self.problem, statistics)
 
 
 class VmAssembler:
