@@ -72,10 +72,14 @@ class TrackedVcpu:
     def figures(self) -> VcpuFigures:
         """What metrics tell of it. From any thread."""
         detector = self.detector
-        verdict = detector.verdict
+        state, stuck_since = detector.state, None
+        if state is State.STALLED:  # of others a verdict, with its reason in words, is not worth its time
+            verdict = detector.verdict
+            state = verdict.state
+            stuck_since = verdict.stuck_since_seconds if state is State.STALLED else None
         return VcpuFigures(
-            verdict.state,
-            verdict.stuck_since_seconds if verdict.state is State.STALLED else None,
+            state,
+            stuck_since,
             detector.traced_exits,
             detector.same_rip_exits,
             self.can_judge,

@@ -40,11 +40,13 @@ class _TrackedVm:
             while self.changed:
                 vcpu_id = self.changed.pop()  # before it is looked at: what changes after that is for the next time
                 taken.add(vcpu_id)
-                before, vcpu = vcpus.pop(vcpu_id, None), self.vcpus.get(vcpu_id)
+                before, vcpu = vcpus.get(vcpu_id), self.vcpus.get(vcpu_id)
                 stalled -= before is not None and before.state is State.STALLED
                 if vcpu is not None:
                     now = vcpus[vcpu_id] = vcpu.figures
                     stalled += now.state is State.STALLED
+                else:
+                    vcpus.pop(vcpu_id, None)
             self._figures = VmFigures(vcpus, stalled)
         except BaseException:
             self.changed |= taken

@@ -97,9 +97,13 @@ def render_series(metric: Metric, label_values: Sequence[str]) -> str:
     """Render a sample line up to the number; raises ValueError if a label value is missing or one too many."""
     if not metric.labels and not label_values:
         return metric.name
-    pairs = zip(metric.labels, label_values, strict=True)
-    labels = ",".join(f'{name}="{escape_label_value(value)}"' for name, value in pairs)
-    return f"{metric.name}{{{labels}}}"
+    return metric.name + render_labels(metric.labels, label_values)
+
+
+def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
+    """Render what follows the name of a metric; raises ValueError if a value is missing or one too many."""
+    pairs = zip(names, values, strict=True)
+    return "{" + ",".join(f'{name}="{escape_label_value(value)}"' for name, value in pairs) + "}"
 
 
 def render_number(value: float) -> str:

@@ -1,20 +1,17 @@
-"""What the stall monitor has found, as sample lines: of one VM's vCPUs, of the host, of the monitor itself.
-
-Few vCPUs ever take a notify exit. But after a bad microcode update all may do: so lines are kept by ``VmSeries`` until
-they change.
-"""
+"""What the stall monitor has found, as sample lines: of one VM's vCPUs, of the host, of the monitor itself."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import Rendered, VmSeries
-from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VcpuFigures, VmFigures
+from exporter.prometheus.vm_verdicts import Known
+from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VmFigures
 from kvm.model import NOTIFY_WINDOW_EXITS, VmKey, VmReading
 
 _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
@@ -29,35 +26,7 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
     (metrics.WARNINGS_SUPPRESSED, "warnings_suppressed"),
 )
 
-NOT_KNOWN: Final = (State.UNKNOWN, State.CONTEXT_LOST)
 NO_FIGURES: Final = VmFigures({}, 0)
-_IS_STUCK: Final[Mapping[tuple[State, bool], int | None]] = {
-    (state, can_judge): 1 if state is State.STALLED else 0 if can_judge and state not in NOT_KNOWN else None
-    for state in State
-    for can_judge in (False, True)
-}
-"""By a vCPU's state, and whether it can be judged."""
-
-
-class _Known(NamedTuple):
-    """All that the lines about one VM's vCPUs follow from.
-
-    ``traced`` says that counts of traces are to be shown, ``judged`` that something can tell who is stuck; ``notified``
-    are the positions of vCPUs that have taken notify exits. By vcpu_id: ``missed`` are those of whose notify exits the
-    trigger tells nothing, ``drilled`` those that a drill calls stuck, and ``starts`` tells since when, in Unix seconds,
-    those are stuck that are. ``invalid`` counts exits with an invalid context by thread and vcpu_id of the VM's
-    process, None where nobody counts, and ``is_alone`` says that the process has no other VM.
-    """
-
-    traced: bool
-    judged: bool
-    figures: VmFigures
-    notified: Sequence[int]
-    missed: Collection[int]
-    drilled: Collection[int]
-    starts: Mapping[int, float]
-    invalid: Mapping[tuple[int, int], int] | None
-    is_alone: bool
 
 
 class StallSeries:
@@ -80,6 +49,9 @@ class StallSeries:
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
+        self._is_usual = not (self._missed or self._drills or self._invalid)
+        self._usual: dict[tuple[int, bool], Known] = {}
+        """What is known of VMs by their number of vCPUs, all of which take notify exits, and nothing else is told."""
 
     def concerns(self, reading: VmReading) -> bool:
         """Tell whether there is anything to say of a VM's vCPUs: of nearly all there is not."""
@@ -90,20 +62,28 @@ class StallSeries:
 
     def render_vcpus(self, reading: VmReading, lines: VmSeries, with_counters: bool) -> Rendered:
         """Render what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""
-        known = self._find_known(reading, with_counters)
-        before, rendered = lines.verdicts
-        if before != known:
-            rendered = _render_known(known, reading, lines)
-            lines.verdicts = known, rendered
-        return rendered
+        figures = self._found.get(reading.vm.key, NO_FIGURES)
+        return lines.verdicts.render(self._find_known(reading, figures, with_counters), figures)
 
-    def _find_known(self, reading: VmReading, with_counters: bool) -> _Known:
+    def _find_known(self, reading: VmReading, figures: VmFigures, with_counters: bool) -> Known:
+        if not self._is_usual or figures.stalled:
+            return self._look_up_known(reading, figures, with_counters)
+        notified = _find_notified(reading)
+        if not isinstance(notified, range):
+            return self._look_up_known(reading, figures, with_counters)
+        # As of every VM of a flooded host.
+        known = self._usual.get((len(notified), with_counters))
+        if known is None:
+            known = self._look_up_known(reading, figures, with_counters)
+            self._usual[len(notified), with_counters] = known
+        return known
+
+    def _look_up_known(self, reading: VmReading, figures: VmFigures, with_counters: bool) -> Known:
         key, report = reading.vm.key, self._report
-        figures, process = self._found.get(key, NO_FIGURES), key[:2]
-        return _Known(  # by position, which is faster: this is asked of every VM of a flooded host
+        process = key[:2]
+        return Known(
             with_counters and not report.problem,
             not report.problem,
-            figures,
             _find_notified(reading),
             self._missed.get(key, ()),
             self._drills.get(key, ()),
@@ -146,60 +126,6 @@ class StallSeries:
 def _find_notified(reading: VmReading) -> Sequence[int]:
     column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())[: len(reading.vcpus)]
     return [at for at, count in enumerate(column) if count] if 0 in column else range(len(column))
-
-
-def _render_known(known: _Known, reading: VmReading, lines: VmSeries) -> Rendered:
-    """Render columns: a value of each vCPU, in the reading's order, None of those of which nothing is told."""
-    figures = [*map(known.figures.vcpus.get, [vcpu.vcpu_id for vcpu in reading.vcpus])]
-    traced, stuck = figures if known.traced else [], _judge(known, figures, reading)
-    columns: tuple[tuple[Metric, Sequence[int | None]], ...] = (
-        (metrics.VCPU_TRACED_EXITS, [None if found is None else found.traced_exits for found in traced]),
-        (metrics.VCPU_SAME_RIP_EXITS, [None if found is None else found.same_rip_exits for found in traced]),
-        (metrics.VCPU_CONTEXT_INVALID, _count_invalid(known, reading)),
-        (metrics.VCPU_NO_PROGRESS, stuck),
-        (metrics.VCPU_DRILL, [1 if vcpu.vcpu_id in known.drilled else None for vcpu in reading.vcpus]),
-    )
-    rendered: Rendered = []
-    for metric, column in columns:
-        rendered += lines.render_counts(metric, column)
-    starts = [
-        None if told is None else known.starts.get(vcpu.vcpu_id)
-        for vcpu, told in zip(reading.vcpus, stuck if known.starts else (), strict=False)
-    ]
-    return rendered + lines.render_times(metrics.VCPU_STALL_START, starts)
-
-
-def _judge(known: _Known, figures: Sequence[VcpuFigures | None], reading: VmReading) -> list[int | None]:
-    """Tell which vCPUs are stuck: None of those of which it is not known, or not asked."""
-    if not known.judged:
-        return []
-    # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
-    untracked = {at: 0 for at in known.notified if figures[at] is None and reading.vcpus[at].tid is not None}
-    return [
-        untracked.get(at) if found is None else _IS_STUCK[found.state, found.can_judge]
-        for at, found in enumerate(figures)
-    ]
-
-
-def _count_invalid(known: _Known, reading: VmReading) -> list[int | None]:
-    """Count exits with an invalid context of the vCPUs that have taken notify exits, None of those that nobody counts.
-
-    They are counted by process and vcpu_id; where a process has several VMs, only the thread tells them apart.
-    """
-    counts: list[int | None] = [None] * len(reading.vcpus)
-    if known.invalid is None:
-        return counts
-    for at in known.notified:
-        counts[at] = 0
-    by_vcpu: Counter[tuple[int | None, int]] = Counter()
-    for (tid, vcpu_id), count in known.invalid.items():
-        by_vcpu[None if known.is_alone else tid, vcpu_id] += count
-    for at in known.notified if by_vcpu or known.missed else ():
-        vcpu = reading.vcpus[at]
-        count = by_vcpu.get((None if known.is_alone else vcpu.tid, vcpu.vcpu_id), 0)
-        # Of a vCPU whose exits go past the trigger, none counted is not none.
-        counts[at] = count if count or vcpu.vcpu_id not in known.missed else None
-    return counts
 
 
 def _build_usage_families(usage: AgentUsage) -> list[Family]:

@@ -14,13 +14,22 @@ from enum import StrEnum
 from functools import lru_cache
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import Family, escape_label_value, make_template, render_number, render_sample
+from exporter.prometheus.exposition import (
+    Family,
+    escape_label_value,
+    make_template,
+    render_labels,
+    render_number,
+    render_sample,
+)
 from exporter.prometheus.metrics import Metric, order_labels
+from exporter.prometheus.vcpu_lines import VcpuLines
+from exporter.prometheus.vm_verdicts import VmVerdicts
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
 
 Rendered = list[tuple[Metric, bytes]]
-"""Lines of any number of metrics, those of one metric in one text."""
+"""Lines of any number of metrics, any number to a text."""
 Column = tuple[Metric, bytes, tuple[int | bytes, ...]]
 """The template of one metric's lines, and the numbers for it."""
 
@@ -68,11 +77,12 @@ class VmSeries:
         self._templates: dict[Metric, bytes] = {}
         self._summed: VmCounters | None = None
         self._sum: int | None = None
-        self._sum_template = b""
+        self._sum_template = self._moves_template = b""
         self._vcpu_ids = tuple([vcpu.vcpu_id for vcpu in reading.vcpus])
-        self._kept: dict[Metric, _KeptLines] = {}
-        self.verdicts: tuple[object, Rendered] = (None, [])
-        """What ``StallSeries`` rendered last, and from what."""
+        self._labels: Sequence[bytes] = ()
+        self._last_moves: VcpuLines | None = None
+        self.verdicts = VmVerdicts(reading.vcpus, self._open_lines)
+        """What ``StallSeries`` tells of the VM."""
 
     def fits(self, reading: VmReading) -> bool:
         """Tell whether these lines are about this reading's VM and vCPUs."""
@@ -135,46 +145,33 @@ class VmSeries:
             self._positions = positions
             self._templates = {}
 
-    def _make_template(self, metric: Metric, positions: Iterable[int], place: str = "%d") -> bytes:
+    def _make_template(self, metric: Metric, positions: Iterable[int]) -> bytes:
+        return make_template(metric, self._find_labels(positions))
+
+    def _open_lines(self, metric: Metric) -> VcpuLines:
+        if not self._labels:
+            found = self._find_labels(range(len(self._vcpus)))
+            self._labels = [render_labels(metric.labels, values).encode() for values in found]
+        return VcpuLines(metric, self._labels)
+
+    def _find_labels(self, positions: Iterable[int]) -> list[tuple[str, str]]:
         if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
             raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
-        return make_template(metric, [(str(self._vcpus[at].index), self._vm.id) for at in positions], place)
-
-    def render_counts(self, metric: Metric, counts: Sequence[int | None]) -> Rendered:
-        """Render an integer of each of the VM's vCPUs, in their order; those without one are left out."""
-        return self._render_values(metric, counts, "%d")
-
-    def render_times(self, metric: Metric, times: Sequence[float | None]) -> Rendered:
-        """Render a time of each of the VM's vCPUs, in their order; those without one are left out."""
-        return self._render_values(metric, times, "%s")
-
-    def _keep_lines(self, metric: Metric, positions: Sequence[int], place: str) -> _KeptLines:
-        kept = self._kept.get(metric)
-        if kept is None or kept.positions != positions:
-            kept = self._kept[metric] = _KeptLines(positions, self._make_template(metric, positions, place))
-        return kept
-
-    def _render_values(self, metric: Metric, column: Sequence[float | None], place: str) -> Rendered:
-        values = [value for value in column if value is not None]
-        if not values:
-            return []
-        is_all = len(values) == len(column)
-        positions = range(len(column)) if is_all else [at for at, value in enumerate(column) if value is not None]
-        kept = self._keep_lines(metric, positions, place)
-        if kept.values != values:
-            kept.values = values
-            # To have ``%`` print the integers takes a sixth of what it takes to print each here.
-            kept.text = kept.template % (tuple(values) if place == "%d" else _render_times(values))
-        return [(metric, kept.text)]
+        return [(str(self._vcpus[at].index), self._vm.id) for at in positions]
 
     def take_moves(self, time: float) -> Column:
         """Take that each vCPU was last seen to take a notify exit at one time, as where all of a host's do."""
         metric, vcpus = metrics.VCPU_LAST_NOTIFY_EXIT, len(self._vcpus)
-        return metric, self._keep_lines(metric, range(vcpus), "%s").template, (_render_time(time),) * vcpus
+        if not self._moves_template:
+            self._moves_template = make_template(metric, self._find_labels(range(vcpus)), "%s")
+        return metric, self._moves_template, (_render_time(time),) * vcpus
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
-        return self.render_times(metrics.VCPU_LAST_NOTIFY_EXIT, [*map(last_moves.get, self._vcpu_ids)])
+        if self._last_moves is None:
+            self._last_moves = self._open_lines(metrics.VCPU_LAST_NOTIFY_EXIT)
+        self._last_moves.put_all([*map(last_moves.get, self._vcpu_ids)])
+        return self._last_moves.render()
 
 
 ShownVm = tuple[VmReading, VmSeries]
@@ -182,13 +179,14 @@ ShownVm = tuple[VmReading, VmSeries]
 
 def _find_state(reading: VmReading) -> tuple[object, ...]:
     """Return all that ``render_vm`` makes lines of, besides who the VM is."""
-    return reading.source, reading.vcpu_count, reading.protection, reading.counters.notify_window_cycles
+    return find_vm_state(reading)[:-2]
 
 
 def find_vm_state(reading: VmReading) -> tuple[object, ...]:
     """Return all that ``render_vm`` and ``take_sum`` make lines of: where it is the same, so are they."""
     counters = reading.counters
-    return *_find_state(reading), counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.totals
+    column, window = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.notify_window_cycles
+    return reading.source, reading.vcpu_count, reading.protection, window, column, counters.totals
 
 
 def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
@@ -211,23 +209,6 @@ def join_families(families: Iterable[Family]) -> list[Family]:
     for family in families:
         joined.setdefault(family.metric, Family(family.metric)).chunks += family.chunks
     return [*joined.values()]
-
-
-def _render_times(times: Sequence[float]) -> tuple[bytes, ...]:
-    # Many share one: that of a snapshot in which they were seen to move.
-    rendered = {time: render_number(time).encode() for time in set(times)}
-    return tuple([rendered[time] for time in times])
-
-
-class _KeptLines:
-    """The lines of one metric for some of a VM's vCPUs, kept until a number changes."""
-
-    __slots__ = ("positions", "template", "text", "values")
-
-    def __init__(self, positions: Sequence[int], template: bytes) -> None:
-        self.positions, self.template = positions, template
-        self.values: Sequence[float] = ()
-        self.text = b""
 
 
 def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:

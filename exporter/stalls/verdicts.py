@@ -114,7 +114,7 @@ class VcpuFigures(NamedTuple):
 class VmFigures(NamedTuple):
     """What metrics tell of a VM's vCPUs that have taken a notify exit, by vcpu_id; and how many of them are stalled.
 
-    The same object until something of it changes: few of a host's do from one scrape to the next.
+    It and the figures of each vCPU are the same objects until something changes: few do from one scrape to the next.
     """
 
     vcpus: Mapping[int, VcpuFigures]

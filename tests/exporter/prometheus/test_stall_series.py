@@ -16,8 +16,8 @@ from exporter.prometheus.collector import HostCollector
 from exporter.prometheus.exposition import render_text
 from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
-from exporter.stalls.verdicts import THREAD_KINDS, Evidence, MonitorReport, State, VcpuReport
-from kvm.model import Snapshot, VcpuKey, VmReading
+from exporter.stalls.verdicts import THREAD_KINDS, Evidence, MonitorReport, State, VcpuReport, VmFigures
+from kvm.model import Snapshot, VcpuKey, VmKey, VmReading
 from tests.reports import USAGE, make_report, with_figures
 from tests.snapshots import make_reading, make_snapshot
 
@@ -263,9 +263,16 @@ Moment = tuple[
 ]
 
 
-@given(st.lists(MOMENTS, min_size=2, max_size=5), st.sampled_from(VcpuSeries))
+def follow(now: VmFigures, before: VmFigures) -> VmFigures:
+    """The figures as the monitor gives them: those that have not changed are the same objects as before."""
+    old = before.vcpus
+    vcpus = {vcpu_id: old[vcpu_id] if old.get(vcpu_id) == found else found for vcpu_id, found in now.vcpus.items()}
+    return before if before == now else VmFigures(vcpus, now.stalled)
+
+
+@given(st.lists(st.tuples(MOMENTS, st.booleans()), min_size=2, max_size=6), st.sampled_from(VcpuSeries))
 def test_lines_that_are_kept_from_scrape_to_scrape_are_those_that_would_be_made_anew(
-    moments: list[Moment], mode: VcpuSeries
+    moments: list[tuple[Moment, bool]], mode: VcpuSeries
 ) -> None:
     host, reports, settings = Changing(), [MonitorReport()], CollectorSettings(vcpu_series=mode)
 
@@ -273,13 +280,18 @@ def test_lines_that_are_kept_from_scrape_to_scrape_are_those_that_would_be_made_
         return HostCollector(host, settings, BuildInfo("", "", ""), lambda: 0.0, lambda: reports[-1])
 
     keeps = open_collector()
-    for notify, states, drills, invalid, problem, missed in moments:
+    figures: dict[VmKey, VmFigures] = {}
+    for (notify, states, drills, invalid, problem, missed), is_scraped in moments:
         reading = make_reading(notify=tuple(notify))
         host.snapshot = make_snapshot(reading)
         found = [make_found(reading, at, state) for at, state in enumerate(states) if state is not None]
         found += [make_found(reading, at, State.STALLED, drill=True) for at in sorted(drills)]
         watch = MonitorReport(tuple(found), problem=problem, context_invalid=invalid, missed_vcpus=frozenset(missed))
-        reports.append(with_figures(watch))
+        watch = with_figures(watch)
+        figures = {key: follow(now, figures[key]) if key in figures else now for key, now in watch.figures.items()}
+        reports.append(replace(watch, figures=figures))
+        if not is_scraped:  # as where the status page has asked
+            continue
         made_anew = render_text(open_collector().collect())
         kept = render_text(keeps.collect())
         assert drop_history(kept) == drop_history(made_anew)
