@@ -8,10 +8,10 @@ Decisions:
 * What an agent says of its blindness takes minutes to ask under emulation and is the same on every kernel: tests marked
   `one_kernel` are left out of all series but one unless the whole lab is wanted, as by ``make lab`` and by night.
 * Inside nothing may be skipped: everything that a test could lack is put there by us.
-* Of 9,038 floods of notify exits, with perf events opened and closed meanwhile and no agent near, four ended with a
-  guest that had lost its way: it shut down (KVM_EXIT_SHUTDOWN), or executed something else for ever. Whether emulated
-  SVM or the injector is at fault is not known: without the injector it was none of 4,657, too few to tell. So a few
-  tests that fail are tried a second time, in a boot of their own; that is told, and what fails twice has failed.
+* Of 9,038 floods of notify exits, with perf events opened and closed meanwhile and no agent near, four went wrong: one
+  guest shut down (KVM_EXIT_SHUTDOWN), one had KVM emulate instructions without end, two gave no more records. Whether
+  emulated SVM or the injector is at fault is not known: without the injector it was none of 4,657, too few to tell.
+  So a few tests that fail are tried again, in a boot of their own; that is told, and what fails twice has failed.
 * A warning of the kernel fails a boot, whatever the tests say: the agent must not bring a kernel into trouble,
   and what the injector does to one must be sound.
 * Two boots run at once: one is mostly one busy CPU.
