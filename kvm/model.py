@@ -207,8 +207,8 @@ class VmReading:
     """One VM in one snapshot: who it is, what was read of it, and by which source ("" where by none).
 
     ``vcpus`` is in the order of ``counters.vcpu_ids``, empty where only the number ``vcpu_count`` is known.
-    The tuple is the same object while nothing changes, so that what is derived can be kept. The class is not frozen,
-    and nobody changes a reading all the same: a scrape makes one of each VM, which takes a third of the time so.
+    The tuple is the same object while nothing changes, so that what is derived can be kept. Treat it as frozen: it is
+    not because that would take three times as long to make, and a scrape makes one for each VM.
     """
 
     vm: Vm

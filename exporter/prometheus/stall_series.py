@@ -49,9 +49,6 @@ class StallSeries:
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
-        self._is_usual = not (self._missed or self._drills or self._invalid)
-        self._usual: dict[tuple[int, bool], Known] = {}
-        """What is known of VMs by their number of vCPUs, all of which take notify exits, and nothing else is told."""
 
     def concerns(self, reading: VmReading) -> bool:
         """Tell whether there is anything to say of a VM's vCPUs: of nearly all there is not."""
@@ -66,19 +63,6 @@ class StallSeries:
         return lines.verdicts.render(self._find_known(reading, figures, with_counters), figures)
 
     def _find_known(self, reading: VmReading, figures: VmFigures, with_counters: bool) -> Known:
-        if not self._is_usual or figures.stalled:
-            return self._look_up_known(reading, figures, with_counters)
-        notified = _find_notified(reading)
-        if not isinstance(notified, range):
-            return self._look_up_known(reading, figures, with_counters)
-        # As of every VM of a flooded host.
-        known = self._usual.get((len(notified), with_counters))
-        if known is None:
-            known = self._look_up_known(reading, figures, with_counters)
-            self._usual[len(notified), with_counters] = known
-        return known
-
-    def _look_up_known(self, reading: VmReading, figures: VmFigures, with_counters: bool) -> Known:
         key, report = reading.vm.key, self._report
         process = key[:2]
         return Known(

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from functools import lru_cache
 
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import (
@@ -19,11 +18,10 @@ from exporter.prometheus.exposition import (
     escape_label_value,
     make_template,
     render_labels,
-    render_number,
     render_sample,
 )
 from exporter.prometheus.metrics import Metric, order_labels
-from exporter.prometheus.vcpu_lines import VcpuLines
+from exporter.prometheus.vcpu_lines import VcpuLines, render_value
 from exporter.prometheus.vm_verdicts import VmVerdicts
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
@@ -164,7 +162,7 @@ class VmSeries:
         metric, vcpus = metrics.VCPU_LAST_NOTIFY_EXIT, len(self._vcpus)
         if not self._moves_template:
             self._moves_template = make_template(metric, self._find_labels(range(vcpus)), "%s")
-        return metric, self._moves_template, (_render_time(time),) * vcpus
+        return metric, self._moves_template, (render_value(time),) * vcpus
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
@@ -196,11 +194,6 @@ def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
         for metric, text in lines:
             chunks[metric].append(text)
     return [Family(metric, texts) for metric, texts in chunks.items()]
-
-
-@lru_cache(maxsize=4)
-def _render_time(time: float) -> bytes:
-    return render_number(time).encode()
 
 
 def join_families(families: Iterable[Family]) -> list[Family]:

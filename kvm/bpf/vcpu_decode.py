@@ -89,8 +89,7 @@ class _KeptVm:
     ) -> VmCounters:
         """Make counters of a column of numbers for each name."""
         window, flags, _ = self.facts
-        # A comprehension takes half of what dict(zip()) does, and the rows are all alike.
-        per_vcpu = {name: column for name, column in zip(names, columns, strict=False)}  # noqa: C416
+        per_vcpu = dict(zip(names, columns, strict=False))  # strict=True takes longer, and the rows are all alike
         return VmCounters(self.vcpu_ids, self.tids, per_vcpu, _NO_TOTALS, window, flags, self.problem, statistics)
 
 

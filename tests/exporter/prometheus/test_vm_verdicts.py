@@ -15,12 +15,12 @@ VCPUS = [Vcpu(index, 2 * index, 5000 + index) for index in range(3)]
 KNOWN = Known(
     traced=True, judged=True, notified=range(3), missed=(), drilled=(), starts={}, invalid=None, is_alone=True
 )
-
 DRILLED = KNOWN._replace(drilled={0})
+LABELS = [b'{vcpu="%d"}' % vcpu.index for vcpu in VCPUS]
 
 
 def open_lines(metric: Metric) -> VcpuLines:
-    return VcpuLines(metric, [b'{vcpu="%d"}' % vcpu.index for vcpu in VCPUS])
+    return VcpuLines(metric, LABELS)
 
 
 def make_figures(traced: int) -> VcpuFigures:
@@ -32,26 +32,21 @@ def find_traced(rendered: list[tuple[Metric, bytes]]) -> list[str]:
     return [line.split()[-1] for line in text.decode().splitlines()]
 
 
-def count_puts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The positions at which values are put in from now on."""
+def test_only_vcpus_that_have_changed_are_looked_at() -> None:
     puts: list[int] = []
-    put = VcpuLines.put
 
-    def note(lines: VcpuLines, at: int, value: float | None) -> None:
-        puts.append(at)
-        put(lines, at, value)
+    class NotedLines(VcpuLines):
+        def put(self, at: int, value: float | None) -> None:
+            puts.append(at)
+            super().put(at, value)
 
-    monkeypatch.setattr(VcpuLines, "put", note)
-    return puts
-
-
-def test_only_vcpus_that_have_changed_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = VmVerdicts(VCPUS, open_lines)
+    verdicts = VmVerdicts(VCPUS, lambda metric: NotedLines(metric, LABELS))
     first = VmFigures({2 * at: make_figures(at) for at in range(3)}, 0)
     rendered = verdicts.render(KNOWN, first)
     assert find_traced(rendered) == ["0", "1", "2"]
     assert verdicts.render(KNOWN, first) is rendered
-    puts = count_puts(monkeypatch)
+    assert set(puts) == {0, 1, 2}
+    puts.clear()
     assert find_traced(verdicts.render(KNOWN, VmFigures({**first.vcpus, 2: make_figures(9)}, 0))) == ["0", "9", "2"]
     assert set(puts) == {1}
 
@@ -67,24 +62,40 @@ def test_a_metric_of_which_nothing_is_told_has_no_lines() -> None:
     assert opened == []
 
 
-@pytest.mark.parametrize(("fails", "calls"), [("_render", 0), ("_render", 1), ("render", 0)])
+class FailingLines(VcpuLines):
+    """Lines whose making, or whose putting together, fails once some have worked; None: all work."""
+
+    lines_left: int | None = None
+    renders_left: int | None = None
+
+    def _render(self, at: int, value: float) -> bytes:
+        FailingLines.lines_left = use_up(FailingLines.lines_left)
+        return super()._render(at, value)
+
+    def render(self) -> list[tuple[Metric, bytes]]:
+        FailingLines.renders_left = use_up(FailingLines.renders_left)
+        return super().render()
+
+
+def use_up(left: int | None) -> int | None:
+    if left == 0:
+        raise MemoryError
+    return None if left is None else left - 1
+
+
+@pytest.mark.parametrize(("lines_left", "renders_left"), [(0, None), (1, None), (None, 0)])
 @pytest.mark.parametrize("next_known", [KNOWN, DRILLED], ids=["as before", "drilled"])
 def test_of_what_failed_half_way_nothing_is_left(
-    monkeypatch: pytest.MonkeyPatch, fails: str, calls: int, next_known: Known
+    lines_left: int | None, renders_left: int | None, next_known: Known
 ) -> None:
-    works, made = getattr(VcpuLines, fails), []
-
-    def fail(*arguments: object) -> object:
-        made.append(arguments)
-        if len(made) > calls:
-            raise MemoryError
-        return works(*arguments)
-
-    verdicts = VmVerdicts(VCPUS, open_lines)
+    verdicts = VmVerdicts(VCPUS, lambda metric: FailingLines(metric, LABELS))
     verdicts.render(KNOWN, VmFigures({0: make_figures(1)}, 0))
     figures = VmFigures({0: make_figures(2)}, 0)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(VcpuLines, fails, fail)
-        verdicts.render(DRILLED, figures)
+    FailingLines.lines_left, FailingLines.renders_left = lines_left, renders_left
+    try:
+        with pytest.raises(MemoryError):
+            verdicts.render(DRILLED, figures)
+    finally:
+        FailingLines.lines_left = FailingLines.renders_left = None
     made_anew = dict(VmVerdicts(VCPUS, open_lines).render(next_known, figures))
     assert dict(verdicts.render(next_known, figures)) == made_anew != {}
