@@ -7,21 +7,21 @@ would hold a document of its own: 500 of them 525 MB.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
-PIECE_BYTES: Final = 1 << 16
+from exporter.prometheus.exposition import cut_pieces
 
 
 class Document(web.StreamResponse):
     """An answer whose body is written by ``write_to`` and is gone then."""
 
-    def __init__(self, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, parts: Sequence[bytes], headers: Mapping[str, str]) -> None:
+        """``parts`` are those of the body, of any length."""
         super().__init__(headers=headers)
-        self._document = body
-        self.content_length = len(body)
+        self._document = parts
+        self.content_length = sum(map(len, parts))
 
     @property
     def document_id(self) -> int:
@@ -32,8 +32,8 @@ class Document(web.StreamResponse):
         """Write everything, as fast as the client reads."""
         await self.prepare(request)
         # Not kept by whoever called us, whatever happens: this frame ends.
-        body, self._document = self._document, b""
+        parts, self._document = self._document, ()
         if request.method != "HEAD":
-            for start in range(0, len(body), PIECE_BYTES):
-                await self.write(body[start : start + PIECE_BYTES])
+            for piece in cut_pieces(parts):
+                await self.write(piece)
         await self.write_eof()

@@ -117,11 +117,11 @@ class MetricsApp:
             return _render_text(400, str(err))
         form = parse_accept(",".join(request.headers.getall("Accept", [])))
         zipped = accepts_gzip(",".join(request.headers.getall("Accept-Encoding", [])))
-        body = await self._renderings.render((selected, form, zipped))
+        parts = await self._renderings.render((selected, form, zipped))
         headers = {"Content-Type": form.content_type, "Vary": "Accept, Accept-Encoding"}
         if zipped:
             headers["Content-Encoding"] = "gzip"
-        return Document(body, headers)
+        return Document(parts, headers)
 
     def turn_away(self) -> web.Response | None:
         """Return the answer for who asks for one more document than there may be; None where there is room."""
@@ -181,7 +181,7 @@ class MetricsApp:
         if request.transport is not None:
             request.transport.abort()
 
-    def _scrape(self, wanted: tuple[frozenset[str], Format, bool]) -> bytes:
+    def _scrape(self, wanted: tuple[frozenset[str], Format, bool]) -> list[bytes]:
         selected, form, zipped = wanted
         document = render_document(self._collector.collect(selected), self._self_metrics, form)
         return compress_document(document) if zipped else document

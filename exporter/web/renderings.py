@@ -9,35 +9,36 @@ from concurrent.futures import Executor
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+Rendered = TypeVar("Rendered")
 
 
-class _Waiting:
+class _Waiting(Generic[Rendered]):
     """A rendering that has not begun."""
 
-    future: asyncio.Future[bytes]
+    future: asyncio.Future[Rendered]
 
 
-class Renderings(Generic[Key]):
+class Renderings(Generic[Key, Rendered]):
     """Renders in ``worker``; whoever asks while a rendering of the same waits for its turn gets that one.
 
     No answer is older than its question: one that is being rendered is not shared with who comes then.
     """
 
-    def __init__(self, render: Callable[[Key], bytes], worker: Executor) -> None:
+    def __init__(self, render: Callable[[Key], Rendered], worker: Executor) -> None:
         self._render, self._worker = render, worker
-        self._waiting: dict[Key, _Waiting] = {}
-        self._askers: Counter[asyncio.Future[bytes]] = Counter()
+        self._waiting: dict[Key, _Waiting[Rendered]] = {}
+        self._askers: Counter[asyncio.Future[Rendered]] = Counter()
 
     @property
     def count(self) -> int:
         """How many renderings somebody waits for."""
         return len(self._askers)
 
-    async def render(self, key: Key) -> bytes:
+    async def render(self, key: Key) -> Rendered:
         """Return what ``render`` makes of the key; raises what it raises."""
         waiting = self._waiting.get(key)
         if waiting is None:
-            waiting = self._waiting[key] = _Waiting()  # before the worker, which may begin at once
+            waiting = self._waiting[key] = _Waiting[Rendered]()  # before the worker, which may begin at once
             waiting.future = asyncio.get_running_loop().run_in_executor(self._worker, self._begin, key)
             waiting.future.add_done_callback(_take_note)
         shared = waiting.future
@@ -49,12 +50,12 @@ class Renderings(Generic[Key]):
             if not self._askers[shared]:
                 del self._askers[shared]
 
-    def _begin(self, key: Key) -> bytes:
+    def _begin(self, key: Key) -> Rendered:
         del self._waiting[key]
         return self._render(key)
 
 
-def _take_note(rendered: asyncio.Future[bytes]) -> None:
+def _take_note(rendered: asyncio.Future[Rendered]) -> None:
     """Have a failure count as seen, also when all have left who would have seen it."""
     if not rendered.cancelled():
         rendered.exception()

@@ -63,14 +63,14 @@ class StallHandlers:
         refusal = self._turn_away()
         if refusal is not None:
             return refusal
-        body = await self._renderings.render(sees_details(request))
-        return Document(body, {**PRIVATE_HEADERS, "Content-Type": "application/json; charset=utf-8"})
+        parts = await self._renderings.render(sees_details(request))
+        return Document(parts, {**PRIVATE_HEADERS, "Content-Type": "application/json; charset=utf-8"})
 
-    def _render_vcpus(self, with_details: bool) -> bytes:
+    def _render_vcpus(self, with_details: bool) -> list[bytes]:
         report = self._watcher.report() if self._watcher else MonitorReport(problem="not watched")
         snapshot = self._recorder.snapshot
         document = vcpus_json.build_document(report, snapshot, time.monotonic(), time.time(), with_details)
-        return json.dumps(document).encode()
+        return [json.dumps(document).encode()]
 
     async def answer_drill(self, request: web.Request) -> web.Response:
         """Begin a drill, for clients that are known and mean it."""

@@ -89,7 +89,7 @@ async def run(host: FloodedHost, seconds: float) -> Figures:
             started = time.thread_time()
             document = render_document(collector.collect(), no_self_metrics, text_format)
             seconds = time.thread_time() - started
-            text = document.decode()
+            text = b"".join(document).decode()
             figures.called = find_called(text) if host.began is not None else []
             figures.lines = text.count("\n")
             figures.of_bench += time.thread_time() - started - seconds

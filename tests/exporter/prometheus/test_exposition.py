@@ -20,9 +20,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.registry import CollectorRegistry
 
 from exporter.prometheus.exposition import (
+    PIECE_BYTES,
     CounterLines,
     Family,
     compress_document,
+    cut_pieces,
     escape_label_value,
     make_template,
     open_self_metrics,
@@ -246,7 +248,7 @@ def test_metadata_is_escaped() -> None:
 def test_document_is_valid_with_and_without_self_metrics(accept: str, enabled: bool) -> None:
     form = parse_accept(accept)
     ours = [build_ours(VCPU_EXITS, [(("0", "a"), 3)])]
-    document = render_document(ours, open_self_metrics(enabled), form).decode()
+    document = b"".join(render_document(ours, open_self_metrics(enabled), form)).decode()
     parsed = parse_back(document, form.openmetrics)
     names = [family.name for family in parsed]
     assert names[0] == "kvm_vcpu_exits"
@@ -266,9 +268,10 @@ class BrokenCollector:
 def test_broken_self_metrics_cost_themselves_only(caplog: pytest.LogCaptureFixture) -> None:
     registry = CollectorRegistry()
     registry.register(BrokenCollector())
-    document = render_document(
+    parts = render_document(
         [build_ours(VCPU_EXITS, [(("0", "a"), 3)])], registry, parse_accept("application/openmetrics-text")
     )
+    document = b"".join(parts)
     assert b"kvm_vcpu_exits_total" in document
     assert document.endswith(b"\n# EOF\n")
     assert [record.levelname for record in caplog.records] == ["ERROR"]
@@ -338,7 +341,18 @@ def test_accept_survives_anything(header: str) -> None:
 )
 def test_gzip(header: str, accepted: bool) -> None:
     assert accepts_gzip(header) == accepted
-    assert gzip.decompress(compress_document(b"a" * 100)) == b"a" * 100
+    assert gzip.decompress(b"".join(compress_document([b"a" * 100, b"b"]))) == b"a" * 100 + b"b"
+
+
+@given(st.lists(st.binary(max_size=4).map(lambda part: part * (PIECE_BYTES // 3)), max_size=8))
+def test_a_document_is_sent_in_pieces(parts: list[bytes]) -> None:
+    pieces = [*cut_pieces(parts)]
+    assert b"".join(pieces) == b"".join(parts)
+    assert all(len(piece) <= PIECE_BYTES for piece in pieces)
+    # No two in a row would have had room in one, but after a longer part, which is cut.
+    longer = sum(len(part) > PIECE_BYTES for part in parts)
+    assert len(pieces) <= 2 * sum(map(len, parts)) // PIECE_BYTES + 1 + 2 * longer
+    assert gzip.decompress(b"".join(compress_document(parts))) == b"".join(parts)
 
 
 def fastest_seconds(action: Callable[[], object], times: int) -> float:
