@@ -11,7 +11,7 @@ a VM that makes no sense loses its own series and counts in ``kvm_exporter_read_
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final, TypeVar
@@ -27,7 +27,6 @@ from exporter.prometheus.series_warning import SeriesWarning
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.stat_series import StatSeries, check_statistics, has_columns
 from exporter.prometheus.vm_series import (
-    Column,
     Rendered,
     ShownVm,
     VcpuSeries,
@@ -250,7 +249,7 @@ class HostCollector:
         """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any."""
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         moved = self._increases.moved_vms if with_series else ()
-        at_once: list[Column] = []
+        at_once: defaultdict[float, list[bytes]] = defaultdict(list)
 
         def render(lines: VmSeries, reading: VmReading) -> Rendered:
             rendered: Rendered = []
@@ -260,7 +259,7 @@ class HostCollector:
                 if time is None:
                     rendered += lines.render_last_moves(self._increases.last_moves(key))
                 elif reading.vcpus:
-                    at_once.append(lines.take_moves(time))
+                    at_once[time].append(lines.name_moves())
             if verdicts:
                 rendered += verdicts.render_vcpus(reading, lines, with_series)
             return rendered
@@ -271,7 +270,7 @@ class HostCollector:
             if (verdicts and verdicts.concerns(reading)) or (moved and reading.vm.key in moved)
         ]
         families = group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
-        return join_families([*families, *self._counters.render([column] for column in at_once)])
+        return join_families([*families, *self._counters.render_moves(at_once)])
 
     def _collect_statistics(self) -> list[Family]:
         shown: Iterable[ShownVm] = self._shown

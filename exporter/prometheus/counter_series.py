@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from exporter.prometheus.exposition import CounterLines, Family
+from exporter.prometheus import metrics
+from exporter.prometheus.exposition import CounterLines, Family, render_same
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import VCPU_COUNTERS, Column, ShownVm, VmSeries
 
@@ -17,11 +18,12 @@ class CounterSeries:
         self._lines: defaultdict[Metric, CounterLines] = defaultdict(CounterLines)
         self._whole: tuple[list[VmSeries], list[int]] = ([], [])
         """The VMs, and how many vCPUs each has, if the last scrape told every counter of every vCPU."""
+        self._moves: tuple[Mapping[float, list[bytes]], list[Family]] = ({}, [])
 
     def render(self, vms: Iterable[Iterable[Column]]) -> list[Family]:
         """Render the columns of all VMs."""
         templates: defaultdict[Metric, list[bytes]] = defaultdict(list)
-        columns: defaultdict[Metric, list[tuple[int | bytes, ...]]] = defaultdict(list)
+        columns: defaultdict[Metric, list[tuple[int, ...]]] = defaultdict(list)
         for taken in vms:
             for metric, template, column in taken:
                 templates[metric].append(template)
@@ -53,4 +55,13 @@ class CounterSeries:
             if [*map(len, columns)] != lengths:
                 return []
             families.append(Family(metric, [self._lines[metric].refill(columns)]))
+        return families
+
+    def render_moves(self, series: Mapping[float, list[bytes]]) -> list[Family]:
+        """Render when vCPUs took their last notify exits: ``series`` by time, where all of a VM's moved at once."""
+        before, families = self._moves
+        if series != before:
+            lines = [render_same(b"".join(names), time) for time, names in series.items()]
+            families = [Family(metrics.VCPU_LAST_NOTIFY_EXIT, lines)]
+            self._moves = series, families
         return families

@@ -21,14 +21,14 @@ from exporter.prometheus.exposition import (
     render_sample,
 )
 from exporter.prometheus.metrics import Metric, order_labels
-from exporter.prometheus.vcpu_lines import VcpuLines, render_value
+from exporter.prometheus.vcpu_lines import VcpuLines
 from exporter.prometheus.vm_verdicts import VmVerdicts
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
 
 Rendered = list[tuple[Metric, bytes]]
 """Lines of any number of metrics, any number to a text."""
-Column = tuple[Metric, bytes, tuple[int | bytes, ...]]
+Column = tuple[Metric, bytes, tuple[int, ...]]
 """The template of one metric's lines, and the numbers for it."""
 
 VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
@@ -75,7 +75,7 @@ class VmSeries:
         self._templates: dict[Metric, bytes] = {}
         self._summed: VmCounters | None = None
         self._sum: int | None = None
-        self._sum_template = self._moves_template = b""
+        self._sum_template = self._moves_series = b""
         self._vcpu_ids = tuple([vcpu.vcpu_id for vcpu in reading.vcpus])
         self._labels: Sequence[bytes] = ()
         self._last_moves: VcpuLines | None = None
@@ -147,22 +147,26 @@ class VmSeries:
         return make_template(metric, self._find_labels(positions))
 
     def _open_lines(self, metric: Metric) -> VcpuLines:
+        return VcpuLines(metric, self._render_labels())
+
+    def _render_labels(self) -> Sequence[bytes]:
+        """Render the labels of each vCPU: those of any metric of vCPUs."""
         if not self._labels:
             found = self._find_labels(range(len(self._vcpus)))
-            self._labels = [render_labels(metric.labels, values).encode() for values in found]
-        return VcpuLines(metric, self._labels)
+            self._labels = [render_labels(metrics.VCPU_LAST_NOTIFY_EXIT.labels, values).encode() for values in found]
+        return self._labels
 
     def _find_labels(self, positions: Iterable[int]) -> list[tuple[str, str]]:
         if len({vcpu.index for vcpu in self._vcpus}) != len(self._vcpus):
             raise MalformedData(f"VM {self._vm.id!r}", "two of its vCPUs have the same number")
         return [(str(self._vcpus[at].index), self._vm.id) for at in positions]
 
-    def take_moves(self, time: float) -> Column:
-        """Take that each vCPU was last seen to take a notify exit at one time, as where all of a host's do."""
-        metric, vcpus = metrics.VCPU_LAST_NOTIFY_EXIT, len(self._vcpus)
-        if not self._moves_template:
-            self._moves_template = make_template(metric, self._find_labels(range(vcpus)), "%s")
-        return metric, self._moves_template, (render_value(time),) * vcpus
+    def name_moves(self) -> bytes:
+        """Name the series that tell when each vCPU was last seen to take a notify exit, one to a line."""
+        if not self._moves_series:
+            name = metrics.VCPU_LAST_NOTIFY_EXIT.name.encode()
+            self._moves_series = b"".join([b"%b%b\n" % (name, labels) for labels in self._render_labels()])
+        return self._moves_series
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""

@@ -31,6 +31,8 @@ from exporter.prometheus.exposition import (
     render_document,
     render_metadata,
     render_number,
+    render_same,
+    render_sample,
     render_series,
     render_text,
 )
@@ -353,6 +355,12 @@ def test_a_document_is_sent_in_pieces(parts: list[bytes]) -> None:
     longer = sum(len(part) > PIECE_BYTES for part in parts)
     assert len(pieces) <= 2 * sum(map(len, parts)) // PIECE_BYTES + 1 + 2 * longer
     assert gzip.decompress(b"".join(compress_document(parts))) == b"".join(parts)
+
+
+@given(st.lists(hostile_texts, max_size=4), numbers)
+def test_series_of_one_value_are_those_rendered_one_by_one(names: list[str], value: float) -> None:
+    series = "".join(f"{render_series(VCPU_EXITS, ('0', name))}\n" for name in names).encode()
+    assert render_same(series, value) == b"".join(render_sample(VCPU_EXITS, ("0", name), value) for name in names)
 
 
 def fastest_seconds(action: Callable[[], object], times: int) -> float:
