@@ -362,18 +362,19 @@ class StallMonitor:
         # goes on waiting.
         if not vcpu.moved or changes or now - vcpu.considered_at >= RECONSIDER_SECONDS:
             vcpu.moved = True
-            self._consider(vcpu)
+            self._consider(vcpu, now)
 
     def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
-        self._take(vcpu, vcpu.detector.observe_counter(began, ended, notify_exits))
-        if exits is not None:
-            self._take(vcpu, vcpu.detector.observe_exits(ended, exits))
+        if changes := vcpu.detector.observe_counter(began, ended, notify_exits):
+            self._take(vcpu, changes)
+        if exits is not None and (changes := vcpu.detector.observe_exits(ended, exits)):
+            self._take(vcpu, changes)
         vcpu.see_counts(began, ended, notify_exits, exits)
-        self._consider(vcpu)
+        self._consider(vcpu, ended)
 
-    def _consider(self, vcpu: TrackedVcpu) -> None:
+    def _consider(self, vcpu: TrackedVcpu, now: float) -> None:
         """Have a vCPU traced if that is due, and if KVM itself does not tell enough."""
-        now = vcpu.considered_at = self._clock()
+        vcpu.considered_at = now
         vcpu.told_by_kernel = self._is_told(vcpu)
         self._scheduler.consider(vcpu, now)
 

@@ -95,12 +95,17 @@ class TraceScheduler:
         """Start a session for a vCPU if one is due and the budget allows it; else it waits."""
         if self.problem or self._closing or not vcpu.wants_session(now):
             return
+        wanted = vcpu.quota_part, vcpu.urgent
+        if vcpu.waits_for == wanted:
+            return  # when there is room for it, ``start`` will find it: in a flood thousands wait
         self._vcpus[vcpu.key] = vcpu
         free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.quota_part, urgent=vcpu.urgent)
         if free > now:
             vcpu.next_session_at = free
             self._consider_later(vcpu)
-        elif not self._budget.is_full:
+            return
+        vcpu.waits_for = wanted
+        if not self._budget.is_full:
             self.start()
 
     def start(self) -> None:
@@ -108,6 +113,8 @@ class TraceScheduler:
         loop = asyncio.get_running_loop()
         for key, seconds in self._budget.start(loop.time()):
             vcpu = self._vcpus.get(key)
+            if vcpu is not None:
+                vcpu.waits_for = None
             if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
                 self._budget.end(key, loop.time())
                 continue

@@ -38,7 +38,8 @@ class TrackedVcpu:
 
     ``moved`` says that something has happened since the last session began, ``goes_on`` that it was a sign of life of
     a vCPU that was stuck, ``faster`` that notify exits come much faster than in the last session, ``urgent`` that it
-    takes hardly any other exits: it is traced before others. ``problem`` is why the last session failed.
+    takes hardly any other exits: it is traced before others. ``waits_for`` says, while it waits for room, for what part
+    of its quota, and whether before others. ``problem`` is why the last session failed.
     ``told_by_kernel`` says that KVM itself tells where it is, ``has_registers`` that its registers can be read,
     ``read_at`` when it was last read by itself. ``instruction`` was read last; ``instruction_tried`` says at which RIP,
     and from when on again.
@@ -56,6 +57,7 @@ class TrackedVcpu:
     urgent: bool = False
     next_session_at: float = 0.0
     pause: float = FIRST_PAUSE_SECONDS
+    waits_for: tuple[float, bool] | None = None
     in_session: bool = False
     problem: str = ""
     told_by_kernel: bool = False
@@ -106,9 +108,10 @@ class TrackedVcpu:
             self.moved = True
             if exits is not None and before[1] is not None:
                 self.urgent = exits - before[1] < OTHER_EXITS * (notify_exits - before[0])
-            self._slowest = max(self._slowest, interval)
-            in_one_session = detector.verdict_seconds <= SESSION_SECONDS
-            self.faster |= in_one_session and not detector.suspected and interval * FASTER < self._slowest
+            if interval > self._slowest:
+                self._slowest = interval
+            elif not self.faster and interval * FASTER < self._slowest and not detector.suspected:
+                self.faster = detector.verdict_seconds <= SESSION_SECONDS
         elif detector.suspected and None not in (exits, before[1]) and exits != before[1]:
             overdue = detector.moved_seconds is None or ended - detector.moved_seconds > 2 * interval
             self.moved |= overdue

@@ -5,7 +5,7 @@ Times are CLOCK_MONOTONIC seconds and come from the caller.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
 from exporter.stalls.interval import IntervalEstimator
 
@@ -14,18 +14,15 @@ STILL_SECONDS: Final = 3.0
 STILL_INTERVALS: Final = 3
 
 
-class Movement(NamedTuple):
-    """By how much the counter has moved since the reading before, and whether it began again from 0."""
-
-    by: int
-    was_reset: bool
-
-
 class CounterTrack:
-    """The counter since ``since``; ``value`` is None until it has been read, ``moved_seconds`` until it has moved."""
+    """The counter since ``since``; ``value`` is None until it has been read, ``moved_seconds`` until it has moved.
+
+    ``was_reset`` tells whether, at the newest reading, it had begun again from 0.
+    """
 
     def __init__(self, since: float) -> None:
         self.value: int | None = None
+        self.was_reset = False
         self.moved_seconds: float | None = None
         self.interval = IntervalEstimator()
         self._since = self._read_seconds = since
@@ -34,14 +31,14 @@ class CounterTrack:
         """Tell whether a reading that began then is older than the newest one, and was handed over late."""
         return self.value is not None and began < self._read_seconds
 
-    def observe(self, ended: float, value: int) -> Movement | None:
-        """Take in a reading that ended then; returns None for the first."""
+    def observe(self, ended: float, value: int) -> int | None:
+        """Take in a reading that ended then; returns by how much the counter has moved, None at the first."""
         before = self.value
         self.value, self._read_seconds = value, ended
-        was_reset = before is not None and value < before
-        by = 0 if before is None else value if was_reset else value - before
-        self.interval.observe_reading(ended, 0 if was_reset else by)
-        return None if before is None else Movement(by, was_reset)
+        self.was_reset = before is not None and value < before
+        by = None if before is None else value if self.was_reset else value - before
+        self.interval.observe_reading(ended, 0 if self.was_reset or by is None else by)
+        return by
 
     @property
     def still_limit_seconds(self) -> float:

@@ -188,14 +188,14 @@ class StallDetector:
         """Take in the counter, read between ``began`` and ``ended``."""
         if self._counter.is_late(began):
             return ()
-        moved = self._counter.observe(ended, notify_exits)
-        if moved and self._window and moved.was_reset:
+        moved_by = self._counter.observe(ended, notify_exits)
+        if self._window and self._counter.was_reset:
             self._window.interrupt()
         elif self._window and self._suspicion:
             self._window.take_count(began, ended, notify_exits)
-        if moved and moved.by:
+        if moved_by:
             self._move(ended)
-        elif moved:
+        elif moved_by is not None:
             self._rest(ended)
         return self._take_changes()
 
@@ -456,6 +456,8 @@ class StallDetector:
 
     def _move(self, now: float) -> None:
         self._counter.moved_seconds = now
+        if self.state is State.NOTIFYING:
+            return  # as nearly all in a flood of notify exits
         had_been_unread = self.state is State.UNKNOWN and not self.rip_hidden
         has_been_seen = self.state is State.RECOVERED and now - self._since >= RECOVERED_SECONDS
         if self.state is State.QUIET or (self._suspicion is None and (had_been_unread or has_been_seen)):

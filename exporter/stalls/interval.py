@@ -47,8 +47,11 @@ class IntervalEstimator:
             self._bound(max(before - last[1], (seconds - last[1]) / 2), seconds - last[0])
 
     def _bound(self, shortest: float, longest: float) -> None:
-        estimate = longest if self.interval_seconds is None else self.interval_seconds
-        self.interval_seconds = min(max(estimate, shortest), longest)
+        estimate = self.interval_seconds
+        if estimate is None or estimate > longest:
+            self.interval_seconds = longest
+        elif estimate < shortest:
+            self.interval_seconds = shortest
 
 
 def explain_slowness(interval_seconds: float, exits: int, suspect: bool) -> str:

@@ -12,8 +12,9 @@ import pytest
 from exporter.monitor.trace_budget import Limits
 from exporter.monitor.trace_scheduler import WARM_SECONDS, TraceScheduler
 from exporter.monitor.trace_session import Subject, run_trace_session
-from exporter.monitor.tracked_vcpu import TrackedVcpu
+from exporter.monitor.tracked_vcpu import NEWS_QUOTA, ROUTINE_QUOTA, TrackedVcpu
 from exporter.stalls.detector import StallDetector
+from exporter.stalls.interval import SESSION_SECONDS
 from exporter.stalls.verdicts import StallRule, State
 from kvm.errors import SourceUnavailable
 from kvm.model import NotifyExit, VcpuKey
@@ -393,10 +394,10 @@ class Bench:
         return follow(vm, asyncio.get_running_loop().time(), number)
 
 
-def run_bench(act: Callable[[FakeHost, Bench], Awaitable[None]], *vms: FakeVm) -> None:
+def run_bench(act: Callable[[FakeHost, Bench], Awaitable[None]], *vms: FakeVm, limits: Limits | None = None) -> None:
     async def main() -> None:
         host = FakeHost(asyncio.get_running_loop().time, *vms)
-        bench = Bench(host)
+        bench = Bench(host, limits)
         await bench.scheduler.open()
         living = asyncio.create_task(host.live())
         try:
@@ -421,6 +422,38 @@ def test_who_waits_for_room_is_traced_when_another_session_ends() -> None:
         assert bench.scheduler.armings >= 6
 
     run_bench(act, vm)
+
+
+@pytest.mark.parametrize("news", ["urgent", "faster"])
+def test_news_of_one_that_waits_already_count(news: str) -> None:
+    """One that has become urgent is traced before others, one whose exits come faster for longer."""
+    vm = FakeVm("web", 100, 3)
+
+    async def act(host: FakeHost, bench: Bench) -> None:
+        first, second, third = [bench.follow(vm, number) for number in range(3)]
+        for guest in vm.vcpus[:2]:
+            host.set(guest, "stuck", interval=0.02)
+        bench.scheduler.consider(third, host.clock())  # its first session is free
+        await asyncio.sleep(SESSION_SECONDS + 0.5)
+        third.next_session_at, third.moved = 0.0, True
+        for vcpu in (first, second, third):
+            bench.scheduler.consider(vcpu, host.clock())
+        assert [vcpu.in_session for vcpu in (first, second, third)] == [True, False, False]
+        setattr(third, news, True)
+        bench.scheduler.consider(third, host.clock())
+        await asyncio.sleep(12.0)
+        sessions = [(tid, ended - began) for tid, began, ended in host.armed_times]
+        third_tid = vm.vcpus[2].tid
+        assert sessions[1][0] == first.vcpu.tid
+        assert [tid for tid, _ in sessions].index(third_tid, 1) == (2 if news == "urgent" else 3)
+        part = NEWS_QUOTA if news == "faster" else ROUTINE_QUOTA
+        quota = Limits().duty_cycle * Limits().window_seconds * part
+        assert [seconds for tid, seconds in sessions if tid == third_tid] == [
+            pytest.approx(SESSION_SECONDS, abs=0.1),
+            pytest.approx(min(SESSION_SECONDS, quota), abs=0.1),
+        ]
+
+    run_bench(act, vm, limits=Limits(host=1))
 
 
 def test_a_vm_that_has_ended_is_not_traced_again() -> None:

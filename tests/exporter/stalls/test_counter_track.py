@@ -10,10 +10,11 @@ from exporter.stalls.counter_track import STILL_INTERVALS, STILL_SECONDS, Counte
 def test_movement_is_that_since_the_reading_before_and_of_the_first_there_is_none() -> None:
     track = CounterTrack(0.0)
     assert track.observe(1.0, 5) is None
-    assert track.observe(2.0, 5) == (0, False)
-    assert track.observe(3.0, 7) == (2, False)
-    assert track.observe(4.0, 3) == (3, True)
-    assert track.value == 3
+    assert (track.observe(2.0, 5), track.was_reset) == (0, False)
+    assert (track.observe(3.0, 7), track.was_reset) == (2, False)
+    assert (track.observe(4.0, 3), track.was_reset) == (3, True)
+    assert (track.observe(5.0, 4), track.was_reset) == (1, False)
+    assert track.value == 4
 
 
 def test_a_reading_that_began_before_the_newest_ended_is_late() -> None:
