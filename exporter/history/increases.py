@@ -56,13 +56,6 @@ class _Memory:
     last_moves: dict[int, float] = field(default_factory=dict)
     moved_at_once: float | None = None
 
-    def has_seen(self, reading: VmReading) -> bool:
-        """Tell whether these are surely the numbers that were taken in last: a source gives the same objects then."""
-        counters = reading.counters
-        column = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
-        is_same = column is self.column and counters.vcpu_ids is self.vcpu_ids and self.total is None
-        return is_same and self.complete is (len(self.column) == reading.vcpu_count)
-
 
 class IncreaseTracker:
     """Tracks the notify counters from snapshot to snapshot; used by one thread."""
@@ -70,6 +63,7 @@ class IncreaseTracker:
     def __init__(self, first_total: int = 0) -> None:
         """``first_total`` is what an agent before this one has counted."""
         self._memories: dict[VmKey, _Memory] = {}
+        self._present: list[_Memory] = []  # of the VMs of the newest snapshot
         self.moved_vms: set[VmKey] = set()
         """The VMs of which ``last_moves`` has something to tell: few of a host's."""
         self._zero_after_unix_seconds = math.inf
@@ -82,18 +76,24 @@ class IncreaseTracker:
         if self._zero_after_unix_seconds == math.inf:
             self._zero_after_unix_seconds = snapshot.unix_seconds
         self.readable = self.readable or _can_count(snapshot)
+        present = []
         for reading in snapshot.readings:
             memory = self._memories.get(reading.vm.key)
             if memory is None:
                 started = reading.vm.start_time_seconds
                 from_zero = started is not None and started > self._zero_after_unix_seconds
                 memory = self._memories[reading.vm.key] = _Memory(from_zero, started)
-            memory.last_seen_seconds = snapshot.monotonic_seconds
-            if memory.has_seen(reading):
-                continue
+            present.append(memory)
             self._observe_vm(memory, reading, snapshot.unix_seconds)
             if memory.last_moves or memory.moved_at_once is not None:
                 self.moved_vms.add(reading.vm.key)
+        self._present = present
+        self.observe_same(snapshot)
+
+    def observe_same(self, snapshot: Snapshot) -> None:
+        """Take in a snapshot of the same VMs and vCPUs as the one before, of which no notify counter has moved."""
+        for memory in self._present:
+            memory.last_seen_seconds = snapshot.monotonic_seconds
         self._forget_missing(snapshot.monotonic_seconds)
 
     def last_moves(self, key: VmKey) -> Mapping[int, float]:

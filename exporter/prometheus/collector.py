@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar
 
@@ -21,6 +22,7 @@ from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
 from exporter.prometheus.counter_series import CounterSeries
 from exporter.prometheus.exposition import Family
+from exporter.prometheus.host_series import build_host_families, build_snapshot_families, count_vms, name_labels
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
@@ -37,7 +39,7 @@ from exporter.prometheus.vm_series import (
 )
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
-from kvm.model import Host, Protection, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
+from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,18 @@ SNAPSHOT: Final = "snapshot"
 SNAPSHOT_FAILED: Final = "snapshot_failed"
 MONITOR: Final = "monitor"
 DECLARED: Final = frozenset(METRICS)
+
+
+@dataclass(slots=True)
+class _MadeOfStates:
+    """What follows from the VMs' states (``find_vm_state``), made when it is first asked for: they seldom change.
+
+    ``vms`` is what is told of them, ``counts`` how many there are, ``notified`` are those that have taken notify exits.
+    """
+
+    vms: list[Family] | None = None
+    counts: list[Family] | None = None
+    notified: set[VmSeries] | None = None
 
 
 class HostCollector:
@@ -82,8 +96,9 @@ class HostCollector:
         self._errors = ReadErrors()
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._shown: list[ShownVm] = []
+        self._states: list[tuple[object, ...]] = []
+        self._made = _MadeOfStates()
         self._vm_families: tuple[list[Rendered], list[Family]] = ([], [])
-        self._told_of_vms: tuple[list[tuple[VmSeries, tuple[object, ...]]], list[Family]] = ([], [])
         self._counters = CounterSeries()
         self._statistics = StatSeries()
         self._series_warning = SeriesWarning()
@@ -103,7 +118,7 @@ class HostCollector:
         names = self.settings.enabled if selected is None else selected
         duration, success = Family(metrics.SCRAPE_DURATION), Family(metrics.SCRAPE_SUCCESS)
         build = Family(metrics.BUILD_INFO)
-        build.add(order_labels(metrics.BUILD_INFO, **_label(metrics.BUILD_INFO, self.build)), 1)
+        build.add(order_labels(metrics.BUILD_INFO, **name_labels(metrics.BUILD_INFO, self.build)), 1)
         families = {family.metric: family for family in (duration, success, build)}
         for metric, is_in_order in self._file_states.items():
             families[metric] = Family(metric)
@@ -159,8 +174,14 @@ class HostCollector:
 
     def _read_host(self) -> list[Family]:
         snapshot = self._reader.read()
-        self._increases.observe(snapshot)
-        self._shown = self._arrange_as_before(snapshot) or list(self._arrange(snapshot))
+        arranged, states = self._arrange_as_before(snapshot), [*map(find_vm_state, snapshot.readings)]
+        if arranged and states == self._states:
+            self._increases.observe_same(snapshot)
+            self._shown = arranged
+        else:
+            self._increases.observe(snapshot)
+            self._shown = arranged or list(self._arrange(snapshot))
+            self._states, self._made = states, _MadeOfStates()
         self._errors.log_new(reading.vm for reading in snapshot.readings)
         self.snapshot = snapshot
         return []
@@ -211,13 +232,9 @@ class HostCollector:
                 yield shown, answer
 
     def _collect_vms(self) -> list[Family]:
-        # Who the VMs are changes seldom, and most never take a notify exit: then nothing is to be told anew.
-        state = [(lines, find_vm_state(reading)) for reading, lines in self._shown]
-        before, families = self._told_of_vms
-        if state != before:
-            families = self._render_vms() + self._render_sums()
-            self._told_of_vms = state, families
-        return families
+        if self._made.vms is None:
+            self._made.vms = self._render_vms() + self._render_sums()
+        return self._made.vms
 
     def _render_vms(self) -> list[Family]:
         rendered = [lines for _, lines in self._ask_vms(self._shown, VmSeries.render_vm)]
@@ -264,13 +281,21 @@ class HostCollector:
                 rendered += verdicts.render_vcpus(reading, lines, with_series)
             return rendered
 
+        notified, keys = self._find_notified() if verdicts else (), {*moved, *(verdicts.vms if verdicts else ())}
         concerned = [
             (reading, lines)
-            for reading, lines in vms
-            if (verdicts and verdicts.concerns(reading)) or (moved and reading.vm.key in moved)
+            for reading, lines in (vms if notified or keys else ())
+            if lines in notified or reading.vm.key in keys
         ]
         families = group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
         return join_families([*families, *self._counters.render_moves(at_once)])
+
+    def _find_notified(self) -> Collection[VmSeries]:
+        """Find the VMs that have taken notify exits, before our time or in it."""
+        if self._made.notified is None:
+            columns = [(lines, reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)) for reading, lines in self._shown]
+            self._made.notified = {lines for lines, column in columns if column and any(column)}
+        return self._made.notified
 
     def _collect_statistics(self) -> list[Family]:
         shown: Iterable[ShownVm] = self._shown
@@ -279,18 +304,13 @@ class HostCollector:
         return self._statistics.collect((lines.vm_label, reading) for reading, lines in shown)
 
     def _collect_host(self) -> list[Family]:
-        snapshot = self._snapshot()
-        info, total = Family(metrics.HOST_INFO), Family(metrics.HOST_NOTIFY_WINDOW_EXITS)
-        supported, over = Family(metrics.HOST_NOTIFY_SUPPORTED), Family(metrics.HOST_VMS_OVER_BUDGET)
-        if not snapshot.host.cpu_unknown_reason:  # empty labels would be an answer
-            info.add(order_labels(metrics.HOST_INFO, **_label(metrics.HOST_INFO, snapshot.host)), 1)
-        if snapshot.host.notify_supported is not None:
-            supported.add((), int(snapshot.host.notify_supported))
-        if self._increases.readable and not snapshot.is_blind:  # to Prometheus, one that stands still says: no exits
-            total.add((), self._increases.increases_total)
-        over.add((), snapshot.vms_over_budget)
+        snapshot, made = self._snapshot(), self._made
+        if made.counts is None:
+            made.counts = count_vms(snapshot.readings)
+        # To Prometheus, a total that stands still says: no exits.
+        total = self._increases.increases_total if self._increases.readable and not snapshot.is_blind else None
         found = self._verdicts.build_host_families() if self._verdicts else []
-        return [info, supported, total, over, *_count_vms(snapshot), *found]
+        return [*build_host_families(snapshot, total), *(made.counts if snapshot.complete else ()), *found]
 
     def _collect_sources(self) -> list[Family]:
         snapshot = self._snapshot()
@@ -300,42 +320,13 @@ class HostCollector:
         for (source, kind), count in sorted((Counter(snapshot.errors) + Counter(self._errors.counts)).items()):
             errors.add(order_labels(metrics.READ_ERRORS, source=source, kind=kind), count)
         return [
-            *self._collect_completeness(),
+            *build_snapshot_families(snapshot),
             up,
             errors,
             *(self._verdicts.build_monitor_families() if self._verdicts else ()),
         ]
 
-    def _collect_completeness(self) -> list[Family]:
-        """Collect how old the snapshot is, and whether VMs may be missing from it."""
-        snapshot = self._snapshot()
-        taken, complete = Family(metrics.SNAPSHOT_TIMESTAMP), Family(metrics.COMPLETE)
-        reasons = Family(metrics.INCOMPLETE_REASON)
-        taken.add((), snapshot.unix_seconds)
-        complete.add((), int(snapshot.complete))
-        for reason in sorted({spot.reason for spot in snapshot.blind_spots}):
-            reasons.add((reason,), 1)
-        return [taken, complete, reasons]
-
     def _snapshot(self) -> Snapshot:
         if self.snapshot is None:
             raise LookupError("no snapshot has been taken")
         return self.snapshot
-
-
-def _count_vms(snapshot: Snapshot) -> list[Family]:
-    """Count VMs and vCPUs by protection, as far as the counts are known."""
-    vms, vcpus = Family(metrics.HOST_VMS), Family(metrics.HOST_VCPUS)
-    if not snapshot.complete:
-        return []
-    for state in Protection:
-        counts = [reading.vcpu_count for reading in snapshot.readings if reading.protection is state]
-        vms.add((state,), len(counts))
-        known = [count for count in counts if count is not None]
-        if len(known) == len(counts):
-            vcpus.add((state,), sum(known))
-    return [vms, vcpus]
-
-
-def _label(metric: Metric, of: Host | BuildInfo) -> dict[str, str]:
-    return {name: str(getattr(of, name)) for name in metric.labels}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from exporter.prometheus import metrics
@@ -50,12 +50,10 @@ class StallSeries:
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
 
-    def concerns(self, reading: VmReading) -> bool:
-        """Tell whether there is anything to say of a VM's vCPUs: of nearly all there is not."""
-        if any(reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())):
-            return True
-        key = reading.vm.key
-        return key in self._found or key in self._drills
+    @property
+    def vms(self) -> Collection[VmKey]:
+        """The VMs of which something was found out, though their counters may be 0: of nearly all nothing was."""
+        return self._found.keys() | self._drills.keys()
 
     def render_vcpus(self, reading: VmReading, lines: VmSeries, with_counters: bool) -> Rendered:
         """Render what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""

@@ -181,14 +181,15 @@ ShownVm = tuple[VmReading, VmSeries]
 
 def _find_state(reading: VmReading) -> tuple[object, ...]:
     """Return all that ``render_vm`` makes lines of, besides who the VM is."""
-    return find_vm_state(reading)[:-2]
+    return find_vm_state(reading)[:-3]
 
 
 def find_vm_state(reading: VmReading) -> tuple[object, ...]:
-    """Return all that ``render_vm`` and ``take_sum`` make lines of: where it is the same, so are they."""
+    """Return how a VM is protected and what its notify counters show: all that counts besides who it is and exits."""
     counters = reading.counters
     column, window = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.notify_window_cycles
-    return reading.source, reading.vcpu_count, reading.protection, window, column, counters.totals
+    shown = counters.vcpu_ids, column, counters.totals
+    return reading.source, reading.vcpu_count, reading.protection, window, *shown
 
 
 def group_lines(rendered: Iterable[Rendered]) -> list[Family]:

@@ -163,6 +163,20 @@ def test_vm_that_was_out_of_sight_is_not_counted_twice(snapshots: Snapshots) -> 
     assert snapshots.take(newer) == 9
 
 
+def test_one_that_stands_still_is_seen_and_one_that_is_missing_is_forgotten_meanwhile(snapshots: Snapshots) -> None:
+    missing = VmKey(101, 8, 9)
+    snapshots.take(read_vm({0: 1}), read_vm({0: 0}, key=missing, started=START + 1))
+    still = read_vm({0: 1})
+    snapshots.take(still)
+    for _ in range(5):
+        snapshots.seconds += MEMORY_SECONDS / 2
+        seconds = (snapshots.seconds, START + snapshots.seconds)
+        snapshots.movements.observe_same(Snapshot(*seconds, HOST, (still,), UP, MappingProxyType({})))
+    assert snapshots.take(read_vm({0: 4})) == 3
+    # It came before what was forgotten: from zero it may have counted then.
+    assert snapshots.take(read_vm({0: 4}), read_vm({0: 9}, key=missing, started=START + 1)) == 3
+
+
 def test_sums_are_followed_too(snapshots: Snapshots) -> None:
     other = VmKey(101, 8, 9)
     assert snapshots.take(read_vm(total=100, count=2)) == 0
