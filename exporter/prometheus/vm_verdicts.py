@@ -56,7 +56,11 @@ class VmVerdicts:
         self._vcpu_ids = [vcpu.vcpu_id for vcpu in vcpus]
         self._known: Known | None = None
         self._figures: VmFigures | None = None
-        self._found: list[VcpuFigures | None] = []
+        # Those of whom something was found, nearly always the same ones, and where they stand among the vCPUs: None
+        # is one that the snapshot lacks.
+        self._found_ids: list[int] = []
+        self._places: list[int | None] = []
+        self._found: list[VcpuFigures] = []
         self._lines: dict[Metric, VcpuLines] = {}
         self._rendered: list[tuple[Metric, bytes]] = []
 
@@ -66,14 +70,17 @@ class VmVerdicts:
         if knows_same and figures is self._figures:
             return self._rendered
         self._known = None  # what follows may fail half way
-        found = [*map(figures.vcpus.get, self._vcpu_ids)]
-        changed: Iterable[int] = range(len(found))
-        if knows_same:  # to compare objects is enough, and takes 0.1 us a vCPU
-            changed = compress(changed, map(is_not, found, self._found))
-        else:
+        found, found_ids = [*figures.vcpus.values()], [*figures.vcpus]
+        changed: Iterable[int] = range(len(self._vcpus))
+        if knows_same and found_ids == self._found_ids:  # to compare objects is enough, and takes 0.05 us a vCPU
+            changed = [at for at in compress(self._places, map(is_not, found, self._found)) if at is not None]
+        elif not knows_same:
             self._put_known(known)
-        self._put_figures(known, found, changed)
+        self._put_figures(known, figures.vcpus, changed)
         self._rendered = [*chain.from_iterable(lines.render() for lines in self._lines.values())]
+        if found_ids != self._found_ids:
+            places = {vcpu_id: at for at, vcpu_id in enumerate(self._vcpu_ids)}
+            self._found_ids, self._places = found_ids, [*map(places.get, found_ids)]
         self._known, self._figures, self._found = known, figures, found
         return self._rendered
 
@@ -89,10 +96,10 @@ class VmVerdicts:
             if metric in self._lines or any(value is not None for value in column):
                 self._open(metric).put_all(column)
 
-    def _put_figures(self, known: Known, found: Sequence[VcpuFigures | None], changed: Iterable[int]) -> None:
+    def _put_figures(self, known: Known, found: Mapping[int, VcpuFigures], changed: Iterable[int]) -> None:
         notified: Collection[int] | None = None
         for at in changed:
-            figures = found[at]
+            figures = found.get(self._vcpu_ids[at])
             if figures is not None:
                 self._put(metrics.VCPU_TRACED_EXITS, at, figures.traced_exits if known.traced else None)
                 self._put(metrics.VCPU_SAME_RIP_EXITS, at, figures.same_rip_exits if known.traced else None)

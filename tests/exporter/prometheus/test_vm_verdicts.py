@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from exporter.prometheus import metrics
 from exporter.prometheus.metrics import Metric
@@ -49,6 +51,25 @@ def test_only_vcpus_that_have_changed_are_looked_at() -> None:
     puts.clear()
     assert find_traced(verdicts.render(KNOWN, VmFigures({**first.vcpus, 2: make_figures(9)}, 0))) == ["0", "9", "2"]
     assert set(puts) == {1}
+
+
+@given(st.lists(st.dictionaries(st.integers(0, 6), st.integers(0, 1)), max_size=6))
+def test_whatever_comes_and_goes_the_lines_are_those_of_one_made_anew(steps: list[dict[int, int]]) -> None:
+    """Also where something is known of a vCPU that the snapshot lacks, as of one that was unplugged."""
+    known = KNOWN._replace(notified=[0, 1])
+    made = {(vcpu_id, traced): make_figures(traced) for vcpu_id in range(7) for traced in range(2)}
+    kept = VmVerdicts(VCPUS, open_lines)
+    for step in steps:
+        figures = VmFigures({vcpu_id: made[vcpu_id, traced] for vcpu_id, traced in step.items()}, 0)
+        anew = VmVerdicts(VCPUS, open_lines).render(known, figures)
+        assert join(kept.render(known, figures)) == join(anew)
+
+
+def join(rendered: list[tuple[Metric, bytes]]) -> dict[Metric, bytes]:
+    texts: dict[Metric, bytes] = {}
+    for metric, text in rendered:
+        texts[metric] = texts.get(metric, b"") + text
+    return texts
 
 
 def test_a_metric_of_which_nothing_is_told_has_no_lines() -> None:
