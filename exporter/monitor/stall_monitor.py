@@ -284,7 +284,7 @@ class StallMonitor:
         for vcpu, counts in self._tracked.renew(self._poller.readings, poll.ended):
             if counts is None:
                 self._take(vcpu, vcpu.detector.observe_unread(poll.ended))
-            else:
+            elif not vcpu.goes_on_waiting(poll.ended, *counts):
                 self._take_counts(vcpu, poll.began, poll.ended, *counts)
         waited = self._threads.observe(poll.snapshot, poll.ended)
         if not self._threads.is_same:  # else a flood would have ten thousand found anew after each poll
@@ -358,9 +358,9 @@ class StallMonitor:
         now = self._clock()
         if changes := vcpu.detector.observe_trigger(now):
             self._take(vcpu, changes)
-        # With all vCPUs of a host notifying, calls come by the thousand a second; whoever waits for a trace session
-        # goes on waiting.
-        if not vcpu.moved or changes or now - vcpu.considered_at >= RECONSIDER_SECONDS:
+        # With all vCPUs of a host notifying, calls come by the thousand a second; who waits for room goes on waiting.
+        is_old = vcpu.waits_for is None and now - vcpu.considered_at >= RECONSIDER_SECONDS
+        if not vcpu.moved or changes or is_old:
             vcpu.moved = True
             self._consider(vcpu, now)
 
@@ -411,10 +411,12 @@ class StallMonitor:
                 self._tracked.active.pop(vcpu.key, None)
             else:
                 self._tracked.active[vcpu.key] = vcpu
-            fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "state": verdict.state, "reason": verdict.reason}
-            fields["seconds_after"] = f"{now - verdict.since_seconds:.4f}"  # how late we are to know it
-            log.debug("verdict", extra={"fields": fields})
-            self._tell(self._report(vcpu, verdict), now)
+            if log.isEnabledFor(logging.DEBUG):
+                fields = {"vm": vcpu.vm.id, "vcpu": vcpu.vcpu.index, "state": verdict.state, "reason": verdict.reason}
+                fields["seconds_after"] = f"{now - verdict.since_seconds:.4f}"  # how late we are to know it
+                log.debug("verdict", extra={"fields": fields})
+            if self._stall_log.concerns(vcpu.key, verdict.state):
+                self._tell(self._report(vcpu, verdict), now)
         self._wake.set()
 
     def _track(self, reading: VmReading, vcpu: Vcpu) -> TrackedVcpu:

@@ -93,7 +93,10 @@ class TraceBudget:
             self._count(key)
             return free
         (self._urgent if urgent else self._waiting).setdefault(key.vm, {})[key] = part
-        self._new.add(key)
+        if len(self._running) < self._limits.host:
+            self._new.add(key)
+        else:
+            self._count(key)
         return now
 
     def start(self, now: float) -> list[tuple[VcpuKey, float]]:

@@ -84,7 +84,9 @@ class TrackedVcpus:
 
     def add(self, vcpu: TrackedVcpu) -> None:
         """Begin to track a vCPU."""
-        vm = self._by_vm.setdefault(vcpu.key.vm, _TrackedVm())
+        vm = self._by_vm.get(vcpu.key.vm)
+        if vm is None:
+            vm = self._by_vm[vcpu.key.vm] = _TrackedVm()
         vm.vcpus[vcpu.key.vcpu_id] = vcpu
         vcpu.detector.on_change = partial(vm.changed.add, vcpu.key.vcpu_id)
         vcpu.detector.on_change()

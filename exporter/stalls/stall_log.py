@@ -82,6 +82,10 @@ class StallLog:
         """Whether there is something that ``flush`` may still have to write."""
         return bool(self._waiting or self._withheld)
 
+    def concerns(self, key: _Key, state: State) -> bool:
+        """Tell whether there may be something to say of a vCPU that has entered a state: mostly there is not."""
+        return state in (State.STALLED, State.CONTEXT_LOST) or key in self._told or key in self._waiting
+
     def tell(self, report: VcpuReport, now: float, unix: float) -> None:
         """Tell of a vCPU that has entered the state of its verdict, where that is worth a line."""
         key = (report.vm.key, report.vcpu.vcpu_id)

@@ -66,6 +66,7 @@ def build_collector(host: FloodedHost, monitor: StallMonitor) -> HostCollector:
 
 async def run(host: FloodedHost, seconds: float) -> Figures:
     """Run the monitor on a quiet host and then through a flood of so many seconds."""
+    gc.collect()  # what the shape before has left is not this one's to look through
     gc.set_threshold(*GC_THRESHOLDS)
     figures = Figures()
     triggers: list[FloodedTrigger] = []
@@ -74,9 +75,13 @@ async def run(host: FloodedHost, seconds: float) -> Figures:
         triggers.append(FloodedTrigger(host, on_call))
         return triggers[0]
 
-    monitor = StallMonitor(
-        Backends(reader=host, tracer=FloodedTracer(host), make_trigger=make_trigger), rule=StallRule()
-    )
+    tracer = FloodedTracer(host)
+    monitor = StallMonitor(Backends(reader=host, tracer=tracer, make_trigger=make_trigger), rule=StallRule())
+
+    def count_cpu() -> float:
+        of_flood = triggers[0].cpu_seconds + tracer.cpu_seconds
+        return time.process_time() - of_flood - sum(figures.scrapes) - figures.of_bench
+
     collector = build_collector(host, monitor)
     warning = FirstWarning()
     logging.getLogger().addHandler(warning)
@@ -107,10 +112,10 @@ async def run(host: FloodedHost, seconds: float) -> Figures:
         await live(time.monotonic() + QUIET_SECONDS, figures.quiet_scrapes)
         figures.quiet_lines = figures.lines
         host.begin()
-        began, cpu = time.monotonic(), time.process_time() - triggers[0].cpu_seconds
+        began, cpu = time.monotonic(), count_cpu()
         await live(began + seconds, figures.scrapes)
         figures.seconds = time.monotonic() - began
-        figures.monitor = time.process_time() - triggers[0].cpu_seconds - cpu - sum(figures.scrapes) - figures.of_bench
+        figures.monitor = count_cpu() - cpu
         report = monitor.report()
         figures.told, figures.lost, figures.deferred = triggers[0].told, report.lost_records, report.budget_exhausted
         if warning.at is not None:

@@ -142,6 +142,8 @@ class FloodedTracer:
 
     def __init__(self, host: FloodedHost) -> None:
         self._host = host
+        self.cpu_seconds = 0.0
+        """What it has taken to make fds readable, which is no part of the monitor."""
         self._armed: list[FloodedThread] = []
         self._ended = threading.Event()
         self._signaller = threading.Thread(target=self._signal, daemon=True)
@@ -157,6 +159,7 @@ class FloodedTracer:
             self._armed = [thread for thread in self._armed if thread.fd >= 0]
             for thread in self._armed:
                 thread.signal(now)
+            self.cpu_seconds = time.thread_time()
 
     def arm(self, tid: int) -> FloodedThread:
         """Trace a thread."""
