@@ -33,6 +33,7 @@ from exporter.prometheus.vm_series import (
     ShownVm,
     VcpuSeries,
     VmSeries,
+    differ_in_counters_only,
     find_vm_state,
     group_lines,
     join_families,
@@ -56,11 +57,13 @@ DECLARED: Final = frozenset(METRICS)
 class _MadeOfStates:
     """What follows from the VMs' states (``find_vm_state``), made when it is first asked for: they seldom change.
 
-    ``vms`` is what is told of them, ``counts`` how many there are, ``notified`` are those that have taken notify exits.
+    ``vms`` is who and how protected they are, ``counts`` how many there are. ``sums`` are their notify exits, and
+    ``notified`` those that have taken any: that is all that follows from their counters.
     """
 
     vms: list[Family] | None = None
     counts: list[Family] | None = None
+    sums: list[Family] | None = None
     notified: set[VmSeries] | None = None
 
 
@@ -98,7 +101,6 @@ class HostCollector:
         self._shown: list[ShownVm] = []
         self._states: list[tuple[object, ...]] = []
         self._made = _MadeOfStates()
-        self._vm_families: tuple[list[Rendered], list[Family]] = ([], [])
         self._counters = CounterSeries()
         self._statistics = StatSeries()
         self._series_warning = SeriesWarning()
@@ -181,7 +183,9 @@ class HostCollector:
         else:
             self._increases.observe(snapshot)
             self._shown = arranged or list(self._arrange(snapshot))
-            self._states, self._made = states, _MadeOfStates()
+            is_alike = arranged and all(map(differ_in_counters_only, states, self._states))
+            self._made = _MadeOfStates(self._made.vms, self._made.counts) if is_alike else _MadeOfStates()
+            self._states = states
         self._errors.log_new(reading.vm for reading in snapshot.readings)
         self.snapshot = snapshot
         return []
@@ -232,19 +236,17 @@ class HostCollector:
                 yield shown, answer
 
     def _collect_vms(self) -> list[Family]:
-        if self._made.vms is None:
-            self._made.vms = self._render_vms() + self._render_sums()
-        return self._made.vms
+        made = self._made
+        if made.vms is None:
+            made.vms = self._render_vms()
+        if made.sums is None:
+            made.sums = self._render_sums()
+        return made.vms + made.sums
 
     def _render_vms(self) -> list[Family]:
-        rendered = [lines for _, lines in self._ask_vms(self._shown, VmSeries.render_vm)]
-        # Who the VMs are changes seldom: then all lists are those of the scrape before, and to compare them takes 5 us.
-        before, families = self._vm_families
-        if rendered != before:
-            families = group_lines(rendered)
-            for family in families:
-                family.join()
-            self._vm_families = rendered, families
+        families = group_lines(lines for _, lines in self._ask_vms(self._shown, VmSeries.render_vm))
+        for family in families:
+            family.join()
         return families
 
     def _render_sums(self) -> list[Family]:

@@ -46,6 +46,7 @@ class StallSeries:
         for vcpu in report.vcpus:
             if vcpu.drill and vcpu.verdict.state is State.STALLED:
                 self._drills.setdefault(vcpu.vm.key, set()).add(vcpu.vcpu.vcpu_id)
+        self._usual: dict[tuple[bool, Sequence[int]], Known] = {}
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
@@ -61,12 +62,25 @@ class StallSeries:
         return lines.verdicts.render(self._find_known(reading, figures, with_counters), figures)
 
     def _find_known(self, reading: VmReading, figures: VmFigures, with_counters: bool) -> Known:
+        notified = _find_notified(reading)
+        if figures.stalled or self._missed or self._drills or self._invalid:
+            return self._find_unusual(reading, figures, with_counters, notified)
+        # Of nearly all VMs just this is known: one that is the same need not be made for each, or compared.
+        usual = self._usual.get((with_counters, notified))
+        if usual is None:
+            usual = self._find_unusual(reading, figures, with_counters, notified)
+            self._usual[with_counters, notified] = usual
+        return usual
+
+    def _find_unusual(
+        self, reading: VmReading, figures: VmFigures, with_counters: bool, notified: Sequence[int]
+    ) -> Known:
         key, report = reading.vm.key, self._report
         process = key[:2]
         return Known(
             with_counters and not report.problem,
             not report.problem,
-            _find_notified(reading),
+            notified,
             self._missed.get(key, ()),
             self._drills.get(key, ()),
             self._find_starts(figures) if figures.stalled else {},
@@ -107,7 +121,7 @@ class StallSeries:
 
 def _find_notified(reading: VmReading) -> Sequence[int]:
     column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())[: len(reading.vcpus)]
-    return [at for at, count in enumerate(column) if count] if 0 in column else range(len(column))
+    return tuple([at for at, count in enumerate(column) if count]) if 0 in column else range(len(column))
 
 
 def _build_usage_families(usage: AgentUsage) -> list[Family]:
