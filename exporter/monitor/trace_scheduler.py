@@ -110,17 +110,22 @@ class TraceScheduler:
 
     def start(self) -> None:
         """Start the sessions that are wanted, as far as there is room."""
-        loop = asyncio.get_running_loop()
-        for key, seconds in self._budget.start(loop.time()):
-            vcpu = self._vcpus.get(key)
-            if vcpu is not None:
-                vcpu.waits_for = None
-            if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
-                self._budget.end(key, loop.time())
-                continue
-            vcpu.begin_session()
-            task = self._tasks[key] = loop.create_task(self._run_session(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
-            task.add_done_callback(partial(self._end, vcpu))
+        now, started = asyncio.get_running_loop().time(), [False]
+        while not all(started):  # else those behind would wait for ever: they do not ask again
+            started = [self._start_session(key, seconds) for key, seconds in self._budget.start(now)]
+
+    def _start_session(self, key: VcpuKey, seconds: float) -> bool:
+        """Start a session; tells whether there is somebody to trace."""
+        loop, vcpu = asyncio.get_running_loop(), self._vcpus.get(key)
+        if vcpu is not None:
+            vcpu.waits_for = None
+        if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
+            self._budget.end(key, loop.time())
+            return False
+        vcpu.begin_session()
+        task = self._tasks[key] = loop.create_task(self._run_session(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
+        task.add_done_callback(partial(self._end, vcpu))
+        return True
 
     def forget(self, vm: VmKey) -> None:
         """Forget a VM that has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -456,6 +457,21 @@ def test_who_waits_for_room_is_traced_when_another_session_ends() -> None:
         assert bench.scheduler.armings >= 6
 
     run_bench(act, vm)
+
+
+def test_one_whose_thread_has_ended_while_it_waited_keeps_nobody_behind_it_waiting() -> None:
+    vm = FakeVm("web", 100, 3)
+
+    async def act(host: FakeHost, bench: Bench) -> None:
+        first, second, third = [bench.follow(vm, number) for number in range(3)]
+        for guest, vcpu in zip(vm.vcpus, (first, second, third), strict=True):
+            host.set(guest, "stuck", interval=0.02)
+            bench.scheduler.consider(vcpu, host.clock())
+        second.vcpu = replace(second.vcpu, tid=None)
+        await asyncio.sleep(6)
+        assert {tid for tid, _, _ in host.armed_times} == {first.vcpu.tid, third.vcpu.tid}
+
+    run_bench(act, vm, limits=Limits(host=1))
 
 
 @pytest.mark.parametrize("news", ["urgent", "faster"])
