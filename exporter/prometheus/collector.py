@@ -33,7 +33,7 @@ from exporter.prometheus.vm_series import (
     ShownVm,
     VcpuSeries,
     VmSeries,
-    differ_in_counters_only,
+    VmState,
     find_vm_state,
     group_lines,
     join_families,
@@ -99,7 +99,7 @@ class HostCollector:
         self._errors = ReadErrors()
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._shown: list[ShownVm] = []
-        self._states: list[tuple[object, ...]] = []
+        self._states: list[VmState] = []
         self._made = _MadeOfStates()
         self._counters = CounterSeries()
         self._statistics = StatSeries()
@@ -183,7 +183,7 @@ class HostCollector:
         else:
             self._increases.observe(snapshot)
             self._shown = arranged or list(self._arrange(snapshot))
-            is_alike = arranged and all(map(differ_in_counters_only, states, self._states))
+            is_alike = arranged and [state for state, _ in states] == [state for state, _ in self._states]
             self._made = _MadeOfStates(self._made.vms, self._made.counts) if is_alike else _MadeOfStates()
             self._states = states
         self._errors.log_new(reading.vm for reading in snapshot.readings)
@@ -278,7 +278,8 @@ class HostCollector:
                 if time is None:
                     rendered += lines.render_last_moves(self._increases.last_moves(key))
                 elif reading.vcpus:
-                    at_once[time].append(lines.name_moves())
+                    series = lines.name_moves()
+                    at_once[time].append(series)
             if verdicts:
                 rendered += verdicts.render_vcpus(reading, lines, with_series)
             return rendered

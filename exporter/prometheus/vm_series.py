@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from typing import Final
 
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import (
@@ -94,7 +93,7 @@ class VmSeries:
 
     def render_vm(self, reading: VmReading) -> Rendered:
         """Render what is told of the VM as a whole and changes seldom: who it is, and how it is protected."""
-        state = find_vm_state(reading)[:_COUNTERS_AT]
+        state, _ = find_vm_state(reading)
         if state != self._state:
             self._vm_lines = _render_vm(reading, self._vm_labels)
             self._state = state
@@ -178,22 +177,15 @@ class VmSeries:
 
 
 ShownVm = tuple[VmReading, VmSeries]
+VmState = tuple[tuple[object, ...], tuple[object, ...]]
 
 
-def find_vm_state(reading: VmReading) -> tuple[object, ...]:
-    """Return how a VM is protected, then what its notify counters show: all that counts besides who it is and exits."""
+def find_vm_state(reading: VmReading) -> VmState:
+    """Return what changes seldom of a VM: how it is protected, and its notify counters."""
     counters = reading.counters
-    column, window = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.notify_window_cycles
-    shown = counters.vcpu_ids, column, counters.totals
-    return reading.source, reading.vcpu_count, reading.protection, window, *shown
-
-
-_COUNTERS_AT: Final = 4
-
-
-def differ_in_counters_only(state: tuple[object, ...], before: tuple[object, ...]) -> bool:
-    """Tell whether one VM is told of in two states as one that is protected alike."""
-    return state[:_COUNTERS_AT] == before[:_COUNTERS_AT]
+    column, total = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.totals.get(NOTIFY_WINDOW_EXITS)
+    protection = reading.source, reading.vcpu_count, reading.protection, counters.notify_window_cycles
+    return protection, (counters.vcpu_ids, column, total)
 
 
 def group_lines(rendered: Iterable[Rendered]) -> list[Family]:

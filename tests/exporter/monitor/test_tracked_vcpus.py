@@ -169,7 +169,7 @@ def test_a_vcpu_that_a_snapshot_lacks_is_gone_after_a_minute_and_one_that_comes_
     vm.vcpus.pop()
     counts = {vcpu.key: counts for vcpu, counts in tracked.renew(read(vm), 5.0)}
     assert counts[unplugged] is None
-    assert len([*tracked.renew(read(vm, back), 30.0)]) == 4
+    tracked.renew(read(vm, back), 30.0)
     assert (tracked.any_missing, tracked.gone_at) == (True, 5.0 + MISSING_SECONDS)
     assert tracked.list_gone(4.9 + MISSING_SECONDS) == []
     assert set(tracked.list_gone(5.0 + MISSING_SECONDS)) == {unplugged, VcpuKey(away.key, 0)}
@@ -188,7 +188,7 @@ def test_what_is_dropped_is_in_none_of_the_sets() -> None:
     tracked = track(vm, other)
     for vcpu in tracked:
         tracked.active[vcpu.key] = vcpu
-    assert len([*tracked.renew({}, 1.0)]) == 3
+    tracked.renew({}, 1.0)
     assert {vcpu.vcpu.index for vcpu in tracked.drop_vm(vm.key)} == {0, 1}
     assert [vcpu.key.vm for vcpu in tracked] == [other.key] == [key.vm for key in tracked.active]
     assert tracked.list_gone(1000.0) == [VcpuKey(other.key, 0)]

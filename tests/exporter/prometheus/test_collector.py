@@ -370,6 +370,13 @@ def test_two_vms_with_one_id_are_one_and_an_error(caplog: pytest.LogCaptureFixtu
     assert len(caplog.records) == 2
 
 
+def test_vms_are_counted_anew_when_one_goes_that_was_not_shown() -> None:
+    first, same_id = make_reading("a", pid=1), make_reading("a", pid=2)
+    collector = open_collector(make_snapshot(first, same_id), make_snapshot(first), make_snapshot(first, same_id))
+    counts = [find(parse_series(collector), "kvm_host_vms", protection="armed") for _ in range(3)]
+    assert counts == [2, 1, 2]
+
+
 @pytest.mark.parametrize(
     "broken",
     [
