@@ -284,7 +284,7 @@ class StallMonitor:
         for vcpu, counts in self._tracked.renew(self._poller.readings, poll.ended):
             if counts is None:
                 self._take(vcpu, vcpu.detector.observe_unread(poll.ended))
-            elif not vcpu.goes_on_waiting(poll.ended, *counts):
+            else:
                 self._take_counts(vcpu, poll.began, poll.ended, *counts)
         waited = self._threads.observe(poll.snapshot, poll.ended)
         if not self._threads.is_same:  # else a flood would have ten thousand found anew after each poll
@@ -362,7 +362,7 @@ class StallMonitor:
         is_old = vcpu.waits_for is None and now - vcpu.considered_at >= RECONSIDER_SECONDS
         if not vcpu.moved or changes or is_old:
             vcpu.moved = True
-            self._consider(vcpu, now)
+            self._consider(vcpu)
 
     def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
         if changes := vcpu.detector.observe_counter(began, ended, notify_exits):
@@ -370,11 +370,11 @@ class StallMonitor:
         if exits is not None and (changes := vcpu.detector.observe_exits(ended, exits)):
             self._take(vcpu, changes)
         vcpu.see_counts(began, ended, notify_exits, exits)
-        self._consider(vcpu, ended)
+        self._consider(vcpu)
 
-    def _consider(self, vcpu: TrackedVcpu, now: float) -> None:
+    def _consider(self, vcpu: TrackedVcpu) -> None:
         """Have a vCPU traced if that is due, and if KVM itself does not tell enough."""
-        vcpu.considered_at = now
+        now = vcpu.considered_at = self._clock()
         vcpu.told_by_kernel = self._is_told(vcpu)
         self._scheduler.consider(vcpu, now)
 
@@ -447,6 +447,7 @@ class StallMonitor:
 
     def _drop(self, key: VcpuKey) -> None:
         vcpu = self._tracked.drop(key)
+        self._scheduler.drop(key)
         self._heard.clear()
         if vcpu is not None:
             self._note_ended(vcpu)

@@ -99,6 +99,10 @@ class TraceBudget:
             self._count(key)
         return now
 
+    def is_waiting(self, key: VcpuKey) -> bool:
+        """Tell whether a session waits for room; one that is under way does not."""
+        return any(key in queue.get(key.vm, ()) for queue in (self._urgent, self._waiting))
+
     def start(self, now: float) -> list[tuple[VcpuKey, float]]:
         """Return the sessions that begin now, with how many seconds each may take."""
         begun: list[tuple[VcpuKey, float]] = []

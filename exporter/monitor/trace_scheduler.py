@@ -104,28 +104,29 @@ class TraceScheduler:
             vcpu.next_session_at = free
             self._consider_later(vcpu)
             return
-        vcpu.waits_for = wanted
+        if self._budget.is_waiting(vcpu.key):  # not so where a session is under way of what had its key before it
+            vcpu.waits_for = wanted
         if not self._budget.is_full:
             self.start()
 
     def start(self) -> None:
         """Start the sessions that are wanted, as far as there is room."""
-        now, started = asyncio.get_running_loop().time(), [False]
-        while not all(started):  # else those behind would wait for ever: they do not ask again
-            started = [self._start_session(key, seconds) for key, seconds in self._budget.start(now)]
+        now = asyncio.get_running_loop().time()
+        # As long as any begin: where there is nobody to trace any more, those behind would wait for ever.
+        while begun := self._budget.start(now):
+            for key, seconds in begun:
+                self._start_session(key, seconds)
 
-    def _start_session(self, key: VcpuKey, seconds: float) -> bool:
-        """Start a session; tells whether there is somebody to trace."""
+    def _start_session(self, key: VcpuKey, seconds: float) -> None:
         loop, vcpu = asyncio.get_running_loop(), self._vcpus.get(key)
         if vcpu is not None:
             vcpu.waits_for = None
         if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
             self._budget.end(key, loop.time())
-            return False
+            return
         vcpu.begin_session()
         task = self._tasks[key] = loop.create_task(self._run_session(vcpu, vcpu.vcpu.tid, self._tracer, seconds))
         task.add_done_callback(partial(self._end, vcpu))
-        return True
 
     def forget(self, vm: VmKey) -> None:
         """Forget a VM that has ended."""
@@ -136,6 +137,14 @@ class TraceScheduler:
         for key, task in list(self._tasks.items()):
             if key.vm == vm:
                 task.cancel()
+
+    def drop(self, key: VcpuKey) -> None:
+        """Forget a vCPU that is gone: one that comes back is another to us, and asks for itself."""
+        self._vcpus.pop(key, None)  # its turn, if it waits for one, will be another's
+        if timer := self._timers.pop(key, None):
+            timer.cancel()
+        if task := self._tasks.get(key):
+            task.cancel()
 
     async def cool(self, now: float) -> None:
         """Let the tracepoint go if it has not been needed for a while."""

@@ -23,8 +23,6 @@ FASTER: Final = 3
 OTHER_EXITS: Final = 50
 # Two exits this far apart do not fall into one session, even if the estimate is a second too long.
 TOO_SLOW_SECONDS: Final = SESSION_SECONDS / 2 + 1.0
-# The counters of one that waits for room among many are taken in that seldom, unless they are news.
-WAITING_SECONDS: Final = 4.0
 # How much of the vCPU's quota a session may use up: the more there is to see, the more of it.
 ROUTINE_QUOTA: Final = 2 / 3
 SUSPECT_QUOTA: Final = 0.9
@@ -109,7 +107,7 @@ class TrackedVcpu:
         if notify_exits != before[0]:
             self.moved = True
             if exits is not None and before[1] is not None:
-                self.urgent = _is_urgent(notify_exits - before[0], exits - before[1])
+                self.urgent = exits - before[1] < OTHER_EXITS * (notify_exits - before[0])
             if interval > self._slowest:
                 self._slowest = interval
             elif not self.faster and interval * FASTER < self._slowest and not detector.suspected:
@@ -120,18 +118,6 @@ class TrackedVcpu:
             self.goes_on |= overdue
         if self.goes_on or self.faster:
             self.next_session_at = min(self.next_session_at, ended)
-
-    def goes_on_waiting(self, now: float, notify_exits: int, exits: int | None) -> bool:
-        """Tell whether it waits for room, and its counters say nothing new: in a flood, of nearly all of thousands.
-
-        New is that it stands still, or that notify exits are a large part of all its exits now, or no more.
-        """
-        if self.waits_for is None or self.detector.state is not State.NOTIFYING or self._counts is None:
-            return False
-        before, exits_before = self._counts
-        if exits is None or exits_before is None or notify_exits <= before or now - self._counted_at >= WAITING_SECONDS:
-            return False
-        return _is_urgent(notify_exits - before, exits - exits_before) is self.urgent
 
     def wants_session(self, now: float) -> bool:
         """Tell whether a session is due and may show something."""
@@ -204,10 +190,6 @@ class TrackedVcpu:
     def _idle(self) -> bool:
         slow = (self.detector.interval_seconds or 0.0) > TOO_SLOW_SECONDS
         return slow and not (self.detector.suspected or self.goes_on or self.faster)
-
-
-def _is_urgent(notify_exits: int, exits: int) -> bool:
-    return exits < OTHER_EXITS * notify_exits
 
 
 def find_window(reading: VmReading) -> int | None:

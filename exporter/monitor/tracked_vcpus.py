@@ -91,24 +91,22 @@ class TrackedVcpus:
         vcpu.detector.on_change = partial(vm.changed.add, vcpu.key.vcpu_id)
         vcpu.detector.on_change()
 
-    def renew(self, readings: Mapping[VmKey, VmReading], now: float) -> Iterator[tuple[TrackedVcpu, Counts | None]]:
-        """Take in a snapshot; yields each vCPU with its counters, None where the snapshot has none for it."""
-        for key, vm in list(self._by_vm.items()):
-            yield from self._renew_vm(readings.get(key), vm, now)
+    def renew(self, readings: Mapping[VmKey, VmReading], now: float) -> list[tuple[TrackedVcpu, Counts | None]]:
+        """Take in a snapshot; returns each vCPU with its counters, None where the snapshot has none for it."""
+        return [found for key, vm in self._by_vm.items() for found in self._renew_vm(readings.get(key), vm, now)]
 
     def _renew_vm(
         self, reading: VmReading | None, vm: _TrackedVm, now: float
     ) -> Iterator[tuple[TrackedVcpu, Counts | None]]:
         if reading is None:
-            for vcpu in list(vm.vcpus.values()):
+            for vcpu in vm.vcpus.values():
                 self._missing.setdefault(vcpu.key, now)
                 yield vcpu, None
             return
         per_vcpu, window = reading.counters.per_vcpu, find_window(reading)
         notify, exits = per_vcpu.get(NOTIFY_WINDOW_EXITS, ()), per_vcpu.get(EXITS, ())
         places = {vcpu.vcpu_id: place for place, vcpu in enumerate(reading.vcpus)}
-        for vcpu in list(vm.vcpus.values()):
-            vcpu_id = vcpu.key.vcpu_id
+        for vcpu_id, vcpu in vm.vcpus.items():
             vcpu.vm, vcpu.source, vcpu.window_cycles = reading.vm, reading.source, window
             place = places.get(vcpu_id)
             # A VM that cannot be read shows none of its vCPUs.

@@ -13,7 +13,7 @@ import pytest
 from exporter.monitor.trace_budget import Limits
 from exporter.monitor.trace_scheduler import WARM_SECONDS, TraceScheduler
 from exporter.monitor.trace_session import Subject, run_trace_session
-from exporter.monitor.tracked_vcpu import NEWS_QUOTA, ROUTINE_QUOTA, WAITING_SECONDS, TrackedVcpu
+from exporter.monitor.tracked_vcpu import NEWS_QUOTA, ROUTINE_QUOTA, TrackedVcpu
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.interval import SESSION_SECONDS
 from exporter.stalls.verdicts import StallRule, State
@@ -345,40 +345,6 @@ def test_exits_that_come_faster_are_news_even_if_no_session_has_seen_that_they_h
     assert (vcpu.faster, vcpu.wants_session(now)) == (True, True)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "notify_exits", "exits", "goes_on"),
-    [
-        (1.0, 15, 6000, True),
-        (1.0, 10, 6000, False),  # it stands still
-        (1.0, 9, 6000, False),  # it was set to 0
-        (1.0, 15, 5100, False),  # it does little else now
-        (1.0, 15, None, False),
-        (WAITING_SECONDS, 15, 6000, False),
-    ],
-)
-def test_counters_of_one_that_waits_are_taken_in_where_they_are_news_or_have_not_been_for_long(
-    seconds: float, notify_exits: int, exits: int | None, goes_on: bool
-) -> None:
-    vcpu = follow(FakeVm("web", 100, 1), 1000.0)
-    vcpu.detector.observe_trigger(1000.5)
-    assert not vcpu.goes_on_waiting(1001.0, 5, 4000)  # it has not been read
-    for second, count in ((1001.0, 5), (1002.0, 10)):
-        vcpu.see_counts(second, second, count, 1000 * count // 2)
-    assert not vcpu.goes_on_waiting(1002.0 + seconds, notify_exits, exits)  # it does not wait
-    vcpu.waits_for = (vcpu.quota_part, vcpu.urgent)
-    assert vcpu.goes_on_waiting(1002.0 + seconds, notify_exits, exits) is goes_on
-
-
-def test_nothing_is_left_out_of_one_that_may_be_stuck_though_it_waits() -> None:
-    vcpu = follow(FakeVm("web", 100, 1), 1000.0)
-    records = [NotifyExit(round(seconds * 1e9), 110, R, 0, 0) for seconds in (1000.1, 1001)]
-    vcpu.detector.observe_records(1001.0, records)
-    for second, count in ((1001.0, 5), (1002.0, 10)):
-        vcpu.see_counts(second, second, count, 1000 * count)
-    vcpu.waits_for = (vcpu.quota_part, vcpu.urgent)
-    assert not vcpu.goes_on_waiting(1003.0, 15, 15_000)
-
-
 def test_older_counts_that_are_handed_over_late_say_nothing() -> None:
     vcpu = follow(FakeVm("web", 100, 1), 1000.0)
     vcpu.see_counts(1001.0, 1001.1, 10, 20)
@@ -470,6 +436,38 @@ def test_one_whose_thread_has_ended_while_it_waited_keeps_nobody_behind_it_waiti
         second.vcpu = replace(second.vcpu, tid=None)
         await asyncio.sleep(6)
         assert {tid for tid, _, _ in host.armed_times} == {first.vcpu.tid, third.vcpu.tid}
+
+    run_bench(act, vm, limits=Limits(host=1))
+
+
+@pytest.mark.parametrize("dropped", ["running", "waiting", "timed"])
+def test_one_that_was_missing_and_is_back_is_traced_again(dropped: str) -> None:
+    """Whatever its old self was doing when it was dropped: having a session, waiting for room or for the next one."""
+    vm = FakeVm("web", 100, 2)
+
+    async def act(host: FakeHost, bench: Bench) -> None:
+        old, other = bench.follow(vm, 0), bench.follow(vm, 1)
+        for guest in vm.vcpus:
+            host.set(guest, "alternating", interval=0.4)
+        if dropped == "waiting":
+            bench.scheduler.consider(other, host.clock())
+        bench.scheduler.consider(old, host.clock())
+        await asyncio.sleep(0.01)
+        assert old.in_session is (dropped != "waiting")
+        if dropped == "timed":
+            await asyncio.sleep(2.0)
+            assert not old.in_session
+            old.moved = True
+            await asyncio.sleep(old.next_session_at - 0.1 - host.clock())
+            bench.scheduler.consider(other, host.clock())  # has the only room when the timer of the old one is due
+        bench.scheduler.drop(old.key)
+        new = bench.follow(vm, 0)
+        for _ in range(60):
+            new.moved = True
+            bench.scheduler.consider(new, host.clock())
+            await asyncio.sleep(1.0)
+        assert new.detector.traced_exits > 0
+        assert bench.scheduler.armed <= 1
 
     run_bench(act, vm, limits=Limits(host=1))
 
