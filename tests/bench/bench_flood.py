@@ -1,8 +1,9 @@
 """``python -m tests.bench.bench_flood``: every vCPU of a host takes notify exits at once; what does the monitor cost?
 
-For each shape of the same number of vCPUs: the CPU time of the stall monitor in percent of a core, in microseconds a
-call of the trigger, when it called the one vCPU that is stuck, what was lost, and a scrape, without HTTP, beside one of
-the same host in quiet, with how many lines each has.
+For each shape of the same number of vCPUs: the CPU time of the stall monitor, in seconds for the onset of the flood, in
+which it meets all vCPUs, in percent of a core after that, and in microseconds a call of the trigger; when it called the
+one vCPU that is stuck, what was lost, and a scrape, without HTTP, beside one of the same host in quiet, with how many
+lines each has.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tests.waiting import wait_until
 
 SCRAPE_SECONDS = 1.0
 QUIET_SECONDS = 4.0
+ONSET_SECONDS = 3.0
 PATIENCE_SECONDS = 120.0
 NO_PROGRESS = "kvm_vcpu_no_forward_progress{"
 
@@ -44,7 +46,9 @@ NO_PROGRESS = "kvm_vcpu_no_forward_progress{"
 class Figures:
     """What one run has shown; times in seconds, of CPU but for ``called_after``."""
 
+    onset: float = 0.0
     monitor: float = 0.0
+    """After the onset, in ``seconds``."""
     seconds: float = 0.0
     told: int = 0
     lost: int = 0
@@ -113,9 +117,11 @@ async def run(host: FloodedHost, seconds: float) -> Figures:
         figures.quiet_lines = figures.lines
         host.begin()
         began, cpu = time.monotonic(), count_cpu()
+        await live(began + ONSET_SECONDS, figures.scrapes)
+        figures.onset = count_cpu() - cpu
         await live(began + seconds, figures.scrapes)
-        figures.seconds = time.monotonic() - began
-        figures.monitor = count_cpu() - cpu
+        figures.seconds = time.monotonic() - began - ONSET_SECONDS
+        figures.monitor = count_cpu() - cpu - figures.onset
         report = monitor.report()
         figures.told, figures.lost, figures.deferred = triggers[0].told, report.lost_records, report.budget_exhausted
         if warning.at is not None:
@@ -160,14 +166,17 @@ def main() -> None:
     parser.add_argument("--shapes", default="625x16,10x1000")
     parser.add_argument("--seconds", type=float, default=20.0)
     arguments = parser.parse_args()
-    print("shape       core   us/call   called after  lost  deferred   scrape (lines)        quiet (lines)  ratio")
+    print(
+        "shape       onset   core   us/call   called after  lost  deferred   scrape (lines)        quiet (lines)  ratio"
+    )
     for shape in arguments.shapes.split(","):
         vms, vcpus = map(int, shape.split("x"))
         got = measure(vms, vcpus, arguments.seconds)
         scrape, quiet = statistics.median(got.scrapes), statistics.median(got.quiet_scrapes)
         after = "never" if got.called_after is None else f"{got.called_after:.1f} s"
         print(
-            f"{shape:10} {100 * got.monitor / got.seconds:5.1f} %  {1e6 * got.monitor / max(1, got.told):6.1f}"
+            f"{shape:10} {got.onset:4.2f} s {100 * got.monitor / got.seconds:5.1f} %"
+            f"  {1e6 * (got.onset + got.monitor) / max(1, got.told):6.1f}"
             f"  {after:>12}  {got.lost:4}  {got.deferred:8}"
             f"  {1e3 * scrape:5.1f} ms ({got.lines})  {1e3 * quiet:5.1f} ms ({got.quiet_lines})  {scrape / quiet:.2f}",
             flush=True,
