@@ -358,9 +358,9 @@ class StallMonitor:
         now = self._clock()
         if changes := vcpu.detector.observe_trigger(now):
             self._take(vcpu, changes)
-        # With all vCPUs of a host notifying, calls come by the thousand a second; who waits for room goes on waiting.
-        is_old = vcpu.waits_for is None and now - vcpu.considered_at >= RECONSIDER_SECONDS
-        if not vcpu.moved or changes or is_old:
+        # With all vCPUs of a host notifying, calls come by the thousand a second; whoever waits for a trace session
+        # goes on waiting.
+        if not vcpu.moved or changes or now - vcpu.considered_at >= RECONSIDER_SECONDS:
             vcpu.moved = True
             self._consider(vcpu)
 

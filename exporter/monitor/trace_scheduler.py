@@ -96,7 +96,7 @@ class TraceScheduler:
         if self.problem or self._closing or not vcpu.wants_session(now):
             return
         wanted = vcpu.quota_part, vcpu.urgent
-        if vcpu.waits_for == wanted:
+        if vcpu.asked_for == wanted and self._budget.is_waiting(vcpu.key):
             return  # when there is room for it, ``start`` will find it: in a flood thousands wait
         self._vcpus[vcpu.key] = vcpu
         free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.quota_part, urgent=vcpu.urgent)
@@ -104,8 +104,7 @@ class TraceScheduler:
             vcpu.next_session_at = free
             self._consider_later(vcpu)
             return
-        if self._budget.is_waiting(vcpu.key):  # not so where a session is under way of what had its key before it
-            vcpu.waits_for = wanted
+        vcpu.asked_for = wanted
         if not self._budget.is_full:
             self.start()
 
@@ -119,8 +118,6 @@ class TraceScheduler:
 
     def _start_session(self, key: VcpuKey, seconds: float) -> None:
         loop, vcpu = asyncio.get_running_loop(), self._vcpus.get(key)
-        if vcpu is not None:
-            vcpu.waits_for = None
         if vcpu is None or vcpu.vcpu.tid is None or self._tracer is None or self._closing:
             self._budget.end(key, loop.time())
             return
