@@ -99,9 +99,18 @@ class TraceBudget:
             self._count(key)
         return now
 
-    def is_waiting(self, key: VcpuKey) -> bool:
-        """Tell whether a session waits for room; one that is under way does not."""
-        return any(key in queue.get(key.vm, ()) for queue in (self._urgent, self._waiting))
+    def is_waiting(self, key: VcpuKey, part: float, *, urgent: bool) -> bool:
+        """Tell whether a session waits for room already that is no shorter, and as urgent: ``want`` changes nothing."""
+        waiting = self._urgent.get(key.vm, {}).get(key)
+        if waiting is None and not urgent:
+            waiting = self._waiting.get(key.vm, {}).get(key)
+        return waiting is not None and waiting >= part
+
+    def drop(self, key: VcpuKey) -> None:
+        """Let a vCPU wait no more; what it has used up of its quota stays so, in case that it comes back."""
+        for queue in (self._urgent, self._waiting):
+            queue.get(key.vm, {}).pop(key, None)
+        self._new.discard(key)
 
     def start(self, now: float) -> list[tuple[VcpuKey, float]]:
         """Return the sessions that begin now, with how many seconds each may take."""

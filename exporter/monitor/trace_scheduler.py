@@ -95,17 +95,15 @@ class TraceScheduler:
         """Start a session for a vCPU if one is due and the budget allows it; else it waits."""
         if self.problem or self._closing or not vcpu.wants_session(now):
             return
-        wanted = vcpu.quota_part, vcpu.urgent
-        if vcpu.asked_for == wanted and self._budget.is_waiting(vcpu.key):
+        part = vcpu.quota_part
+        if self._budget.is_waiting(vcpu.key, part, urgent=vcpu.urgent):
             return  # when there is room for it, ``start`` will find it: in a flood thousands wait
         self._vcpus[vcpu.key] = vcpu
-        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, vcpu.quota_part, urgent=vcpu.urgent)
+        free = self._budget.want(vcpu.key, now, vcpu.least_seconds, part, urgent=vcpu.urgent)
         if free > now:
             vcpu.next_session_at = free
             self._consider_later(vcpu)
-            return
-        vcpu.asked_for = wanted
-        if not self._budget.is_full:
+        elif not self._budget.is_full:
             self.start()
 
     def start(self) -> None:
@@ -137,7 +135,8 @@ class TraceScheduler:
 
     def drop(self, key: VcpuKey) -> None:
         """Forget a vCPU that is gone: one that comes back is another to us, and asks for itself."""
-        self._vcpus.pop(key, None)  # its turn, if it waits for one, will be another's
+        self._budget.drop(key)
+        self._vcpus.pop(key, None)
         if timer := self._timers.pop(key, None):
             timer.cancel()
         if task := self._tasks.get(key):

@@ -38,8 +38,7 @@ class TrackedVcpu:
 
     ``moved`` says that something has happened since the last session began, ``goes_on`` that it was a sign of life of
     a vCPU that was stuck, ``faster`` that notify exits come much faster than in the last session, ``urgent`` that it
-    takes hardly any other exits: it is traced before others. ``asked_for`` is for what part of its quota a session
-    was asked for last, and whether before others. ``problem`` is why the last session failed.
+    takes hardly any other exits: it is traced before others. ``problem`` is why the last session failed.
     ``told_by_kernel`` says that KVM itself tells where it is, ``has_registers`` that its registers can be read,
     ``read_at`` when it was last read by itself. ``instruction`` was read last; ``instruction_tried`` says at which RIP,
     and from when on again.
@@ -57,7 +56,6 @@ class TrackedVcpu:
     urgent: bool = False
     next_session_at: float = 0.0
     pause: float = FIRST_PAUSE_SECONDS
-    asked_for: tuple[float, bool] | None = None
     in_session: bool = False
     problem: str = ""
     told_by_kernel: bool = False

@@ -128,6 +128,22 @@ def test_who_has_used_up_its_share_is_told_when_it_is_free_again() -> None:
     assert budget.deferred == 1
 
 
+def test_one_waits_for_what_it_asked_for_and_for_no_more() -> None:
+    budget = TraceBudget(Limits(host=1))
+    first, second = make_key(1), make_key(2)
+    budget.want(first, 0.0)
+    assert [key for key, _ in budget.start(0.0)] == [first]
+    assert not budget.is_waiting(first, 0.0, urgent=False)  # it is under way
+    budget.want(second, 0.0, part=0.5)
+    asked = [(0.4, False), (0.5, False), (0.6, False), (0.5, True)]
+    assert [budget.is_waiting(second, part, urgent=urgent) for part, urgent in asked] == [True, True, False, False]
+    budget.want(second, 0.0, part=0.6, urgent=True)
+    assert all(budget.is_waiting(second, part, urgent=urgent) for part, urgent in asked)
+    budget.end(first, 1.0)
+    budget.start(1.0)
+    assert not budget.is_waiting(second, 0.0, urgent=False)
+
+
 def test_a_session_that_waits_for_room_may_be_asked_for_again_with_more_of_the_share() -> None:
     budget = TraceBudget(Limits(host=1))
     assert trace(budget, 0.0, 0.2) == 0.2

@@ -440,34 +440,50 @@ def test_one_whose_thread_has_ended_while_it_waited_keeps_nobody_behind_it_waiti
     run_bench(act, vm, limits=Limits(host=1))
 
 
-@pytest.mark.parametrize("dropped", ["running", "waiting", "timed"])
-def test_one_that_was_missing_and_is_back_is_traced_again(dropped: str) -> None:
-    """Whatever its old self was doing when it was dropped: having a session, waiting for room or for the next one."""
+def test_of_one_that_is_dropped_no_session_goes_on_or_begins() -> None:
+    vm = FakeVm("web", 100, 2)
+
+    async def act(host: FakeHost, bench: Bench) -> None:
+        first, second = bench.follow(vm, 0), bench.follow(vm, 1)
+        host.set(vm.vcpus[0], "alternating", interval=0.4)  # the other shows nothing, so its session lasts
+        bench.scheduler.consider(first, host.clock())
+        await asyncio.sleep(2.0)
+        assert not first.in_session
+        first.moved = second.moved = True  # a timer is set for the first one's next session
+        bench.scheduler.consider(second, host.clock())
+        await asyncio.sleep(0.1)
+        assert second.in_session
+        for vcpu in (first, second):
+            bench.scheduler.drop(vcpu.key)
+            vcpu.moved = True
+        await asyncio.sleep(0.1)
+        assert bench.scheduler.armed == 0
+        await asyncio.sleep(60)
+        assert bench.scheduler.armings == 2
+
+    run_bench(act, vm)
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_one_that_was_dropped_and_is_back_is_traced_again(is_waiting: bool) -> None:
+    """Whether its old self was being traced, or waited for room: then it waits itself, from when it asks."""
     vm = FakeVm("web", 100, 2)
 
     async def act(host: FakeHost, bench: Bench) -> None:
         old, other = bench.follow(vm, 0), bench.follow(vm, 1)
         for guest in vm.vcpus:
             host.set(guest, "alternating", interval=0.4)
-        if dropped == "waiting":
-            bench.scheduler.consider(other, host.clock())
-        bench.scheduler.consider(old, host.clock())
+        for vcpu in (other, old) if is_waiting else (old,):
+            bench.scheduler.consider(vcpu, host.clock())
         await asyncio.sleep(0.01)
-        assert old.in_session is (dropped != "waiting")
-        if dropped == "timed":
-            await asyncio.sleep(2.0)
-            assert not old.in_session
-            old.moved = True
-            await asyncio.sleep(old.next_session_at - 0.1 - host.clock())
-            bench.scheduler.consider(other, host.clock())  # has the only room when the timer of the old one is due
+        assert old.in_session is not is_waiting
         bench.scheduler.drop(old.key)
+        if not is_waiting:
+            await asyncio.sleep(0.01)  # in which its session ends
         new = bench.follow(vm, 0)
-        for _ in range(60):
-            new.moved = True
-            bench.scheduler.consider(new, host.clock())
-            await asyncio.sleep(1.0)
+        bench.scheduler.consider(new, host.clock())
+        await asyncio.sleep(5.0)
         assert new.detector.traced_exits > 0
-        assert bench.scheduler.armed <= 1
 
     run_bench(act, vm, limits=Limits(host=1))
 
