@@ -135,7 +135,7 @@ class HostReader:
             self._cpu_told = self._host.cpu_unknown_reason
         answers = self._read_counters(now)
         vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
-        if [*answers] != [*self._kept]:  # sources give the same keys: to hash them anew would take longer
+        if answers.keys() != self._kept.keys():
             self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}
         self._thread_lookups_left = THREADS_VMS
         readings = [self._assemble(vm, answers[key], now) for key, vm in vms.items()]

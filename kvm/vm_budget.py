@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -46,7 +46,7 @@ class VmBudget:
     ) -> None:
         self._proc, self._clock, self._read_uid = proc, clock, read_uid
         self._process_vms, self._uid_vms = process_vms, uid_vms
-        self._asked: tuple[VmKey, ...] = ()
+        self._asked: Collection[VmKey] = ()
         self._shown: frozenset[VmKey] = frozenset()
         self._over: frozenset[VmKey] = frozenset()
         self._over_uids: Counter[int | None] = Counter()
@@ -59,9 +59,8 @@ class VmBudget:
 
     def keep(self, vms: Mapping[VmKey, T]) -> dict[VmKey, T]:
         """Return the VMs that are shown, with what is known of them."""
-        asked = (*vms,)
-        if asked != self._asked:
-            self._asked = asked
+        if vms.keys() != self._asked:
+            self._asked = frozenset(vms)
             self._over_uids = self._choose(vms)
         self._log_new(self._over_uids)
         return {key: vm for key, vm in vms.items() if key not in self._over} if self._over else dict(vms)

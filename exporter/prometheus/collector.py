@@ -284,7 +284,8 @@ class HostCollector:
                 rendered += verdicts.render_vcpus(reading, lines, with_series)
             return rendered
 
-        notified, keys = self._find_notified() if verdicts else (), {*moved, *(verdicts.vms if verdicts else ())}
+        notified = self._find_notified() if verdicts else ()
+        keys = {*moved, *verdicts.vms} if verdicts else moved
         concerned = [
             (reading, lines)
             for reading, lines in (vms if notified or keys else ())

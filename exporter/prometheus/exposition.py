@@ -140,7 +140,7 @@ def render_metadata(metric: Metric, openmetrics: bool) -> str:
 
 def render_text(families: Iterable[Family], openmetrics: bool = False) -> str:
     """Render families, those without samples left out; OpenMetrics still lacks its last line, ``# EOF``."""
-    return b"".join(_render_pieces(families, openmetrics)).decode()
+    return b"".join(_render_parts(families, openmetrics)).decode()
 
 
 def render_document(families: Iterable[Family], self_metrics: CollectorRegistry, form: Format) -> list[bytes]:
@@ -149,15 +149,15 @@ def render_document(families: Iterable[Family], self_metrics: CollectorRegistry,
     It comes in parts of any length, most of them as they are kept. Where every vCPU takes notify exits it is 6 MB, and
     to make one of them would take a third of the scrape: the kernel has to give memory for it, page by page.
     """
-    pieces = _render_pieces(families, form.openmetrics)
+    parts = _render_parts(families, form.openmetrics)
     encode: Callable[[CollectorRegistry], bytes] = generate_openmetrics if form.openmetrics else generate_latest
     try:
         theirs = encode(self_metrics)
     except Exception as err:  # noqa: BLE001 - a fault in the agent's own figures must not cost the VMs' series
         log.error("the agent's own process metrics are left out", extra={"fields": {"err": repr(err)}})
         theirs = encode(CollectorRegistry())
-    pieces.append(theirs)
-    return pieces
+    parts.append(theirs)
+    return parts
 
 
 def cut_pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
@@ -177,13 +177,13 @@ def cut_pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(waiting)
 
 
-def _render_pieces(families: Iterable[Family], openmetrics: bool) -> list[bytes]:
-    pieces: list[bytes] = []
+def _render_parts(families: Iterable[Family], openmetrics: bool) -> list[bytes]:
+    parts: list[bytes] = []
     for family in families:
         if family.chunks:
-            pieces.append(render_metadata(family.metric, openmetrics).encode())
-            pieces.extend(family.chunks)
-    return pieces
+            parts.append(render_metadata(family.metric, openmetrics).encode())
+            parts.extend(family.chunks)
+    return parts
 
 
 def open_self_metrics(enabled: bool) -> CollectorRegistry:

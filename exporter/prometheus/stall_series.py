@@ -64,15 +64,15 @@ class StallSeries:
     def _find_known(self, reading: VmReading, figures: VmFigures, with_counters: bool) -> Known:
         notified = _find_notified(reading)
         if figures.stalled or self._missed or self._drills or self._invalid:
-            return self._find_unusual(reading, figures, with_counters, notified)
-        # Of nearly all VMs just this is known: one that is the same need not be made for each, or compared.
+            return self._make_known(reading, figures, with_counters, notified)
+        # Mostly just this is known, and the same of one VM as of the other.
         usual = self._usual.get((with_counters, notified))
         if usual is None:
-            usual = self._find_unusual(reading, figures, with_counters, notified)
+            usual = self._make_known(reading, figures, with_counters, notified)
             self._usual[with_counters, notified] = usual
         return usual
 
-    def _find_unusual(
+    def _make_known(
         self, reading: VmReading, figures: VmFigures, with_counters: bool, notified: Sequence[int]
     ) -> Known:
         key, report = reading.vm.key, self._report

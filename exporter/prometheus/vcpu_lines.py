@@ -40,7 +40,7 @@ class VcpuLines:
             self._values[at] = value  # last: what fails half way is done again
 
     def _render(self, at: int, value: float) -> bytes:
-        return b"%b%b %b\n" % (self._name, self._labels[at], render_value(value))
+        return b"%b%b %b\n" % (self._name, self._labels[at], _render_value(value))
 
     def put_all(self, values: Sequence[float | None]) -> None:
         """Give each vCPU its value."""
@@ -57,6 +57,6 @@ class VcpuLines:
 
 
 @lru_cache(maxsize=64, typed=True)
-def render_value(value: float) -> bytes:
+def _render_value(value: float) -> bytes:
     """Render a number; many vCPUs share one, as the time of the snapshot in which they were seen to move."""
     return render_number(value).encode()

@@ -24,7 +24,7 @@ from exporter.prometheus.metrics import Metric, order_labels
 from exporter.prometheus.vcpu_lines import VcpuLines
 from exporter.prometheus.vm_verdicts import VmVerdicts
 from kvm.errors import MalformedData
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmCounters, VmReading
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmReading
 
 Rendered = list[tuple[Metric, bytes]]
 """Lines of any number of metrics, any number to a text."""
@@ -73,8 +73,6 @@ class VmSeries:
         self._vm_lines: Rendered = []
         self._positions: Sequence[int] = range(len(reading.vcpus))
         self._templates: dict[Metric, bytes] = {}
-        self._summed: VmCounters | None = None
-        self._sum: int | None = None
         self._sum_template = self._moves_series = b""
         self._vcpu_ids = tuple([vcpu.vcpu_id for vcpu in reading.vcpus])
         self._labels: Sequence[bytes] = ()
@@ -101,14 +99,13 @@ class VmSeries:
 
     def take_sum(self, reading: VmReading) -> Column | None:
         """Take the sum of the VM's notify exits, None where it is not known."""
-        if self._summed is not reading.counters:
-            self._summed, self._sum = reading.counters, reading.notify_exits
-        if self._sum is None:
+        total = reading.notify_exits
+        if total is None:
             return None
         metric = metrics.VM_NOTIFY_WINDOW_EXITS
         if not self._sum_template:
             self._sum_template = make_template(metric, [(self._vm.id,)])
-        return metric, self._sum_template, (self._sum,)
+        return metric, self._sum_template, (total,)
 
     def take_columns(self, reading: VmReading) -> list[Column]:
         """Take the counters of the VM's vCPUs that are to be shown, one column for each metric that was read.
