@@ -60,7 +60,7 @@ class Limits:
 
     boot_seconds: float = 120.0
     silence_seconds: float = 180.0
-    job_seconds: float = 1800.0
+    job_seconds: float = 900.0
 
 
 @dataclass
