@@ -1,4 +1,8 @@
-"""The statistics of a real kernel, captured, and the metrics that they are: for tests of whatever names them."""
+"""The statistics of a kernel, one captured and the one that runs, and the metrics that they are.
+
+Kernels differ in what they count, and builds of one release do: what a real agent shows here is held to what runs here,
+what documents and dashboards name to the captured one.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 from exporter.prometheus.metrics import Metric, MetricType
 from exporter.prometheus.stat_metrics import name_statistics
 from kvm.binary_stats import Statistic, decode_descriptors, decode_header
+from kvm.host.throwaway_vm import ThrowawayVm
 from kvm.statistic_plan import plan_statistics
 from kvm.statistics import StatScope, StatSelection, StatTable
 
@@ -30,10 +35,10 @@ def plan_captured(level: StatScope) -> StatTable:
     return plan_statistics(selection, read_captured(StatScope.VM), read_captured(StatScope.VCPU), 4096).table
 
 
-def name_captured(level: StatScope) -> list[Metric]:
-    """Return the metrics of all statistics of that kernel."""
-    named = name_statistics(plan_captured(level))
-    return [metric for metric in (*named.vm, *named.vcpu) if metric is not None]
+def plan_running(level: StatScope) -> StatTable:
+    """Return the table of all statistics of the kernel that runs here."""
+    with ThrowawayVm() as vm:
+        return plan_statistics(StatSelection(level, lambda _key: True), vm.vm_statistics, vm.statistics, 4096).table
 
 
 def name_samples(metric: Metric) -> str:
@@ -41,6 +46,12 @@ def name_samples(metric: Metric) -> str:
     return f"{metric.name}_bucket" if metric.type is MetricType.HISTOGRAM else metric.name
 
 
+def name_metrics(table: StatTable) -> dict[str, Metric]:
+    """Return the metrics of all statistics of a table, by what their samples are called."""
+    named = name_statistics(table)
+    return {name_samples(metric): metric for metric in (*named.vm, *named.vcpu) if metric is not None}
+
+
 STATISTIC_METRICS: dict[str, Metric] = {
-    name_samples(metric): metric for level in StatScope for metric in name_captured(level)
+    name: metric for level in StatScope for name, metric in name_metrics(plan_captured(level)).items()
 }
