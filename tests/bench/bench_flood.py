@@ -36,7 +36,9 @@ from tests.bench.flooded_host import FloodedHost, FloodedTracer, FloodedTrigger
 from tests.waiting import wait_until
 
 SCRAPE_SECONDS = 1.0
-QUIET_SECONDS = 4.0
+# Until everything about the VMs is found out, and all of their lines are made.
+SETTLE_SECONDS = 6.0
+QUIET_SECONDS = 8.0
 ONSET_SECONDS = 3.0
 PATIENCE_SECONDS = 120.0
 NO_PROGRESS = "kvm_vcpu_no_forward_progress{"
@@ -113,6 +115,7 @@ async def run(host: FloodedHost, seconds: float) -> Figures:
                 # Real time passes, in which the loop is the monitor's: that is what is measured.
                 await asyncio.sleep(0.05)
 
+        await live(time.monotonic() + SETTLE_SECONDS, [])
         await live(time.monotonic() + QUIET_SECONDS, figures.quiet_scrapes)
         figures.quiet_lines = figures.lines
         host.begin()
