@@ -50,5 +50,5 @@ def test_the_agent_reads_traces_and_outlives(tested_tree: Path, tell: Callable[[
 
 
 def test_no_surface_claims_more_than_root_can_confirm(tested_tree: Path, tell: Callable[[str], None]) -> None:
-    tests = ("tests/lab/inside/installed/test_blind_units.py", "tests/lab/inside/none/test_blind.py")
+    tests = ("tests/lab/inside/installed/test_blind_units.py", "tests/lab/inside/blind/test_blind.py")
     assert run_tests(tested_tree, ThreadIndex.MULTI, tell, *tests) == len(UNIT_WAYS) + 2

@@ -74,14 +74,14 @@ def main(words: Sequence[str]) -> int:
         say(f"the boot {arguments.boot} is {'not ' if arguments.patched else ''}for --patched")
         return 2
     if for_pytest and arguments.boot:
-        boots_wanted = [replace(boot, tests=()) for boot in boots_wanted]
+        boots_wanted = [replace(boot, tests=(), arguments=(*for_pytest,)) for boot in boots_wanted]
     elif for_pytest:
         append = "" if arguments.lockdown == "none" else f"lockdown={arguments.lockdown}"
-        boots_wanted = [Boot(arguments.lockdown, append, ())]
+        boots_wanted = [Boot(arguments.lockdown, append, (), arguments=(*for_pytest,))]
     with open_executor() as executor:
         try:
             open_one = open_patched_kernel if arguments.patched else open_kernel
-            boots = start_boots(executor, series, boots_wanted, lambda _series: for_pytest, open_one)
+            boots = start_boots(executor, [(name, boot) for name in series for boot in boots_wanted], open_one)
         except LabError as err:
             say(str(err))
             return 1

@@ -2,11 +2,12 @@
 
 Decisions:
 
-* Three boots a kernel. The state of lockdown can be raised at any time but never falls, so the tests for
-  ``confidentiality`` come last in the boot that starts with ``integrity``. The verdicts need guests that flood, which
-  only CPUs that take turns bear; there everything is slow, so nothing else is in that boot.
-* What an agent says of its blindness takes minutes to ask under emulation and is the same on every kernel: tests marked
-  `one_kernel` are left out of all series but one unless the whole lab is wanted, as by ``make lab`` and by night.
+* The state of lockdown can be raised at any time but never falls, so the tests for ``confidentiality`` come last in
+  the boot that starts with ``integrity``. The verdicts need guests that flood, which only CPUs that take turns bear;
+  there everything is slow, so nothing else is in that boot.
+* What an agent says of its blindness takes minutes to ask under emulation, as do the long scenes of the verdicts, and
+  is the same on every kernel: boots and tests that are `one_kernel` are left out of all series but one unless the
+  whole lab is wanted, as by ``make lab`` and by night.
 * Inside nothing may be skipped: everything that a test could lack is put there by us.
 * Of 9,038 floods of notify exits, with perf events opened and closed meanwhile and no agent near, four went wrong: one
   guest shut down (KVM_EXIT_SHUTDOWN), one had KVM emulate instructions without end, two gave no more records. Whether
@@ -55,12 +56,17 @@ class Boot:
     append: str
     tests: tuple[str, ...]
     threads: ThreadIndex = ThreadIndex.MULTI
+    one_kernel: bool = False
+    """Whether all of its tests take long and are the same on every kernel."""
+    arguments: tuple[str, ...] = ()
+    """Further ones for pytest."""
 
 
 VERDICTS = Boot("verdicts", "", ("tests/lab/inside/verdicts",), ThreadIndex.SINGLE)
 BOOTS = (
     VERDICTS,
     Boot("none", "", ("tests/lab/inside/none",)),
+    Boot("blind", "", ("tests/lab/inside/blind",), one_kernel=True),
     Boot("integrity", "lockdown=integrity", ("tests/lab/inside/integrity", "tests/lab/inside/confidentiality")),
 )
 
@@ -162,22 +168,19 @@ def find_kernel_warnings(console: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in console.splitlines() if KERNEL_WARNING.search(line))
 
 
-def run_tests(kernel: Kernel, boot: Boot, arguments: Sequence[str] = ()) -> Outcome:
-    """Boots a kernel and runs a boot's tests in it, those that fail by chance once more; raises RunLost.
-
-    ``arguments`` are further ones for pytest.
-    """
-    outcome = run_once(kernel, boot, arguments)
+def run_tests(kernel: Kernel, boot: Boot) -> Outcome:
+    """Boots a kernel and runs a boot's tests in it, those that fail by chance once more; raises RunLost."""
+    outcome = run_once(kernel, boot)
     if not outcome.may_be_tried_again:
         return outcome
-    again = run_once(kernel, replace(boot, tests=outcome.failed_tests), ())
+    again = run_once(kernel, replace(boot, tests=outcome.failed_tests, arguments=()))
     told = f"tried again: {', '.join(outcome.failed_tests)}: {'passed' if again.passed else 'failed'} the second time"
     return replace(outcome, again=again, figures=(*outcome.figures, told))
 
 
-def run_once(kernel: Kernel, boot: Boot, arguments: Sequence[str]) -> Outcome:
+def run_once(kernel: Kernel, boot: Boot) -> Outcome:
     """Boots a kernel and runs a boot's tests in it; raises RunLost."""
-    command = [*PYTEST, *boot.tests, *arguments]
+    command = [*PYTEST, *boot.tests, *boot.arguments]
     run = run_in_kernel(
         kernel, command, environment=ENVIRONMENT, files=[JUNIT], append=boot.append, threads=boot.threads
     )
@@ -208,34 +211,25 @@ def open_executor() -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def run_everything(_series: str) -> Sequence[str]:
-    """Returns what has pytest run all tests of a boot: nothing."""
-    return ()
-
-
-def leave_out_repeats(booted: Sequence[str]) -> Callable[[str], Sequence[str]]:
-    """Returns what tells which tests a series leaves out: what is the same on each is tried on one of them."""
-    once = DEFAULT_SERIES if DEFAULT_SERIES in booted else booted[0]
-    return lambda series: () if series == once else NOT_AGAIN
+def choose_boots(series: Sequence[str], *, is_whole: bool) -> list[tuple[str, Boot]]:
+    """Returns which series are booted how: unless all is wanted, what is the same on each is tried on one of them."""
+    once = DEFAULT_SERIES if DEFAULT_SERIES in series else series[0]
+    return [
+        (name, boot if is_whole or name == once else replace(boot, arguments=NOT_AGAIN))
+        for name in series
+        for boot in BOOTS
+        if is_whole or name == once or not boot.one_kernel
+    ]
 
 
 def start_boots(
     executor: ThreadPoolExecutor,
-    series: Sequence[str],
-    boots: Sequence[Boot],
-    find_arguments: Callable[[str], Sequence[str]] = run_everything,
+    boots: Sequence[tuple[str, Boot]],
     open_one: Callable[[str], Kernel] = open_kernel,
 ) -> Boots:
-    """Fetches and builds for one kernel after the other, then starts booting them; raises LabError.
-
-    ``find_arguments`` gives what pytest is told besides, by series.
-    """
-    kernels = {name: open_one(name) for name in series}
+    """Fetches and builds for one kernel after the other, then starts booting them; raises LabError."""
+    kernels = {name: open_one(name) for name in dict.fromkeys(series for series, _ in boots)}
     for kernel in kernels.values():
         write_layers(kernel)
-    futures = {
-        (name, boot.name): executor.submit(run_tests, kernel, boot, find_arguments(name))
-        for name, kernel in kernels.items()
-        for boot in boots
-    }
+    futures = {(name, boot.name): executor.submit(run_tests, kernels[name], boot) for name, boot in boots}
     return Boots(kernels, futures)

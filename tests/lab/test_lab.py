@@ -17,23 +17,13 @@ import pytest
 from tests.lab.boot import Limits, Run, RunLost, run_in_kernel
 from tests.lab.debian import Kernel, open_kernel
 from tests.lab.patched import open_patched_kernel
-from tests.lab.plan import (
-    BOOTS,
-    PATCHED_BOOTS,
-    Boots,
-    Outcome,
-    leave_out_repeats,
-    open_executor,
-    read_series,
-    run_everything,
-    start_boots,
-)
+from tests.lab.plan import PATCHED_BOOTS, Boots, Outcome, choose_boots, open_executor, read_series, start_boots
 
 pytestmark = pytest.mark.lab
 
 SERIES = read_series(os.environ)
-IS_WHOLE = os.environ.get("LAB_WHOLE") == "1"
-PATCHED_SERIES = read_series(os.environ, "LAB_PATCHED_KERNELS")
+CHOSEN = choose_boots(SERIES, is_whole=os.environ.get("LAB_WHOLE") == "1")
+PATCHED = [(series, boot) for series in read_series(os.environ, "LAB_PATCHED_KERNELS") for boot in PATCHED_BOOTS]
 ENVIRONMENT = {"GREETING": "hello"}
 FILES = ("/tmp/file", "/tmp/no-such-file")
 # What is booted to see what the lab says of it: the command, and how it is booted.
@@ -65,13 +55,13 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture(scope="module")
 def boots(executor: ThreadPoolExecutor) -> Boots:
     """All boots with tests inside, under way."""
-    return start_boots(executor, SERIES, BOOTS, run_everything if IS_WHOLE else leave_out_repeats(SERIES))
+    return start_boots(executor, CHOSEN)
 
 
 @pytest.fixture(scope="module")
 def patched_boots(executor: ThreadPoolExecutor) -> Boots:
     """The boots with a patched KVM, under way."""
-    return start_boots(executor, PATCHED_SERIES, PATCHED_BOOTS, open_one=open_patched_kernel)
+    return start_boots(executor, PATCHED, open_patched_kernel)
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +92,14 @@ def check_outcome(outcome: Outcome, tell: Callable[[str], None]) -> None:
 
 
 # First, so that the patched modules are built while the other kernels boot.
-@pytest.mark.parametrize("boot", [(series, boot.name) for series in PATCHED_SERIES for boot in PATCHED_BOOTS])
+@pytest.mark.parametrize("boot", [(series, boot.name) for series, boot in PATCHED])
 def test_inside_with_patches(
     boots: object, trials: object, patched_boots: Boots, boot: tuple[str, str], tell: Callable[[str], None]
 ) -> None:
     check_outcome(patched_boots.futures[boot].result(), tell)
 
 
-@pytest.mark.parametrize("boot", [boot.name for boot in BOOTS])
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize(("series", "boot"), [(series, boot.name) for series, boot in CHOSEN])
 def test_inside(boots: Boots, trials: object, series: str, boot: str, tell: Callable[[str], None]) -> None:
     check_outcome(boots.futures[series, boot].result(), tell)
 

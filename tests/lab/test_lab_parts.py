@@ -24,10 +24,10 @@ from tests.lab.plan import (
     NOT_AGAIN,
     Boot,
     Outcome,
+    choose_boots,
     find_failed,
     find_kernel_warnings,
     find_slowest,
-    leave_out_repeats,
     parse_figures,
     parse_junit,
     read_series,
@@ -172,10 +172,13 @@ def test_the_end_of_both_channels_is_the_end_of_the_machine(ends: Ends) -> None:
 
 def test_what_is_the_same_on_each_kernel_is_tried_on_one() -> None:
     for booted, once in ((["6.1", "6.12", "7"], "6.12"), (["6.1", "7"], "6.1"), (["7"], "7")):
-        find_arguments = leave_out_repeats(booted)
-        assert {series: list(find_arguments(series)) for series in booted} == {
-            series: [] if series == once else list(NOT_AGAIN) for series in booted
-        }
+        everything = [(series, boot) for series in booted for boot in BOOTS]
+        assert choose_boots(booted, is_whole=True) == everything
+        assert choose_boots(booted, is_whole=False) == [
+            (series, boot if series == once else replace(boot, arguments=NOT_AGAIN))
+            for series, boot in everything
+            if series == once or boot.name != "blind"
+        ]
 
 
 @pytest.mark.slow
@@ -190,9 +193,9 @@ def test_every_kernel_has_tests_in_each_boot(boot: Boot) -> None:
 
     everything, always, once = collect(), collect(*NOT_AGAIN), collect("-m", "one_kernel")
     assert everything == always | once
-    assert bool(once) is (boot.name != "verdicts")
+    assert bool(once) is (boot.name in ("verdicts", "integrity"))
     assert {line.partition("/test_")[0] for line in everything} == {line.partition("/test_")[0] for line in always}
-    assert {line.partition("::")[0].rpartition("/")[2] for line in once} <= {"test_blind.py", "test_blind_module.py"}
+    assert {line.partition("::")[0].rpartition("/")[2] for line in once} <= {"test_blind.py", "test_verdicts.py"}
 
 
 REPORT = b"""<testsuites><testsuite tests="3" failures="1" errors="1" skipped="0">

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.blind.scene import Scene
 from tests.blind.ways import Way, without
-from tests.lab.inside.blind import Record, check_way
-
-pytestmark = pytest.mark.one_kernel
+from tests.lab.inside.blind.check import Record, check_way
 
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 

@@ -15,11 +15,9 @@ from tests.blind.claims import Truth
 from tests.blind.scene import ROOT, Scene, open_scene, open_truth, read_as_root
 from tests.blind.surfaces import Answers, ask, ask_agent, make_stage, open_agent
 from tests.blind.ways import Sees
-from tests.lab.inside.blind import Record, check_row
+from tests.lab.inside.blind.check import Record, check_row
 from tests.lab.inside.none.test_bpf_module import insert, is_loaded, remove
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.one_kernel
 
 # Emulated, the programs take seconds to load.
 PATIENCE_SECONDS = 60.0

@@ -19,7 +19,7 @@ import pytest
 from tests.blind.scene import Scene, open_truth
 from tests.blind.surfaces import ask_agent
 from tests.blind.ways import Sees, Way
-from tests.lab.inside.blind import Record, check_row
+from tests.lab.inside.blind.check import Record, check_row
 from tests.waiting import wait_until
 
 UNIT, NO_ADMIN = "kvm-notify-exporter.service", "kvm-notify-exporter-no-admin.service"

@@ -6,7 +6,7 @@ import pytest
 
 from tests.blind.scene import Scene
 from tests.blind.ways import Sees, Way
-from tests.lab.inside.blind import Record, check_way
+from tests.lab.inside.blind.check import Record, check_way
 
 pytestmark = pytest.mark.one_kernel
 

@@ -242,6 +242,7 @@ def slowdown() -> float:
         return find_slowdown()
 
 
+@pytest.mark.one_kernel
 def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(
     listener: Listener, slowdown: float, tell: Tell
 ) -> None:
@@ -260,6 +261,7 @@ def test_while_nothing_happens_no_event_exists_and_guests_pay_nothing(
     assert agent.samples("kvm_exporter_trace_armings_total") == {(): 0.0}
 
 
+@pytest.mark.one_kernel
 def test_a_stuck_guest_is_told_of_and_others_are_not(listener: Listener, tell: Tell) -> None:
     """Everything about one stall, while three guests that make progress are observed for a minute."""
     with ExitStack() as stack:
@@ -386,6 +388,7 @@ def check_recovery(listener: Listener, stuck: GuestProcess, vm: str, code: str, 
     stuck.stop()
 
 
+@pytest.mark.one_kernel
 def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: Tell) -> None:
     agent = listener.agent
     with ExitStack() as stack:
@@ -423,6 +426,7 @@ def test_a_flood_hides_nobodys_stall(listener: Listener, slowdown: float, tell: 
         assert samples["budget_exhausted"] > 0 or is_told_by_kvm(agent)
 
 
+@pytest.mark.one_kernel
 def test_a_trigger_makes_it_faster(slowdown: float, tell: Tell) -> None:
     """The programs for handle_notify(), at the function that handles the guest's port writes here."""
     with open_listener("--trigger.function=io_interception") as listener, open_guest(40, "event") as guest:

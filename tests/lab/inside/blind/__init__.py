@@ -1,0 +1,1 @@
+"""Agents that are blind, where no lockdown is in force."""
