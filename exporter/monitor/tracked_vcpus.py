@@ -61,6 +61,9 @@ class TrackedVcpus:
         self.active: dict[VcpuKey, TrackedVcpu] = {}
         self._by_vm: dict[VmKey, _TrackedVm] = {}
         self._finding = threading.Lock()
+        self._changed: set[VmKey] = set()
+        """The VMs of which some vCPU has changed since figures were last asked for."""
+        self._figures: dict[VmKey, VmFigures] = {}
         self._missing: dict[VcpuKey, float] = {}
 
     def __iter__(self) -> Iterator[TrackedVcpu]:
@@ -80,7 +83,22 @@ class TrackedVcpus:
     def find_figures(self) -> dict[VmKey, VmFigures]:
         """Return what metrics tell of all that are tracked now; from any thread."""
         with self._finding:
-            return {key: vm.find_figures() for key, vm in list(self._by_vm.items())}
+            while self._changed:
+                key = self._changed.pop()  # before it is looked at: what changes after that is for the next time
+                try:
+                    vm = self._by_vm.get(key)
+                    if vm is None:
+                        self._figures.pop(key, None)
+                    else:
+                        self._figures[key] = vm.find_figures()
+                except BaseException:
+                    self._changed.add(key)
+                    raise
+            return dict(self._figures)
+
+    def _note_change(self, vm: _TrackedVm, key: VcpuKey) -> None:
+        vm.changed.add(key.vcpu_id)
+        self._changed.add(key.vm)  # last: whoever finds it finds the vCPU
 
     def add(self, vcpu: TrackedVcpu) -> None:
         """Begin to track a vCPU."""
@@ -88,7 +106,7 @@ class TrackedVcpus:
         if vm is None:
             vm = self._by_vm[vcpu.key.vm] = _TrackedVm()
         vm.vcpus[vcpu.key.vcpu_id] = vcpu
-        vcpu.detector.on_change = partial(vm.changed.add, vcpu.key.vcpu_id)
+        vcpu.detector.on_change = partial(self._note_change, vm, vcpu.key)
         vcpu.detector.on_change()
 
     def renew(self, readings: Mapping[VmKey, VmReading], now: float) -> list[tuple[TrackedVcpu, Counts | None]]:
@@ -121,7 +139,7 @@ class TrackedVcpus:
             if vcpu.vcpu is not shown:
                 is_other_thread, vcpu.vcpu = vcpu.vcpu.tid != shown.tid, shown
                 if is_other_thread:  # only now: a scrape may ask at any moment
-                    vm.changed.add(vcpu_id)
+                    self._note_change(vm, vcpu.key)
             if place < len(notify):
                 yield vcpu, (notify[place], exits[place] if place < len(exits) else None)
             else:
@@ -132,9 +150,9 @@ class TrackedVcpus:
         vm = self._by_vm.get(key.vm)
         vcpu = None if vm is None else vm.vcpus.pop(key.vcpu_id, None)
         if vm is not None:
-            vm.changed.add(key.vcpu_id)
             if not vm.vcpus:
                 del self._by_vm[key.vm]
+            self._note_change(vm, key)
         self.active.pop(key, None)
         self._missing.pop(key, None)
         return vcpu

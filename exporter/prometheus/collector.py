@@ -22,22 +22,15 @@ from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
 from exporter.prometheus.counter_series import CounterSeries
 from exporter.prometheus.exposition import Family
+from exporter.prometheus.grouped_lines import group_lines
 from exporter.prometheus.host_series import build_host_families, build_snapshot_families, count_vms, name_labels
+from exporter.prometheus.kept_verdicts import KeptVerdicts
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.stat_series import StatSeries, check_statistics, has_columns
-from exporter.prometheus.vm_series import (
-    Rendered,
-    ShownVm,
-    VcpuSeries,
-    VmSeries,
-    VmState,
-    find_vm_state,
-    group_lines,
-    join_families,
-)
+from exporter.prometheus.vm_series import ShownVm, VcpuSeries, VmSeries, VmState, find_vm_state
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
@@ -102,6 +95,7 @@ class HostCollector:
         self._states: list[VmState] = []
         self._made = _MadeOfStates()
         self._counters = CounterSeries()
+        self._kept_verdicts = KeptVerdicts()
         self._statistics = StatSeries()
         self._series_warning = SeriesWarning()
 
@@ -194,7 +188,8 @@ class HostCollector:
         snapshot = self._snapshot()
         if self._read_report is not None:
             offset = snapshot.unix_seconds - snapshot.monotonic_seconds
-            self._verdicts = StallSeries(self._read_report(), snapshot.readings, offset)
+            with_counters = self.settings.vcpu_series is not VcpuSeries.NONE
+            self._verdicts = StallSeries(self._read_report(), snapshot.readings, offset, with_counters=with_counters)
         return []
 
     def _arrange_as_before(self, snapshot: Snapshot) -> list[ShownVm]:
@@ -268,21 +263,15 @@ class HostCollector:
         """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any."""
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         moved = self._increases.moved_vms if with_series else ()
+        last_moves = Family(metrics.VCPU_LAST_NOTIFY_EXIT)
         at_once: defaultdict[float, list[bytes]] = defaultdict(list)
 
-        def render(lines: VmSeries, reading: VmReading) -> Rendered:
-            rendered: Rendered = []
-            key = reading.vm.key
-            if key in moved:
-                time = self._increases.moved_at_once(reading)
-                if time is None:
-                    rendered += lines.render_last_moves(self._increases.last_moves(key))
-                elif reading.vcpus:
-                    series = lines.name_moves()
-                    at_once[time].append(series)
-            if verdicts:
-                rendered += verdicts.render_vcpus(reading, lines, with_series)
-            return rendered
+        def render_moves(lines: VmSeries, reading: VmReading) -> None:
+            time = self._increases.moved_at_once(reading)
+            if time is None:
+                last_moves.chunks += lines.render_last_moves(self._increases.last_moves(reading.vm.key))
+            elif reading.vcpus:
+                at_once[time].append(lines.name_moves())
 
         notified = self._find_notified() if verdicts else ()
         keys = {*moved, *verdicts.vms} if verdicts else moved
@@ -291,8 +280,11 @@ class HostCollector:
             for reading, lines in (vms if notified or keys else ())
             if lines in notified or reading.vm.key in keys
         ]
-        families = group_lines(rendered for _, rendered in self._ask_vms(concerned, render))
-        return join_families([*families, *self._counters.render_moves(at_once)])
+        families = self._kept_verdicts.render(verdicts, concerned, self._ask_vms) if verdicts else []
+        for _ in self._ask_vms([shown for shown in concerned if shown[0].vm.key in moved], render_moves):
+            pass
+        last_moves.chunks += self._counters.render_moves(at_once)
+        return [*families, last_moves]
 
     def _find_notified(self) -> Collection[VmSeries]:
         """Find the VMs that have taken notify exits, before our time or in it."""

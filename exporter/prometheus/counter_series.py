@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from exporter.prometheus import metrics
 from exporter.prometheus.exposition import CounterLines, Family, render_same
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import VCPU_COUNTERS, Column, ShownVm, VmSeries
@@ -18,7 +17,9 @@ class CounterSeries:
         self._lines: defaultdict[Metric, CounterLines] = defaultdict(CounterLines)
         self._whole: tuple[list[VmSeries], list[int]] = ([], [])
         """The VMs, and how many vCPUs each has, if the last scrape told every counter of every vCPU."""
-        self._moves: tuple[Mapping[float, list[bytes]], list[Family]] = ({}, [])
+        self._moves: tuple[Mapping[float, list[bytes]], list[bytes]] = ({}, [])
+        self._joined: dict[bytes, tuple[list[bytes], bytes]] = {}
+        """The names of series that were shown together, joined, by the first of them."""
 
     def render(self, vms: Iterable[Iterable[Column]]) -> list[Family]:
         """Render the columns of all VMs."""
@@ -57,11 +58,17 @@ class CounterSeries:
             families.append(Family(metric, [self._lines[metric].refill(columns)]))
         return families
 
-    def render_moves(self, series: Mapping[float, list[bytes]]) -> list[Family]:
+    def render_moves(self, series: Mapping[float, list[bytes]]) -> list[bytes]:
         """Render when vCPUs took their last notify exits: ``series`` by time, where all of a VM's moved at once."""
-        before, families = self._moves
+        before, lines = self._moves
         if series != before:
-            lines = [render_same(b"".join(names), time) for time, names in series.items()]
-            families = [Family(metrics.VCPU_LAST_NOTIFY_EXIT, lines)]
-            self._moves = series, families
-        return families
+            before_joined, self._joined = self._joined, {}
+            lines = []
+            for time, names in series.items():
+                known, joined = before_joined.get(names[0], ([], b""))
+                if known != names:
+                    joined = b"".join(names)
+                self._joined[names[0]] = names, joined
+                lines.append(render_same(joined, time))
+            self._moves = series, lines
+        return lines

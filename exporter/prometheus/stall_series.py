@@ -8,8 +8,9 @@ from typing import Final
 
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family
+from exporter.prometheus.grouped_lines import Rendered
 from exporter.prometheus.metrics import Metric
-from exporter.prometheus.vm_series import Rendered, VmSeries
+from exporter.prometheus.vm_series import VmSeries
 from exporter.prometheus.vm_verdicts import Known
 from exporter.stalls.verdicts import THREAD_KINDS, AgentUsage, MonitorReport, State, VmFigures
 from kvm.model import NOTIFY_WINDOW_EXITS, VmKey, VmReading
@@ -28,13 +29,21 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
 
 NO_FIGURES: Final = VmFigures({}, 0)
 
+Basis = tuple[bool, bool, bool]
+"""What the lines of all VMs follow from, besides what is known of each."""
+
 
 class StallSeries:
     """Renders one report of the stall monitor, for one snapshot."""
 
-    def __init__(self, report: MonitorReport, readings: Iterable[VmReading], unix_offset: float) -> None:
-        """``unix_offset`` is by how many seconds Unix time is ahead of CLOCK_MONOTONIC."""
-        self._report, self._unix_offset = report, unix_offset
+    def __init__(
+        self, report: MonitorReport, readings: Iterable[VmReading], unix_offset: float, *, with_counters: bool
+    ) -> None:
+        """``unix_offset`` is by how many seconds Unix time is ahead of CLOCK_MONOTONIC.
+
+        ``with_counters`` is for more of vCPUs than alerts need.
+        """
+        self._report, self._unix_offset, self._with_counters = report, unix_offset, with_counters
         self._vms: Counter[tuple[int, int]] = Counter()
         if report.context_invalid:
             self._vms.update(reading.vm.key[:2] for reading in readings)
@@ -46,39 +55,51 @@ class StallSeries:
         for vcpu in report.vcpus:
             if vcpu.drill and vcpu.verdict.state is State.STALLED:
                 self._drills.setdefault(vcpu.vm.key, set()).add(vcpu.vcpu.vcpu_id)
-        self._usual: dict[tuple[bool, Sequence[int]], Known] = {}
+        self._usual: dict[Sequence[int], Known] = {}
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
+        self._is_unusual = bool(self._missed or self._drills or self._invalid)
 
     @property
     def vms(self) -> Collection[VmKey]:
         """The VMs of which something was found out, though their counters may be 0: of nearly all nothing was."""
         return self._found.keys() | self._drills.keys()
 
-    def render_vcpus(self, reading: VmReading, lines: VmSeries, with_counters: bool) -> Rendered:
-        """Render what was found out about the vCPUs of one VM; ``with_counters`` for more than what alerts need."""
-        figures = self._found.get(reading.vm.key, NO_FIGURES)
-        return lines.verdicts.render(self._find_known(reading, figures, with_counters), figures)
+    @property
+    def basis(self) -> Basis | None:
+        """What the lines of all VMs follow from besides what is known of each; None where that is not all."""
+        if self._is_unusual:
+            return None
+        return self._with_counters, not self._report.problem, self._report.context_invalid is None
 
-    def _find_known(self, reading: VmReading, figures: VmFigures, with_counters: bool) -> Known:
-        notified = _find_notified(reading)
-        if figures.stalled or self._missed or self._drills or self._invalid:
-            return self._make_known(reading, figures, with_counters, notified)
-        # Mostly just this is known, and the same of one VM as of the other.
-        usual = self._usual.get((with_counters, notified))
-        if usual is None:
-            usual = self._make_known(reading, figures, with_counters, notified)
-            self._usual[with_counters, notified] = usual
-        return usual
+    def settle(self, readings: Iterable[VmReading]) -> list[VmFigures | None]:
+        """Return of each VM the figures that, with ``basis``, are all that its lines follow from; else None."""
+        found, settled = self._found, list[VmFigures | None]()
+        for reading in readings:
+            figures, column = (
+                found.get(reading.vm.key, NO_FIGURES),
+                reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()),
+            )
+            have_all_notified = len(column) == len(reading.vcpus) and 0 not in column
+            settled.append(figures if have_all_notified and not figures.stalled else None)
+        return settled
 
-    def _make_known(
-        self, reading: VmReading, figures: VmFigures, with_counters: bool, notified: Sequence[int]
-    ) -> Known:
+    def render_vcpus(self, reading: VmReading, lines: VmSeries) -> Rendered:
+        """Render what was found out about the vCPUs of one VM."""
+        figures, notified = self._found.get(reading.vm.key, NO_FIGURES), _find_notified(reading)
+        if figures.stalled or self._is_unusual:
+            known = self._make_known(reading, figures, notified)
+        else:  # mostly just this is known, and the same of one VM as of the other
+            known = self._usual.get(notified) or self._make_known(reading, figures, notified)
+            self._usual[notified] = known
+        return lines.verdicts.render(known, figures)
+
+    def _make_known(self, reading: VmReading, figures: VmFigures, notified: Sequence[int]) -> Known:
         key, report = reading.vm.key, self._report
         process = key[:2]
         return Known(
-            with_counters and not report.problem,
+            self._with_counters and not report.problem,
             not report.problem,
             notified,
             self._missed.get(key, ()),

@@ -7,27 +7,19 @@ whole host need not be put together anew.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import (
-    Family,
-    escape_label_value,
-    make_template,
-    render_labels,
-    render_sample,
-)
+from exporter.prometheus.exposition import escape_label_value, make_template, render_labels, render_sample
+from exporter.prometheus.grouped_lines import Rendered
 from exporter.prometheus.metrics import Metric, order_labels
 from exporter.prometheus.vcpu_lines import VcpuLines
 from exporter.prometheus.vm_verdicts import VmVerdicts
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmReading
 
-Rendered = list[tuple[Metric, bytes]]
-"""Lines of any number of metrics, any number to a text."""
 Column = tuple[Metric, bytes, tuple[int, ...]]
 """The template of one metric's lines, and the numbers for it."""
 
@@ -165,12 +157,12 @@ class VmSeries:
             self._moves_series = b"".join([b"%b%b\n" % (name, labels) for labels in self._render_labels()])
         return self._moves_series
 
-    def render_last_moves(self, last_moves: Mapping[int, float]) -> Rendered:
+    def render_last_moves(self, last_moves: Mapping[int, float]) -> list[bytes]:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
         if self._last_moves is None:
             self._last_moves = self._open_lines(metrics.VCPU_LAST_NOTIFY_EXIT)
         self._last_moves.put_all([*map(last_moves.get, self._vcpu_ids)])
-        return self._last_moves.render()
+        return [text for _, text in self._last_moves.render()]
 
 
 ShownVm = tuple[VmReading, VmSeries]
@@ -183,23 +175,6 @@ def find_vm_state(reading: VmReading) -> VmState:
     column, total = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.totals.get(NOTIFY_WINDOW_EXITS)
     protection = reading.source, reading.vcpu_count, reading.protection, counters.notify_window_cycles
     return protection, (counters.vcpu_ids, column, total)
-
-
-def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
-    """Put the lines of all VMs together, metric by metric."""
-    chunks: defaultdict[Metric, list[bytes]] = defaultdict(list)
-    for lines in rendered:
-        for metric, text in lines:
-            chunks[metric].append(text)
-    return [Family(metric, texts) for metric, texts in chunks.items()]
-
-
-def join_families(families: Iterable[Family]) -> list[Family]:
-    """Make one of families of one metric."""
-    joined: dict[Metric, Family] = {}
-    for family in families:
-        joined.setdefault(family.metric, Family(family.metric)).chunks += family.chunks
-    return [*joined.values()]
 
 
 def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:

@@ -433,24 +433,32 @@ def test_what_is_kept_of_vms_is_what_would_be_made_anew(
         assert drop_history(kept) == drop_history(anew)
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=8))
-@example([[1, 1, 1], [0, 1, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0]])
+@given(st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5), min_size=1, max_size=8))
+@example([[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+@example([[1, 1, 1, 1, 1], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 def test_each_vcpu_has_the_time_of_its_own_last_exit(steps: list[list[int]]) -> None:
-    """Whether all move at once, some, or none, in any order; a source gives the same ids while nothing changes."""
-    first = make_reading(notify=(0, 0, 0), exits=None)
-    columns: list[tuple[int, ...]] = [(0, 0, 0)]
+    """Whether all of two VMs move at once, some, or none; a source gives the same ids while nothing changes."""
+    vms = {
+        name: make_reading(name, notify=(0,) * count, exits=None, pid=100 + count, count=count)
+        for name, count in (("a", 3), ("b", 2))
+    }
+    columns: list[tuple[int, ...]] = [(0,) * 5]
     for growth in steps:
         columns.append(tuple(value + more for value, more in zip(columns[-1], growth, strict=True)))
-    readings = [
-        replace(first, counters=first.counters._replace(per_vcpu={NOTIFY_WINDOW_EXITS: column})) for column in columns
-    ]
-    snapshots = [replace(make_snapshot(reading), unix_seconds=NOW + number) for number, reading in enumerate(readings)]
+    snapshots = []
+    for number, column in enumerate(columns):
+        readings = [
+            replace(vms[name], counters=vms[name].counters._replace(per_vcpu={NOTIFY_WINDOW_EXITS: numbers}))
+            for name, numbers in (("a", column[:3]), ("b", column[3:]))
+        ]
+        snapshots.append(replace(make_snapshot(*readings), unix_seconds=NOW + number))
     collector = open_collector(*snapshots)
-    wanted: list[float | None] = [None, None, None]
-    for number, growth in enumerate([[0, 0, 0], *steps]):
+    vcpus = [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0"), ("b", "1")]
+    wanted: list[float | None] = [None] * 5
+    for number, growth in enumerate([[0] * 5, *steps]):
         wanted = [NOW + number if more else before for more, before in zip(growth, wanted, strict=True)]
         series = parse_series(collector)
-        told = [find(series, "kvm_vcpu_last_notify_exit_timestamp_seconds", vm="a", vcpu=str(at)) for at in range(3)]
+        told = [find(series, "kvm_vcpu_last_notify_exit_timestamp_seconds", vm=vm, vcpu=vcpu) for vm, vcpu in vcpus]
         assert told == wanted
 
 
