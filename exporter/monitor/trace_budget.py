@@ -111,6 +111,7 @@ class TraceBudget:
         for queue in (self._urgent, self._waiting):
             queue.get(key.vm, {}).pop(key, None)
         self._new.discard(key)
+        self._deferred.discard(key)
 
     def start(self, now: float) -> list[tuple[VcpuKey, float]]:
         """Return the sessions that begin now, with how many seconds each may take."""
@@ -134,7 +135,7 @@ class TraceBudget:
         for queue in (self._urgent, self._waiting):
             for vm in list(queue):
                 if not queue[vm]:
-                    del queue[vm]  # its vCPUs have become urgent
+                    del queue[vm]  # its vCPUs have become urgent, or are gone
                 elif self._has_room(vm):
                     waiting = queue.pop(vm)
                     key = next(iter(waiting))

@@ -37,8 +37,8 @@ class _TrackedVm:
             return self._figures
         vcpus, stalled, taken = dict(self._figures.vcpus), self._figures.stalled, set[int]()
         try:
-            while self.changed:
-                vcpu_id = self.changed.pop()  # before it is looked at: what changes after that is for the next time
+            for vcpu_id in list(self.changed):  # each once, however much changes meanwhile
+                self.changed.discard(vcpu_id)  # before it is looked at: what changes after that is for the next time
                 taken.add(vcpu_id)
                 before, vcpu = vcpus.get(vcpu_id), self.vcpus.get(vcpu_id)
                 stalled -= before is not None and before.state is State.STALLED
@@ -83,8 +83,8 @@ class TrackedVcpus:
     def find_figures(self) -> dict[VmKey, VmFigures]:
         """Return what metrics tell of all that are tracked now; from any thread."""
         with self._finding:
-            while self._changed:
-                key = self._changed.pop()  # before it is looked at: what changes after that is for the next time
+            for key in list(self._changed):  # each once, however much changes meanwhile
+                self._changed.discard(key)  # before it is looked at: what changes after that is for the next time
                 try:
                     vm = self._by_vm.get(key)
                     if vm is None:
@@ -163,6 +163,7 @@ class TrackedVcpus:
         vcpus = [] if found is None else list(found.vcpus.values())
         for vcpu in vcpus:
             self.drop(vcpu.key)
+        self.find_figures()  # else what is known of it would stay for as long as nobody asks
         return vcpus
 
     def list_gone(self, now: float) -> list[VcpuKey]:

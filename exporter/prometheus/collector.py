@@ -271,7 +271,8 @@ class HostCollector:
             if time is None:
                 last_moves.chunks += lines.render_last_moves(self._increases.last_moves(reading.vm.key))
             elif reading.vcpus:
-                at_once[time].append(lines.name_moves())
+                names = lines.name_moves()  # first: it may fail
+                at_once[time].append(names)
 
         notified = self._find_notified() if verdicts else ()
         keys = {*moved, *verdicts.vms} if verdicts else moved

@@ -19,7 +19,7 @@ class CounterSeries:
         """The VMs, and how many vCPUs each has, if the last scrape told every counter of every vCPU."""
         self._moves: tuple[Mapping[float, list[bytes]], list[bytes]] = ({}, [])
         self._joined: dict[bytes, tuple[list[bytes], bytes]] = {}
-        """The names of series that were shown together, joined, by the first of them."""
+        """Series of the scrape before that had one time, as they were named and joined, by the first of them."""
 
     def render(self, vms: Iterable[Iterable[Column]]) -> list[Family]:
         """Render the columns of all VMs."""
@@ -62,13 +62,12 @@ class CounterSeries:
         """Render when vCPUs took their last notify exits: ``series`` by time, where all of a VM's moved at once."""
         before, lines = self._moves
         if series != before:
-            before_joined, self._joined = self._joined, {}
-            lines = []
-            for time, names in series.items():
-                known, joined = before_joined.get(names[0], ([], b""))
-                if known != names:
-                    joined = b"".join(names)
-                self._joined[names[0]] = names, joined
-                lines.append(render_same(joined, time))
+            joined = [self._join(names) for names in series.values()]
+            self._joined = {names[0]: (names, text) for names, text in zip(series.values(), joined, strict=True)}
+            lines = [*map(render_same, joined, series)]
             self._moves = series, lines
         return lines
+
+    def _join(self, names: list[bytes]) -> bytes:
+        known, joined = self._joined.get(names[0], ([], b""))
+        return joined if known == names else b"".join(names)

@@ -38,8 +38,9 @@ class GroupedLines:
             self._rendered, self._chunks, self._families = [[] for _ in rendered], {}, {}
         changed = [*compress(range(len(rendered)), map(is_not, rendered, self._rendered))]
         for at in changed:
+            self._rendered[at] = []  # no list that is given: what fails half way is put again
             self._put(at, rendered[at])
-        self._rendered = rendered
+            self._rendered[at] = rendered[at]
         for metric, chunks in self._chunks.items():
             if metric not in self._families:
                 self._families[metric] = Family(metric, [*chain.from_iterable(chunks)])

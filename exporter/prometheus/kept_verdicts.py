@@ -1,7 +1,8 @@
 """What the stall monitor has found out about all vCPUs, as sample lines that are kept from scrape to scrape.
 
 Where every vCPU of a host takes notify exits, something new is found out about one VM in ten from scrape to scrape: the
-others are not even asked.
+others are not even asked. Those are, each time, of which more is to be told than figures, or some vCPUs of which have
+not taken any.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class KeptVerdicts:
     def render(self, series: StallSeries, vms: Sequence[ShownVm], ask: Ask) -> list[Family]:
         """Render what is known of the vCPUs of these VMs."""
         asked = [lines for _, lines in vms]
-        if asked != self._vms or series.basis is None or series.basis != self._basis:
+        if asked != self._vms or series.basis != self._basis:
             self._vms, self._basis = asked, series.basis
             self._settled, self._rendered = [None] * len(vms), [[]] * len(vms)
         settled, rendered = series.settle(reading for reading, _ in vms), [*self._rendered]
@@ -41,7 +42,7 @@ class KeptVerdicts:
         told = {lines: text for (_, lines), text in found}
         for at in news:
             text = told.get(asked[at])
-            rendered[at] = text or []
+            rendered[at] = [] if text is None else text
             if text is None:
                 settled[at] = None  # it is asked again
         families = self._lines.group(rendered)

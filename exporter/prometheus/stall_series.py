@@ -59,38 +59,37 @@ class StallSeries:
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
-        self._is_unusual = bool(self._missed or self._drills or self._invalid)
+        self.basis: Basis = (with_counters, not report.problem, report.context_invalid is None)
 
     @property
     def vms(self) -> Collection[VmKey]:
         """The VMs of which something was found out, though their counters may be 0: of nearly all nothing was."""
         return self._found.keys() | self._drills.keys()
 
-    @property
-    def basis(self) -> Basis | None:
-        """What the lines of all VMs follow from besides what is known of each; None where that is not all."""
-        if self._is_unusual:
-            return None
-        return self._with_counters, not self._report.problem, self._report.context_invalid is None
-
     def settle(self, readings: Iterable[VmReading]) -> list[VmFigures | None]:
         """Return of each VM the figures that, with ``basis``, are all that its lines follow from; else None."""
-        found, settled = self._found, list[VmFigures | None]()
+        settled: list[VmFigures | None] = []
         for reading in readings:
-            figures, column = (
-                found.get(reading.vm.key, NO_FIGURES),
-                reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()),
-            )
+            key = reading.vm.key
+            figures = self._found.get(key, NO_FIGURES)
+            column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
             have_all_notified = len(column) == len(reading.vcpus) and 0 not in column
-            settled.append(figures if have_all_notified and not figures.stalled else None)
+            settled.append(figures if have_all_notified and self._is_usual(key, figures) else None)
         return settled
+
+    def _is_usual(self, key: VmKey, figures: VmFigures) -> bool:
+        """Tell whether of a VM nothing but its figures is known, as of nearly all."""
+        if figures.stalled or key in self._missed or key in self._drills:
+            return False
+        return not self._invalid or key[:2] not in self._invalid
 
     def render_vcpus(self, reading: VmReading, lines: VmSeries) -> Rendered:
         """Render what was found out about the vCPUs of one VM."""
-        figures, notified = self._found.get(reading.vm.key, NO_FIGURES), _find_notified(reading)
-        if figures.stalled or self._is_unusual:
+        key = reading.vm.key
+        figures, notified = self._found.get(key, NO_FIGURES), _find_notified(reading)
+        if not self._is_usual(key, figures):
             known = self._make_known(reading, figures, notified)
-        else:  # mostly just this is known, and the same of one VM as of the other
+        else:  # the same of one VM as of the other
             known = self._usual.get(notified) or self._make_known(reading, figures, notified)
             self._usual[notified] = known
         return lines.verdicts.render(known, figures)

@@ -144,6 +144,20 @@ def test_one_waits_for_what_it_asked_for_and_for_no_more() -> None:
     assert not budget.is_waiting(second, 0.0, urgent=False)
 
 
+def test_one_that_was_dropped_and_waits_again_is_counted_again() -> None:
+    budget = TraceBudget(Limits(host=1))
+    first, second = make_key(1), make_key(2)
+    budget.want(first, 0.0)
+    budget.start(0.0)
+    for counted in (1, 2):
+        budget.want(second, 0.0)
+        budget.want(second, 0.0)
+        assert budget.deferred == counted
+        budget.drop(second)
+    budget.end(first, 1.0)
+    assert budget.start(1.0) == []
+
+
 def test_a_session_that_waits_for_room_may_be_asked_for_again_with_more_of_the_share() -> None:
     budget = TraceBudget(Limits(host=1))
     assert trace(budget, 0.0, 0.2) == 0.2

@@ -479,6 +479,25 @@ def drop_history(series: Series) -> Series:
     }
 
 
+def test_a_vm_whose_series_cannot_be_named_costs_no_other_its_own() -> None:
+    """Its vCPUs have one number, all of them move at once, and then its counters are not read."""
+    fine, twins = make_reading("fine", (0, 0)), make_reading("twins", (0, 0), pid=200)
+    twins = replace(twins, vcpus=tuple(replace(vcpu, index=0) for vcpu in twins.vcpus))
+
+    def count(reading: VmReading, notify: tuple[int, ...] | None) -> VmReading:
+        columns = {} if notify is None else {NOTIFY_WINDOW_EXITS: notify}
+        return replace(reading, counters=reading.counters._replace(per_vcpu=columns))
+
+    looks = [((1, 1), (1, 1)), ((2, 2), (2, 2)), ((3, 3), None)]
+    snapshots = [make_snapshot(count(fine, one), count(twins, other)) for one, other in looks]
+    collector = open_collector(*(replace(look, unix_seconds=NOW + at) for at, look in enumerate(snapshots)))
+    for _ in range(2):
+        parse_series(collector)
+    series = parse_series(collector)
+    assert find(series, "kvm_exporter_scrape_collector_success", collector="vcpu") == 1
+    assert find(series, "kvm_vcpu_last_notify_exit_timestamp_seconds", vm="fine", vcpu="1") == NOW + 2
+
+
 def test_failed_look_costs_one_scrape_and_no_exception(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     collector = open_collector(make_snapshot(make_reading()), OSError("boom"), make_snapshot(make_reading()))

@@ -17,6 +17,7 @@ from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.vm_series import ShownVm, VmSeries
 from exporter.stalls.verdicts import MonitorReport, State, VcpuFigures, VmFigures
 from kvm.model import NOTIFY_WINDOW_EXITS, VcpuKey, VmKey, VmReading
+from tests.reports import make_report
 from tests.snapshots import make_reading
 
 VMS = 3
@@ -43,12 +44,14 @@ class Scrape:
     unix_offset: float = 0.0
 
 
+DRILL = replace(make_report(State.STALLED, vm=READINGS[0].vm, drill=True), vcpu=READINGS[0].vcpus[0])
 REPORTS = [
     MonitorReport(),
     MonitorReport(problem="no CAP_PERFMON"),
     MonitorReport(context_invalid={}),
     MonitorReport(context_invalid={(100, 77, 5000, 0): 2}),
     MonitorReport(context_invalid={}, missed_vcpus=frozenset({VcpuKey(FIRST, 0)})),
+    MonitorReport(vcpus=(DRILL,)),
 ]
 SCRAPES = st.builds(
     Scrape,
@@ -135,6 +138,15 @@ def test_in_a_flood_only_vms_with_news_are_asked() -> None:
     assert asker.asked == VMS
     render(kept, asker, replace(moved, figures=[FIGURES[0], FIGURES[1], FIGURES[0]]), lines)
     assert asker.asked == VMS + 1
+
+
+def test_a_vm_of_which_more_is_known_is_asked_each_time_and_costs_no_other() -> None:
+    kept, lines, asker = KeptVerdicts(), open_lines(), Asker()
+    missed = MonitorReport(missed_vcpus=frozenset({VcpuKey(FIRST, 0)}), context_invalid={(101, 77, 5000, 0): 2})
+    scrape = Scrape([FIGURES[0]] * VMS, [(1, 1)] * VMS, missed)
+    render(kept, asker, scrape, lines)
+    render(kept, asker, scrape, lines)
+    assert asker.asked == VMS + 2
 
 
 def test_a_vm_that_did_not_answer_is_asked_again() -> None:
