@@ -21,8 +21,12 @@ run: $(VENV)/.installed
 demo: $(VENV)/.installed
 	exec env KVM_NOTIFY_EXPORTER=$(BIN)/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751
 
+# Where guests run, and in the lab, tests have the machine to themselves; the others share it.
 test: $(VENV)/.installed-dev test-packages
-	$(BIN)/python -m pytest
+	@status=0; \
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not live and not lab" || status=$$?; \
+	$(BIN)/python -m pytest -m "live or lab" || status=$$?; \
+	exit $$status
 
 # Everything that needs neither root nor /dev/kvm, nor a package that is not there: for while you write.
 unit: $(VENV)/.installed-dev

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -37,6 +38,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if after != before:
         print(f"\nthe tests have changed what is mounted on this machine: {before} -> {after}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if (workers_output := getattr(session.config, "workeroutput", None)) is not None:
+        workers_output["figures"] = session.config.stash.get(_FIGURES, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401 - xdist has no types
+    """Takes what a worker of xdist has to tell."""
+    workers_output = getattr(node, "workeroutput", {})  # one that crashed has left none
+    node.config.stash.setdefault(_FIGURES, []).extend(workers_output.get("figures", []))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
