@@ -266,14 +266,6 @@ class HostCollector:
         last_moves = Family(metrics.VCPU_LAST_NOTIFY_EXIT)
         at_once: defaultdict[float, list[bytes]] = defaultdict(list)
 
-        def render_moves(lines: VmSeries, reading: VmReading) -> None:
-            time = self._increases.moved_at_once(reading)
-            if time is None:
-                last_moves.chunks += lines.render_last_moves(self._increases.last_moves(reading.vm.key))
-            elif reading.vcpus:
-                names = lines.name_moves()  # first: it may fail
-                at_once[time].append(names)
-
         notified = self._find_notified() if verdicts else ()
         keys = {*moved, *verdicts.vms} if verdicts else moved
         concerned = [
@@ -282,10 +274,21 @@ class HostCollector:
             if lines in notified or reading.vm.key in keys
         ]
         families = self._kept_verdicts.render(verdicts, concerned, self._ask_vms) if verdicts else []
-        for _ in self._ask_vms([shown for shown in concerned if shown[0].vm.key in moved], render_moves):
-            pass
+        have_moved = [(reading, lines) for reading, lines in concerned if reading.vm.key in moved]
+        for _, (time, texts) in self._ask_vms(have_moved, self._render_moves):
+            if time is None:
+                last_moves.chunks += texts
+            else:
+                at_once[time] += texts
         last_moves.chunks += self._counters.render_moves(at_once)
         return [*families, last_moves]
+
+    def _render_moves(self, lines: VmSeries, reading: VmReading) -> tuple[float | None, list[bytes]]:
+        """Render when vCPUs took their last notify exits; where all did at once, that time, and the names of series."""
+        time = self._increases.moved_at_once(reading)
+        if time is None:
+            return None, lines.render_last_moves(self._increases.last_moves(reading.vm.key))
+        return time, [lines.name_moves()]
 
     def _find_notified(self) -> Collection[VmSeries]:
         """Find the VMs that have taken notify exits, before our time or in it."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import chain, compress
-from operator import is_not
+from itertools import chain
 
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.metrics import Metric
@@ -24,33 +23,20 @@ def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
 
 
 class GroupedLines:
-    """The lines of many VMs, metric by metric, kept from scrape to scrape: most VMs give the same list as before."""
+    """The lines of so many VMs, metric by metric, kept from scrape to scrape: few VMs give others than before."""
 
-    def __init__(self) -> None:
-        self._rendered: list[Rendered] = []
+    def __init__(self, vms: int) -> None:
+        self._rendered: list[Rendered] = [[]] * vms
         self._chunks: dict[Metric, list[Sequence[bytes]]] = {}
-        """Of each metric, the lines of each VM, in the order of ``_rendered``."""
+        """Of each metric, the lines of each VM."""
         self._families: dict[Metric, Family] = {}
 
-    def group(self, rendered: list[Rendered]) -> list[Family]:
-        """Put the lines of all VMs together; a list that is another object than before has changed."""
-        if len(rendered) != len(self._rendered):
-            self._rendered, self._chunks, self._families = [[] for _ in rendered], {}, {}
-        changed = [*compress(range(len(rendered)), map(is_not, rendered, self._rendered))]
-        for at in changed:
-            self._rendered[at] = []  # no list that is given: what fails half way is put again
-            self._put(at, rendered[at])
-            self._rendered[at] = rendered[at]
-        for metric, chunks in self._chunks.items():
-            if metric not in self._families:
-                self._families[metric] = Family(metric, [*chain.from_iterable(chunks)])
-        families = [self._families[metric] for metric in self._chunks]
-        return [family for family in families if family.chunks]
-
-    def _put(self, at: int, lines: Rendered) -> None:
-        of_metric: defaultdict[Metric, list[bytes]] = defaultdict(list)
-        for metric, text in lines:
-            of_metric[metric].append(text)
+    def put(self, at: int, rendered: Rendered) -> None:
+        """Put the lines of one VM in the place of its old ones; a list that is the same object has not changed."""
+        if rendered is self._rendered[at]:
+            return
+        self._rendered[at] = []  # no list that is given: what fails half way is put again
+        of_metric = {family.metric: family.chunks for family in group_lines([rendered])}
         for metric in of_metric:
             if metric not in self._chunks:
                 self._chunks[metric] = [()] * len(self._rendered)
@@ -59,3 +45,12 @@ class GroupedLines:
             if texts != chunks[at]:
                 self._families.pop(metric, None)
                 chunks[at] = texts
+        self._rendered[at] = rendered
+
+    def list_families(self) -> list[Family]:
+        """Return the lines of all VMs; the family of a metric of which none has changed is the same object."""
+        for metric, chunks in self._chunks.items():
+            if metric not in self._families:
+                self._families[metric] = Family(metric, [*chain.from_iterable(chunks)])
+        families = [self._families[metric] for metric in self._chunks]
+        return [family for family in families if family.chunks]

@@ -27,24 +27,22 @@ class KeptVerdicts:
         self._vms: list[VmSeries] = []
         self._basis: Basis | None = None
         self._settled: list[VmFigures | None] = []
-        self._rendered: list[Rendered] = []
-        self._lines = GroupedLines()
+        self._lines = GroupedLines(0)
 
     def render(self, series: StallSeries, vms: Sequence[ShownVm], ask: Ask) -> list[Family]:
         """Render what is known of the vCPUs of these VMs."""
         asked = [lines for _, lines in vms]
         if asked != self._vms or series.basis != self._basis:
             self._vms, self._basis = asked, series.basis
-            self._settled, self._rendered = [None] * len(vms), [[]] * len(vms)
-        settled, rendered = series.settle(reading for reading, _ in vms), [*self._rendered]
+            self._settled, self._lines = [None] * len(vms), GroupedLines(len(vms))
+        settled = series.settle(reading for reading, _ in vms)
         news = [at for at, figures in enumerate(settled) if figures is None or figures is not self._settled[at]]
-        found = ask([vms[at] for at in news], lambda lines, reading: series.render_vcpus(reading, lines))
-        told = {lines: text for (_, lines), text in found}
         for at in news:
-            text = told.get(asked[at])
-            rendered[at] = [] if text is None else text
-            if text is None:
-                settled[at] = None  # it is asked again
-        families = self._lines.group(rendered)
-        self._settled, self._rendered = settled, rendered
-        return families
+            self._settled[at] = None  # what follows may fail half way
+        found = ask([vms[at] for at in news], lambda lines, reading: series.render_vcpus(reading, lines))
+        told = {lines: rendered for (_, lines), rendered in found}
+        for at in news:
+            rendered = told.get(asked[at])
+            self._lines.put(at, [] if rendered is None else rendered)
+            self._settled[at] = None if rendered is None else settled[at]
+        return self._lines.list_families()

@@ -43,7 +43,9 @@ class StallSeries:
 
         ``with_counters`` is for more of vCPUs than alerts need.
         """
-        self._report, self._unix_offset, self._with_counters = report, unix_offset, with_counters
+        self._report, self._unix_offset = report, unix_offset
+        self._judged = not report.problem
+        self._traced = with_counters and self._judged
         self._vms: Counter[tuple[int, int]] = Counter()
         if report.context_invalid:
             self._vms.update(reading.vm.key[:2] for reading in readings)
@@ -59,7 +61,7 @@ class StallSeries:
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
-        self.basis: Basis = (with_counters, not report.problem, report.context_invalid is None)
+        self.basis: Basis = (self._traced, self._judged, report.context_invalid is not None)
 
     @property
     def vms(self) -> Collection[VmKey]:
@@ -98,8 +100,8 @@ class StallSeries:
         key, report = reading.vm.key, self._report
         process = key[:2]
         return Known(
-            self._with_counters and not report.problem,
-            not report.problem,
+            self._traced,
+            self._judged,
             notified,
             self._missed.get(key, ()),
             self._drills.get(key, ()),

@@ -81,6 +81,10 @@ def test_figures_count_the_stalled() -> None:
         detector.observe_records(4.0, records)
     found = tracked.find_figures()[vm.key]
     assert found.stalled == sum(vcpu.state is State.STALLED for vcpu in found.vcpus.values()) == 2
+    detectors[0].observe_records(5.0, [], other_rip=True)
+    assert tracked.find_figures()[vm.key].stalled == 1
+    tracked.drop(VcpuKey(vm.key, 2))
+    assert tracked.find_figures()[vm.key].stalled == 0
 
 
 class AskedAtItsThread(TrackedVcpu):

@@ -42,6 +42,7 @@ class Scrape:
     counters: list[tuple[int, ...]]
     report: MonitorReport
     unix_offset: float = 0.0
+    with_counters: bool = True
 
 
 DRILL = replace(make_report(State.STALLED, vm=READINGS[0].vm, drill=True), vcpu=READINGS[0].vcpus[0])
@@ -71,7 +72,7 @@ def give(scrape: Scrape) -> tuple[StallSeries, list[VmReading]]:
         for reading, column in zip(READINGS, scrape.counters, strict=True)
     ]
     report = replace(scrape.report, figures=figures)
-    return StallSeries(report, readings, scrape.unix_offset, with_counters=True), readings
+    return StallSeries(report, readings, scrape.unix_offset, with_counters=scrape.with_counters), readings
 
 
 class Asker:
@@ -107,13 +108,14 @@ def test_whatever_comes_the_lines_are_those_made_anew(scrapes: list[Scrape], sil
         assert render(kept, asker, scrape, lines) == render(KeptVerdicts(), asker, scrape, open_lines())
 
 
+@pytest.mark.parametrize("with_counters", [False, True])
 @pytest.mark.parametrize("figures", FIGURES)
 @pytest.mark.parametrize(("before", "after"), [*product(range(len(REPORTS)), repeat=2)])
 def test_what_is_known_of_the_host_changes_lines_of_vms_of_which_nothing_is_new(
-    before: int, after: int, figures: VmFigures
+    before: int, after: int, figures: VmFigures, with_counters: bool
 ) -> None:
     kept, lines = KeptVerdicts(), open_lines()
-    first = Scrape([figures] * VMS, [(1, 1)] * VMS, REPORTS[before])
+    first = Scrape([figures] * VMS, [(1, 1)] * VMS, REPORTS[before], with_counters=with_counters)
     render(kept, Asker(), first, lines)
     second = replace(first, report=REPORTS[after], unix_offset=7.0)
     assert render(kept, Asker(), second, lines) == render(KeptVerdicts(), Asker(), second, open_lines())
@@ -157,3 +159,32 @@ def test_a_vm_that_did_not_answer_is_asked_again() -> None:
     again = render(kept, asker, scrape, lines)
     assert asker.asked == VMS + 1
     assert all(len(again[metric]) > len(text) for metric, text in without.items())
+
+
+class Incomparable(bytes):
+    """Cannot be compared with what was there before."""
+
+    __hash__ = bytes.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise MemoryError
+
+
+class Spoiler(Asker):
+    """Gives lines that fail half way when they are put with the others."""
+
+    def ask(
+        self, vms: Iterable[ShownVm], ask: Callable[[VmSeries, VmReading], Rendered]
+    ) -> Iterator[tuple[ShownVm, Rendered]]:
+        for shown, rendered in super().ask(vms, ask):
+            *first, (metric, text) = rendered
+            yield shown, [*((of, b"spoiled\n") for of, _ in first), (metric, Incomparable(text))]
+
+
+def test_what_is_as_it_was_before_a_fault_has_the_lines_from_before() -> None:
+    kept, lines = KeptVerdicts(), open_lines()
+    before = Scrape([FIGURES[0]] * VMS, [(1, 1)] * VMS, REPORTS[0])
+    wanted = render(kept, Asker(), before, lines)
+    with pytest.raises(MemoryError):
+        render(kept, Spoiler(), replace(before, figures=[FIGURES[1]] * VMS), lines)
+    assert render(kept, Asker(), before, lines) == wanted
