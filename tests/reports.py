@@ -14,6 +14,7 @@ from exporter.stalls.verdicts import (
     VcpuFigures,
     VcpuReport,
     Verdict,
+    VmFigures,
     build_vm_figures,
 )
 from kvm.model import Owner, Vcpu, Vm, VmKey
@@ -54,6 +55,16 @@ def with_figures(report: MonitorReport) -> MonitorReport:
                 found.verdict.state, stuck_since, found.traced_exits, found.same_rip_exits, found.can_judge
             )
     return replace(report, figures={key: build_vm_figures(of_vm) for key, of_vm in vcpus.items()})
+
+
+def follow(now: VmFigures, before: VmFigures) -> VmFigures:
+    """Give the figures as the monitor does: what has not changed is the same object as before."""
+    old = before.vcpus
+    vcpus = {vcpu_id: old[vcpu_id] if old.get(vcpu_id) == found else found for vcpu_id, found in now.vcpus.items()}
+    made = build_vm_figures(vcpus)
+    kept = before.blocks
+    blocks = {number: kept[number] if kept.get(number) == block else block for number, block in made.blocks.items()}
+    return before if before == now else VmFigures(blocks, made.stalled)
 
 
 def make_report(

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu, find_window
-from exporter.stalls.verdicts import State, VmFigures
+from exporter.stalls.verdicts import FIGURES_BLOCK, State, VcpuFigures, VmFigures
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuKey, VmKey, VmReading
 
 # A VM or a vCPU that is missing from a snapshot may be back in the next.
@@ -68,16 +68,19 @@ class TrackedVcpus:
         if tracked is None:
             self._figures.pop(vm, None)
             return
-        vcpus, stalled = dict(before.vcpus), before.stalled
+        stalled, renewed = before.stalled, dict[int, dict[int, VcpuFigures]]()
         for vcpu_id in changed:
-            was, vcpu = vcpus.get(vcpu_id), tracked.get(vcpu_id)
+            number = vcpu_id // FIGURES_BLOCK
+            if number not in renewed:
+                renewed[number] = dict(before.blocks.get(number, {}))
+            block = renewed[number]
+            was, vcpu = block.pop(vcpu_id, None), tracked.get(vcpu_id)
             stalled -= was is not None and was.state is State.STALLED
-            if vcpu is None:
-                vcpus.pop(vcpu_id, None)
-            else:
-                now = vcpus[vcpu_id] = vcpu.figures
+            if vcpu is not None:
+                now = block[vcpu_id] = vcpu.figures
                 stalled += now.state is State.STALLED
-        self._figures[vm] = VmFigures(vcpus, stalled)
+        blocks = {**before.blocks, **renewed}
+        self._figures[vm] = VmFigures({number: block for number, block in blocks.items() if block}, stalled)
 
     def add(self, vcpu: TrackedVcpu) -> None:
         """Begin to track a vCPU."""

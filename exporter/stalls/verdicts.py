@@ -111,19 +111,33 @@ class VcpuFigures(NamedTuple):
     can_judge: bool
 
 
-class VmFigures(NamedTuple):
-    """What metrics tell of a VM's vCPUs that have taken a notify exit, by vcpu_id; and how many of them are stalled.
+# So many vcpu_ids make a block of figures.
+FIGURES_BLOCK: Final = 32
 
-    It and the figures of each vCPU are the same objects until something changes: few do from one scrape to the next.
+
+class VmFigures(NamedTuple):
+    """What metrics tell of a VM's vCPUs that have taken a notify exit, and how many of them are ``stalled``.
+
+    ``blocks`` holds by ``vcpu_id // FIGURES_BLOCK`` the figures by vcpu_id. It, each block, and the figures of each
+    vCPU are the same objects until something changes: few do from one scrape to the next. Those of a large VM lie all
+    over the memory, and of a block that is the same none need be touched.
     """
 
-    vcpus: Mapping[int, VcpuFigures]
+    blocks: Mapping[int, Mapping[int, VcpuFigures]]
     stalled: int
+
+    @property
+    def vcpus(self) -> dict[int, VcpuFigures]:
+        """All figures by vcpu_id."""
+        return {vcpu_id: found for block in self.blocks.values() for vcpu_id, found in block.items()}
 
 
 def build_vm_figures(vcpus: Mapping[int, VcpuFigures]) -> VmFigures:
     """Build a VM's figures from those of its vCPUs."""
-    return VmFigures(vcpus, sum(found.state is State.STALLED for found in vcpus.values()))
+    blocks: dict[int, dict[int, VcpuFigures]] = {}
+    for vcpu_id, found in vcpus.items():
+        blocks.setdefault(vcpu_id // FIGURES_BLOCK, {})[vcpu_id] = found
+    return VmFigures(blocks, sum(found.state is State.STALLED for found in vcpus.values()))
 
 
 # Kinds of the agent's threads: the event loop, and its pools of workers.

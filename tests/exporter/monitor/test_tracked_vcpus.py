@@ -12,7 +12,7 @@ from exporter.monitor.tracked_vcpu import TrackedVcpu
 from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.kernel_evidence import KernelCounts
-from exporter.stalls.verdicts import StallRule, State, VcpuFigures
+from exporter.stalls.verdicts import FIGURES_BLOCK, StallRule, State, VcpuFigures, build_vm_figures
 from kvm.model import NotifyExit, VcpuKey, VmKey, VmReading
 from tests.fake_host import FakeVm
 
@@ -55,6 +55,21 @@ def test_figures_are_the_same_objects_until_they_change() -> None:
     hidden = replace(reading, vcpus=tuple(replace(vcpu, tid=None) for vcpu in reading.vcpus))
     assert len([*tracked.renew({vm.key: hidden} | read(other), 1.0)]) == 3
     assert not tracked.find_figures()[vm.key].vcpus[0].can_judge
+
+
+def test_of_a_large_vm_only_the_block_that_changes_is_another_object() -> None:
+    vm = FakeVm("web", 100, FIGURES_BLOCK)  # its vcpu_ids are even
+    tracked = track(vm)
+    before = tracked.find_figures()[vm.key].blocks
+    first, second = before[0], before[1]
+    tracked.drop(VcpuKey(vm.key, 0))
+    found = tracked.find_figures()[vm.key]
+    assert set(found.blocks) == {0, 1}
+    assert found.blocks[0] == {vcpu_id: figures for vcpu_id, figures in first.items() if vcpu_id}
+    assert found.blocks[1] is second
+    for vcpu_id in second:
+        tracked.drop(VcpuKey(vm.key, vcpu_id))
+    assert tracked.find_figures()[vm.key] == build_vm_figures(found.blocks[0])
 
 
 def test_figures_follow_vcpus_that_come_and_go() -> None:

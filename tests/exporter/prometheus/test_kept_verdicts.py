@@ -15,7 +15,7 @@ from exporter.prometheus.kept_verdicts import KeptVerdicts
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.vm_series import ShownVm, VmSeries
-from exporter.stalls.verdicts import MonitorReport, State, VcpuFigures, VmFigures
+from exporter.stalls.verdicts import MonitorReport, State, VcpuFigures, VmFigures, build_vm_figures
 from kvm.model import NOTIFY_WINDOW_EXITS, VcpuKey, VmKey, VmReading
 from tests.reports import make_report
 from tests.snapshots import make_reading
@@ -27,7 +27,7 @@ FIRST = READINGS[0].vm.key
 
 def make_figures(state: State, traced: int) -> VmFigures:
     found = VcpuFigures(state, 90.0 if state is State.STALLED else None, traced, 0, can_judge=True)
-    return VmFigures({0: found}, int(state is State.STALLED))
+    return build_vm_figures({0: found})
 
 
 # The same objects again and again, as the monitor gives them while nothing new is found out.

@@ -18,7 +18,7 @@ from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import THREAD_KINDS, Evidence, MonitorReport, State, VcpuReport, VmFigures
 from kvm.model import Snapshot, VcpuKey, VmKey, VmReading
-from tests.reports import USAGE, make_report, with_figures
+from tests.reports import USAGE, follow, make_report, with_figures
 from tests.snapshots import make_reading, make_snapshot
 
 NO_PROGRESS = "kvm_vcpu_no_forward_progress"
@@ -261,13 +261,6 @@ MOMENTS = st.tuples(
 Moment = tuple[
     list[int], list[State | None], set[int], Mapping[tuple[int, int, int, int], int] | None, str, set[VcpuKey]
 ]
-
-
-def follow(now: VmFigures, before: VmFigures) -> VmFigures:
-    """The figures as the monitor gives them: those that have not changed are the same objects as before."""
-    old = before.vcpus
-    vcpus = {vcpu_id: old[vcpu_id] if old.get(vcpu_id) == found else found for vcpu_id, found in now.vcpus.items()}
-    return before if before == now else VmFigures(vcpus, now.stalled)
 
 
 @given(st.lists(st.tuples(MOMENTS, st.booleans()), min_size=2, max_size=6), st.sampled_from(VcpuSeries))

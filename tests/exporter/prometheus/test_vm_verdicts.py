@@ -10,14 +10,19 @@ from exporter.prometheus import metrics
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vcpu_lines import VcpuLines
 from exporter.prometheus.vm_verdicts import Known, VmVerdicts
-from exporter.stalls.verdicts import State, VcpuFigures, VmFigures
+from exporter.stalls.verdicts import FIGURES_BLOCK, State, VcpuFigures, VmFigures, build_vm_figures
 from kvm.model import Vcpu
+from tests.reports import follow
 
-VCPUS = [Vcpu(index, 2 * index, 5000 + index) for index in range(3)]
+# The last is in another block of figures than the others.
+IDS = (0, 2, FIGURES_BLOCK)
+VCPUS = [Vcpu(index, vcpu_id, 5000 + index) for index, vcpu_id in enumerate(IDS)]
 KNOWN = Known(
     traced=True, judged=True, notified=range(3), missed=(), drilled=(), starts={}, invalid=None, is_alone=True
 )
 DRILLED = KNOWN._replace(drilled={0})
+SOME_IDS = (*IDS, 1, FIGURES_BLOCK + 1, 2 * FIGURES_BLOCK)
+NO_FIGURES = VmFigures({}, 0)
 LABELS = [b'{vcpu="%d"}' % vcpu.index for vcpu in VCPUS]
 
 
@@ -43,24 +48,25 @@ def test_only_vcpus_that_have_changed_are_looked_at() -> None:
             super().put(at, value)
 
     verdicts = VmVerdicts(VCPUS, lambda metric: NotedLines(metric, LABELS))
-    first = VmFigures({2 * at: make_figures(at) for at in range(3)}, 0)
+    first = build_vm_figures({vcpu_id: make_figures(at) for at, vcpu_id in enumerate(IDS)})
     rendered = verdicts.render(KNOWN, first)
     assert find_traced(rendered) == ["0", "1", "2"]
     assert verdicts.render(KNOWN, first) is rendered
     assert set(puts) == {0, 1, 2}
     puts.clear()
-    assert find_traced(verdicts.render(KNOWN, VmFigures({**first.vcpus, 2: make_figures(9)}, 0))) == ["0", "9", "2"]
+    second = follow(build_vm_figures({**first.vcpus, 2: make_figures(9)}), first)
+    assert find_traced(verdicts.render(KNOWN, second)) == ["0", "9", "2"]
     assert set(puts) == {1}
 
 
-@given(st.lists(st.dictionaries(st.integers(0, 6), st.integers(0, 1)), max_size=6))
+@given(st.lists(st.dictionaries(st.sampled_from(SOME_IDS), st.integers(0, 1)), max_size=6))
 def test_whatever_comes_and_goes_the_lines_are_those_of_one_made_anew(steps: list[dict[int, int]]) -> None:
     """Also where something is known of a vCPU that the snapshot lacks, as of one that was unplugged."""
     known = KNOWN._replace(notified=[0, 1])
-    made = {(vcpu_id, traced): make_figures(traced) for vcpu_id in range(7) for traced in range(2)}
-    kept = VmVerdicts(VCPUS, open_lines)
+    kept, figures = VmVerdicts(VCPUS, open_lines), NO_FIGURES
     for step in steps:
-        figures = VmFigures({vcpu_id: made[vcpu_id, traced] for vcpu_id, traced in step.items()}, 0)
+        now = build_vm_figures({vcpu_id: make_figures(traced) for vcpu_id, traced in step.items()})
+        figures = follow(now, figures)
         anew = VmVerdicts(VCPUS, open_lines).render(known, figures)
         assert join(kept.render(known, figures)) == join(anew)
 
@@ -79,7 +85,7 @@ def test_a_metric_of_which_nothing_is_told_has_no_lines() -> None:
         opened.append(metric)
         return open_lines(metric)
 
-    assert VmVerdicts(VCPUS, note).render(KNOWN._replace(judged=False), VmFigures({}, 0)) == []
+    assert VmVerdicts(VCPUS, note).render(KNOWN._replace(judged=False), NO_FIGURES) == []
     assert opened == []
 
 
@@ -110,8 +116,8 @@ def test_of_what_failed_half_way_nothing_is_left(
     lines_left: int | None, renders_left: int | None, next_known: Known
 ) -> None:
     verdicts = VmVerdicts(VCPUS, lambda metric: FailingLines(metric, LABELS))
-    verdicts.render(KNOWN, VmFigures({0: make_figures(1)}, 0))
-    figures = VmFigures({0: make_figures(2)}, 0)
+    verdicts.render(KNOWN, build_vm_figures({0: make_figures(1)}))
+    figures = build_vm_figures({0: make_figures(2)})
     FailingLines.lines_left, FailingLines.renders_left = lines_left, renders_left
     try:
         with pytest.raises(MemoryError):
