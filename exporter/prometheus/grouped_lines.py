@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 from exporter.prometheus.exposition import Family
 from exporter.prometheus.metrics import Metric
 
-Rendered = list[tuple[Metric, bytes]]
+Rendered = Mapping[Metric, Sequence[bytes]]
 """Lines of any number of metrics, any number to a text."""
 
 
@@ -17,8 +17,8 @@ def group_lines(rendered: Iterable[Rendered]) -> list[Family]:
     """Put the lines of all VMs together, metric by metric."""
     chunks: defaultdict[Metric, list[bytes]] = defaultdict(list)
     for lines in rendered:
-        for metric, text in lines:
-            chunks[metric].append(text)
+        for metric, texts in lines.items():
+            chunks[metric] += texts
     return [Family(metric, texts) for metric, texts in chunks.items()]
 
 
@@ -26,22 +26,21 @@ class GroupedLines:
     """The lines of so many VMs, metric by metric, kept from scrape to scrape: few VMs give others than before."""
 
     def __init__(self, vms: int) -> None:
-        self._rendered: list[Rendered] = [[]] * vms
+        self._rendered: list[Rendered] = [{}] * vms
         self._chunks: dict[Metric, list[Sequence[bytes]]] = {}
         """Of each metric, the lines of each VM."""
         self._families: dict[Metric, Family] = {}
 
     def put(self, at: int, rendered: Rendered) -> None:
-        """Put the lines of one VM in the place of its old ones; a list that is the same object has not changed."""
+        """Put the lines of one VM in the place of its old ones; what is the same object has not changed."""
         if rendered is self._rendered[at]:
             return
-        self._rendered[at] = []  # no list that is given: what fails half way is put again
-        of_metric = {family.metric: family.chunks for family in group_lines([rendered])}
-        for metric in of_metric:
+        self._rendered[at] = {}  # no object that is given: what fails half way is put again
+        for metric in rendered:
             if metric not in self._chunks:
                 self._chunks[metric] = [()] * len(self._rendered)
         for metric, chunks in self._chunks.items():
-            texts = of_metric.get(metric, ())
+            texts = rendered.get(metric, ())
             if texts != chunks[at]:
                 self._families.pop(metric, None)
                 chunks[at] = texts

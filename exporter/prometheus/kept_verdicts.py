@@ -43,6 +43,6 @@ class KeptVerdicts:
         told = {lines: rendered for (_, lines), rendered in found}
         for at in news:
             rendered = told.get(asked[at])
-            self._lines.put(at, [] if rendered is None else rendered)
+            self._lines.put(at, {} if rendered is None else rendered)
             self._settled[at] = None if rendered is None else settled[at]
         return self._lines.list_families()

@@ -22,15 +22,16 @@ BLOCK: Final = 32
 class VcpuLines:
     """One line of each vCPU, in their order; a vCPU without a value has none."""
 
-    __slots__ = ("_blocks", "_changed", "_labels", "_lines", "_metric", "_name", "_values")
+    __slots__ = ("_blocks", "_changed", "_labels", "_lines", "_name", "_texts", "_values")
 
     def __init__(self, metric: Metric, labels: Sequence[bytes]) -> None:
         """``labels`` are those of each vCPU, rendered: metrics share them."""
-        self._metric, self._name, self._labels = metric, metric.name.encode(), labels
+        self._name, self._labels = metric.name.encode(), labels
         self._values: list[float | None] = [None] * len(labels)
         self._lines = [b""] * len(labels)
         self._blocks = [b""] * -(-len(labels) // BLOCK)
         self._changed: set[int] = set()
+        self._texts: list[bytes] = []
 
     def put(self, at: int, value: float | None) -> None:
         """Give one vCPU its value."""
@@ -48,12 +49,14 @@ class VcpuLines:
         for at in changed:
             self.put(at, values[at])
 
-    def render(self) -> list[tuple[Metric, bytes]]:
-        """Return all lines, in blocks."""
-        for block in self._changed:
-            self._blocks[block] = b"".join(self._lines[block * BLOCK : (block + 1) * BLOCK])
-        self._changed.clear()
-        return [(self._metric, block) for block in self._blocks if block]
+    def render(self) -> list[bytes]:
+        """Return all lines, in blocks; the same list as before where none has changed."""
+        if self._changed:
+            for block in self._changed:
+                self._blocks[block] = b"".join(self._lines[block * BLOCK : (block + 1) * BLOCK])
+            self._texts = [block for block in self._blocks if block]
+            self._changed.clear()
+        return self._texts
 
 
 @lru_cache(maxsize=64, typed=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Final, NamedTuple
 
 from exporter.prometheus import metrics
+from exporter.prometheus.grouped_lines import Rendered
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vcpu_lines import VcpuLines
 from exporter.stalls.verdicts import FIGURES_BLOCK, State, VcpuFigures, VmFigures
@@ -62,10 +62,10 @@ class VmVerdicts:
         self._places: dict[int, list[int]] = {}
         """Where the vCPUs of each block of figures stand, once it is asked."""
         self._lines: dict[Metric, VcpuLines] = {}
-        self._rendered: list[tuple[Metric, bytes]] = []
+        self._rendered: Rendered = {}
 
-    def render(self, known: Known, figures: VmFigures) -> list[tuple[Metric, bytes]]:
-        """Render whatever is known of each vCPU: the same list as before where nothing has changed."""
+    def render(self, known: Known, figures: VmFigures) -> Rendered:
+        """Render whatever is known of each vCPU: the same object as before where nothing has changed."""
         knows_same = known == self._known
         if knows_same and figures is self._figures:
             return self._rendered
@@ -76,7 +76,7 @@ class VmVerdicts:
             self._put_known(known)
             found = figures.vcpus
             self._put_figures(known, [(at, found.get(vcpu_id)) for at, vcpu_id in enumerate(self._vcpu_ids)])
-        self._rendered = [*chain.from_iterable(lines.render() for lines in self._lines.values())]
+        self._rendered = {metric: texts for metric, lines in self._lines.items() if (texts := lines.render())}
         self._known, self._figures = known, figures
         return self._rendered
 

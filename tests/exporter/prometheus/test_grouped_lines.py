@@ -13,9 +13,10 @@ from exporter.prometheus.metrics import Metric, MetricType
 VMS = 3
 METRICS = [Metric(f"kvm_{name}", MetricType.GAUGE, name) for name in "abc"]
 
-LISTS = st.lists(st.tuples(st.sampled_from(METRICS), st.sampled_from([b"x\n", b"y\n", b"z\n"])), max_size=5)
+TEXTS = st.lists(st.sampled_from([b"x\n", b"y\n", b"z\n"]), min_size=1, max_size=3)
+LINES = st.dictionaries(st.sampled_from(METRICS), TEXTS)
 # What becomes of each VM until the next scrape: nothing, or other lines.
-SCRAPES = st.lists(st.lists(st.none() | LISTS, min_size=VMS, max_size=VMS), min_size=1, max_size=6)
+SCRAPES = st.lists(st.lists(st.none() | LINES, min_size=VMS, max_size=VMS), min_size=1, max_size=6)
 
 
 def read(families: list[Family]) -> dict[Metric, list[bytes]]:
@@ -30,7 +31,7 @@ def put(lines: GroupedLines, rendered: list[Rendered]) -> list[Family]:
 
 @given(SCRAPES)
 def test_they_are_the_same_as_put_together_anew(scrapes: list[list[Rendered | None]]) -> None:
-    lines, before = GroupedLines(VMS), list[Rendered]([[]] * VMS)
+    lines, before = GroupedLines(VMS), list[Rendered]([{}] * VMS)
     for scrape in scrapes:
         before = [kept if given is None else given for kept, given in zip(before, scrape, strict=True)]
         assert read(put(lines, before)) == read(group_lines(before))
@@ -38,17 +39,17 @@ def test_they_are_the_same_as_put_together_anew(scrapes: list[list[Rendered | No
 
 def test_a_metric_of_which_no_vm_gives_anything_else_is_the_same_family() -> None:
     lines = GroupedLines(2)
-    first: Rendered = [(METRICS[0], b"a 1\n"), (METRICS[1], b"b 1\n")]
-    second: Rendered = [(METRICS[0], b"a 2\n"), (METRICS[1], b"b 2\n")]
+    first = {METRICS[0]: [b"a 1\n"], METRICS[1]: [b"b 1\n"]}
+    second = {METRICS[0]: [b"a 2\n"], METRICS[1]: [b"b 2\n"]}
     before = put(lines, [first, second])
-    same, changed = put(lines, [first, [second[0], (METRICS[1], b"b 3\n")]])
+    same, changed = put(lines, [first, {**second, METRICS[1]: [b"b 3\n"]}])
     assert same is before[0]
     assert changed is not before[1]
     assert changed.chunks == [b"b 1\n", b"b 3\n"]
 
 
-def test_a_list_that_is_the_same_object_is_not_looked_at() -> None:
-    lines, rendered = GroupedLines(1), Rendered([(METRICS[0], b"a 1\n")])
+def test_what_is_the_same_object_is_not_looked_at() -> None:
+    lines, rendered = GroupedLines(1), {METRICS[0]: [b"a 1\n"]}
     wanted = read(put(lines, [rendered]))
     rendered.clear()  # as nobody does
     assert read(put(lines, [rendered])) == wanted
@@ -65,9 +66,9 @@ class Incomparable(bytes):
 
 def test_of_what_failed_half_way_nothing_is_left() -> None:
     lines = GroupedLines(1)
-    before: Rendered = [(METRICS[0], b"a 1\n"), (METRICS[1], b"b 1\n")]
-    changed: Rendered = [(METRICS[0], b"a 2\n"), (METRICS[1], Incomparable(b"b 2\n"))]
+    before = {METRICS[0]: [b"a 1\n"], METRICS[1]: [b"b 1\n"]}
+    changed: Rendered = {METRICS[0]: [b"a 2\n"], METRICS[1]: [Incomparable(b"b 2\n")]}
     wanted = read(put(lines, [before]))
     with pytest.raises(MemoryError):
         lines.put(0, changed)
-    assert read(put(lines, [before])) == wanted  # though it is the very same list
+    assert read(put(lines, [before])) == wanted  # though it is the very same object

@@ -177,8 +177,8 @@ class Spoiler(Asker):
         self, vms: Iterable[ShownVm], ask: Callable[[VmSeries, VmReading], Rendered]
     ) -> Iterator[tuple[ShownVm, Rendered]]:
         for shown, rendered in super().ask(vms, ask):
-            *first, (metric, text) = rendered
-            yield shown, [*((of, b"spoiled\n") for of, _ in first), (metric, Incomparable(text))]
+            *first, last = rendered
+            yield shown, {**{metric: [b"spoiled\n"] for metric in first}, last: [Incomparable(rendered[last][0])]}
 
 
 def test_what_is_as_it_was_before_a_fault_has_the_lines_from_before() -> None:

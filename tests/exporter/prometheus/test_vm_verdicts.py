@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.prometheus import metrics
+from exporter.prometheus.grouped_lines import Rendered
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vcpu_lines import VcpuLines
 from exporter.prometheus.vm_verdicts import Known, VmVerdicts
@@ -34,8 +35,8 @@ def make_figures(traced: int) -> VcpuFigures:
     return VcpuFigures(State.PROGRESSING, None, traced, 0, can_judge=True)
 
 
-def find_traced(rendered: list[tuple[Metric, bytes]]) -> list[str]:
-    (text,) = (text for metric, text in rendered if metric is metrics.VCPU_TRACED_EXITS)
+def find_traced(rendered: Rendered) -> list[str]:
+    (text,) = rendered[metrics.VCPU_TRACED_EXITS]
     return [line.split()[-1] for line in text.decode().splitlines()]
 
 
@@ -68,14 +69,7 @@ def test_whatever_comes_and_goes_the_lines_are_those_of_one_made_anew(steps: lis
         now = build_vm_figures({vcpu_id: make_figures(traced) for vcpu_id, traced in step.items()})
         figures = follow(now, figures)
         anew = VmVerdicts(VCPUS, open_lines).render(known, figures)
-        assert join(kept.render(known, figures)) == join(anew)
-
-
-def join(rendered: list[tuple[Metric, bytes]]) -> dict[Metric, bytes]:
-    texts: dict[Metric, bytes] = {}
-    for metric, text in rendered:
-        texts[metric] = texts.get(metric, b"") + text
-    return texts
+        assert kept.render(known, figures) == anew
 
 
 def test_a_metric_of_which_nothing_is_told_has_no_lines() -> None:
@@ -85,7 +79,7 @@ def test_a_metric_of_which_nothing_is_told_has_no_lines() -> None:
         opened.append(metric)
         return open_lines(metric)
 
-    assert VmVerdicts(VCPUS, note).render(KNOWN._replace(judged=False), NO_FIGURES) == []
+    assert VmVerdicts(VCPUS, note).render(KNOWN._replace(judged=False), NO_FIGURES) == {}
     assert opened == []
 
 
@@ -99,7 +93,7 @@ class FailingLines(VcpuLines):
         FailingLines.lines_left = use_up(FailingLines.lines_left)
         return super()._render(at, value)
 
-    def render(self) -> list[tuple[Metric, bytes]]:
+    def render(self) -> list[bytes]:
         FailingLines.renders_left = use_up(FailingLines.renders_left)
         return super().render()
 
@@ -124,5 +118,5 @@ def test_of_what_failed_half_way_nothing_is_left(
             verdicts.render(DRILLED, figures)
     finally:
         FailingLines.lines_left = FailingLines.renders_left = None
-    made_anew = dict(VmVerdicts(VCPUS, open_lines).render(next_known, figures))
-    assert dict(verdicts.render(next_known, figures)) == made_anew != {}
+    made_anew = VmVerdicts(VCPUS, open_lines).render(next_known, figures)
+    assert verdicts.render(next_known, figures) == made_anew != {}
