@@ -21,7 +21,7 @@ from exporter.build_info import BuildInfo
 from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
 from exporter.prometheus.counter_series import CounterSeries
-from exporter.prometheus.exposition import Family
+from exporter.prometheus.exposition import Family, render_same
 from exporter.prometheus.grouped_lines import group_lines
 from exporter.prometheus.host_series import build_host_families, build_snapshot_families, count_vms, name_labels
 from exporter.prometheus.kept_verdicts import KeptVerdicts
@@ -274,21 +274,24 @@ class HostCollector:
             if lines in notified or reading.vm.key in keys
         ]
         families = self._kept_verdicts.render(verdicts, concerned, self._ask_vms) if verdicts else []
-        have_moved = [(reading, lines) for reading, lines in concerned if reading.vm.key in moved]
-        for _, (time, texts) in self._ask_vms(have_moved, self._render_moves):
-            if time is None:
-                last_moves.chunks += texts
-            else:
-                at_once[time] += texts
+        to_ask = []
+        for reading, lines in concerned if moved else ():
+            time = self._increases.moved_at_once(reading)
+            if time is not None and lines.moves_series:
+                at_once[time].append(lines.moves_series)
+            elif reading.vm.key in moved:
+                to_ask.append((reading, lines))
+        for _, texts in self._ask_vms(to_ask, self._render_moves):
+            last_moves.chunks += texts
         last_moves.chunks += self._counters.render_moves(at_once)
         return [*families, last_moves]
 
-    def _render_moves(self, lines: VmSeries, reading: VmReading) -> tuple[float | None, list[bytes]]:
-        """Render when vCPUs took their last notify exits; where all did at once, that time, and the names of series."""
+    def _render_moves(self, lines: VmSeries, reading: VmReading) -> list[bytes]:
+        """Render when vCPUs took their last notify exits."""
         time = self._increases.moved_at_once(reading)
         if time is None:
-            return None, lines.render_last_moves(self._increases.last_moves(reading.vm.key))
-        return time, [lines.name_moves()]
+            return lines.render_last_moves(self._increases.last_moves(reading.vm.key))
+        return [render_same(lines.name_moves(), time)]
 
     def _find_notified(self) -> Collection[VmSeries]:
         """Find the VMs that have taken notify exits, before our time or in it."""

@@ -65,7 +65,9 @@ class VmSeries:
         self._vm_lines: Rendered = {}
         self._positions: Sequence[int] = range(len(reading.vcpus))
         self._templates: dict[Metric, bytes] = {}
-        self._sum_template = self._moves_series = b""
+        self._sum_template = b""
+        self.moves_series = b""
+        """What ``name_moves`` gives, once it was asked."""
         self._vcpu_ids = tuple([vcpu.vcpu_id for vcpu in reading.vcpus])
         self._labels: Sequence[bytes] = ()
         self._last_moves: VcpuLines | None = None
@@ -152,10 +154,10 @@ class VmSeries:
 
     def name_moves(self) -> bytes:
         """Name the series that tell when each vCPU was last seen to take a notify exit, one to a line."""
-        if not self._moves_series:
+        if not self.moves_series:
             name = metrics.VCPU_LAST_NOTIFY_EXIT.name.encode()
-            self._moves_series = b"".join([b"%b%b\n" % (name, labels) for labels in self._render_labels()])
-        return self._moves_series
+            self.moves_series = b"".join([b"%b%b\n" % (name, labels) for labels in self._render_labels()])
+        return self.moves_series
 
     def render_last_moves(self, last_moves: Mapping[int, float]) -> list[bytes]:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +60,20 @@ def test_only_vcpus_that_have_changed_are_looked_at() -> None:
     second = follow(build_vm_figures({**first.vcpus, 2: make_figures(9)}), first)
     assert find_traced(verdicts.render(KNOWN, second)) == ["0", "9", "2"]
     assert set(puts) == {1}
+
+
+class NotLookedInto(dict[int, VcpuFigures]):
+    """A block of figures of which no vCPU is asked for."""
+
+    def get(self, *_arguments: object) -> Never:
+        raise AssertionError
+
+
+def test_a_block_that_is_the_same_object_is_not_looked_into() -> None:
+    verdicts = VmVerdicts(VCPUS, open_lines)
+    same = NotLookedInto({FIGURES_BLOCK: make_figures(5)})
+    verdicts.render(KNOWN, VmFigures({0: {0: make_figures(1)}, 1: same}, 0))
+    assert find_traced(verdicts.render(KNOWN, VmFigures({0: {0: make_figures(2)}, 1: same}, 0))) == ["2", "5"]
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(SOME_IDS), st.integers(0, 1)), max_size=6))
