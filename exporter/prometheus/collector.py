@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar
@@ -245,8 +245,9 @@ class HostCollector:
         return families
 
     def _render_sums(self) -> list[Family]:
-        sums = (taken for _, taken in self._ask_vms(self._shown, VmSeries.take_sum))
-        return self._counters.render([taken] for taken in sums if taken is not None)
+        if families := self._counters.render_sums_as_before(self._shown):
+            return families
+        return self._counters.render_sums(list(self._ask_vms(self._shown, VmSeries.take_sum)))
 
     def _collect_vcpus(self) -> list[Family]:
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
@@ -259,20 +260,22 @@ class HostCollector:
         families = self._counters.render_vcpus(found, is_all=is_all)
         return families + self._collect_verdicts([shown for shown, _ in found])
 
-    def _collect_verdicts(self, vms: Iterable[ShownVm]) -> list[Family]:
-        """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any."""
+    def _collect_verdicts(self, vms: Sequence[ShownVm]) -> list[Family]:
+        """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any, or all."""
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         moved = self._increases.moved_vms if with_series else ()
         last_moves = Family(metrics.VCPU_LAST_NOTIFY_EXIT)
         at_once: defaultdict[float, list[bytes]] = defaultdict(list)
 
         notified = self._find_notified() if verdicts else ()
-        keys = {*moved, *verdicts.vms} if verdicts else moved
-        concerned = [
-            (reading, lines)
-            for reading, lines in (vms if notified or keys else ())
-            if lines in notified or reading.vm.key in keys
-        ]
+        concerned = vms
+        if len(notified) < len(self._shown):
+            keys = {*moved, *verdicts.vms} if verdicts else moved
+            concerned = [
+                (reading, lines)
+                for reading, lines in (vms if notified or keys else ())
+                if lines in notified or reading.vm.key in keys
+            ]
         families = self._kept_verdicts.render(verdicts, concerned, self._ask_vms) if verdicts else []
         to_ask = []
         for reading, lines in concerned if moved else ():

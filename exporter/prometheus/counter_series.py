@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from exporter.prometheus import metrics
 from exporter.prometheus.exposition import CounterLines, Family, render_same
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import VCPU_COUNTERS, Column, ShownVm, VmSeries
@@ -17,6 +18,8 @@ class CounterSeries:
         self._lines: defaultdict[Metric, CounterLines] = defaultdict(CounterLines)
         self._whole: tuple[list[VmSeries], list[int]] = ([], [])
         """The VMs, and how many vCPUs each has, if the last scrape told every counter of every vCPU."""
+        self._summed: list[VmSeries] = []
+        """The VMs, if the last scrape that told sums told one of each."""
         self._moves: tuple[Mapping[float, list[bytes]], list[bytes]] = ({}, [])
         self._joined: dict[bytes, tuple[list[bytes], bytes]] = {}
         """Series of the scrape before that had one time, as they were named and joined, by the first of them."""
@@ -32,6 +35,20 @@ class CounterSeries:
         return [
             Family(metric, [self._lines[metric].render(templates[metric], columns[metric])]) for metric in templates
         ]
+
+    def render_sums(self, found: Sequence[tuple[ShownVm, Column | None]]) -> list[Family]:
+        """Render the VMs' sums, where they are known."""
+        families = self.render([taken] for _, taken in found if taken is not None)
+        self._summed = [] if any(taken is None for _, taken in found) else [lines for (_, lines), _ in found]
+        return families
+
+    def render_sums_as_before(self, shown: Sequence[ShownVm]) -> list[Family]:
+        """Render the VMs' sums where all are known, and were in the scrape before; [] elsewhere."""
+        if not self._summed or [lines for _, lines in shown] != self._summed:
+            return []
+        metric, sums = metrics.VM_NOTIFY_WINDOW_EXITS, [reading.notify_exits for reading, _ in shown]
+        known = tuple([total for total in sums if total is not None])
+        return [Family(metric, [self._lines[metric].refill([known])])] if len(known) == len(sums) else []
 
     def render_vcpus(self, found: Sequence[tuple[ShownVm, list[Column]]], *, is_all: bool) -> list[Family]:
         """Render what was taken of the VMs' vCPUs; ``is_all`` says that no VM and no vCPU was left out."""
