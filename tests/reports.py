@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from exporter.monitor.figure_columns import FigureColumns
 from exporter.stalls.verdicts import (
     THREAD_KINDS,
     AgentUsage,
@@ -15,7 +17,6 @@ from exporter.stalls.verdicts import (
     VcpuReport,
     Verdict,
     VmFigures,
-    build_vm_figures,
 )
 from kvm.model import Owner, Vcpu, Vm, VmKey
 
@@ -57,14 +58,12 @@ def with_figures(report: MonitorReport) -> MonitorReport:
     return replace(report, figures={key: build_vm_figures(of_vm) for key, of_vm in vcpus.items()})
 
 
-def follow(now: VmFigures, before: VmFigures) -> VmFigures:
-    """Give the figures as the monitor does: what has not changed is the same object as before."""
-    old = before.vcpus
-    vcpus = {vcpu_id: old[vcpu_id] if old.get(vcpu_id) == found else found for vcpu_id, found in now.vcpus.items()}
-    made = build_vm_figures(vcpus)
-    kept = before.blocks
-    blocks = {number: kept[number] if kept.get(number) == block else block for number, block in made.blocks.items()}
-    return before if before == now else VmFigures(blocks, made.stalled)
+def build_vm_figures(vcpus: Mapping[int, VcpuFigures]) -> VmFigures:
+    """Build a VM's figures from those of its vCPUs, by vcpu_id."""
+    columns = FigureColumns()
+    for vcpu_id, found in vcpus.items():
+        columns.put(vcpu_id, found)
+    return columns.find()
 
 
 def make_report(

@@ -6,13 +6,14 @@ Everything is done per VM, not per vCPU, so that a VM of a thousand vCPUs costs 
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
 
+from exporter.monitor.figure_columns import FigureColumns
 from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu, find_window
-from exporter.stalls.verdicts import FIGURES_BLOCK, State, VcpuFigures, VmFigures
+from exporter.stalls.detector import ignore
+from exporter.stalls.verdicts import VmFigures
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuKey, VmKey, VmReading
 
 # A VM or a vCPU that is missing from a snapshot may be back in the next.
@@ -26,12 +27,13 @@ class TrackedVcpus:
     def __init__(self) -> None:
         self.active: dict[VcpuKey, TrackedVcpu] = {}
         self._by_vm: dict[VmKey, dict[int, TrackedVcpu]] = {}
-        self._finding = threading.Lock()
-        # Those whose figures may be others than those that were found last. Only they are looked at: in a flood of
-        # notify exits a scrape would touch ten thousand vCPUs, of which fifty have changed.
-        self._changed: set[VcpuKey] = set()
-        self._figures: dict[VmKey, VmFigures] = {}
         self._missing: dict[VcpuKey, float] = {}
+        self._taking = threading.Lock()
+        """Held while the figures, all that follows here, are written or read."""
+        self._columns: dict[VmKey, FigureColumns] = {}
+        self._changed: set[VmKey] = set()
+        """The VMs whose figures are others than those that were found last."""
+        self._figures: dict[VmKey, VmFigures] = {}
 
     def __iter__(self) -> Iterator[TrackedVcpu]:
         """Iterate over all that are tracked now; ``list`` of a dict's values is one step of the interpreter."""
@@ -48,44 +50,24 @@ class TrackedVcpus:
 
     def find_figures(self) -> dict[VmKey, VmFigures]:
         """Return what metrics tell of all that are tracked now; from any thread."""
-        with self._finding:
-            changed = list(self._changed)  # each once, however much changes meanwhile
-            try:
-                # Before it is looked at: what changes after that is for the next time.
-                self._changed.difference_update(changed)
-                by_vm: defaultdict[VmKey, list[int]] = defaultdict(list)
-                for key in changed:
-                    by_vm[key.vm].append(key.vcpu_id)
-                for vm, vcpu_ids in by_vm.items():
-                    self._find_figures_of(vm, vcpu_ids)
-            except BaseException:
-                self._changed.update(changed)
-                raise
+        with self._taking:
+            for vm in self._changed:
+                self._figures[vm] = self._columns[vm].find()
+            self._changed.clear()
             return dict(self._figures)
 
-    def _find_figures_of(self, vm: VmKey, changed: Iterable[int]) -> None:
-        tracked, before = self._by_vm.get(vm), self._figures.get(vm, VmFigures({}, 0))
-        if tracked is None:
-            self._figures.pop(vm, None)
-            return
-        stalled, renewed = before.stalled, dict[int, dict[int, VcpuFigures]]()
-        for vcpu_id in changed:
-            number = vcpu_id // FIGURES_BLOCK
-            if number not in renewed:
-                renewed[number] = dict(before.blocks.get(number, {}))
-            block = renewed[number]
-            was, vcpu = block.pop(vcpu_id, None), tracked.get(vcpu_id)
-            stalled -= was is not None and was.state is State.STALLED
-            if vcpu is not None:
-                now = block[vcpu_id] = vcpu.figures
-                stalled += now.state is State.STALLED
-        blocks = {**before.blocks, **renewed}
-        self._figures[vm] = VmFigures({number: block for number, block in blocks.items() if block}, stalled)
+    def _take_figures(self, vcpu: TrackedVcpu) -> None:
+        """Take in what metrics tell of a vCPU, after something of it has changed."""
+        vm, vcpu_id = vcpu.key
+        figures = vcpu.figures
+        with self._taking:
+            self._columns.setdefault(vm, FigureColumns()).put(vcpu_id, figures)
+            self._changed.add(vm)
 
     def add(self, vcpu: TrackedVcpu) -> None:
         """Begin to track a vCPU."""
         self._by_vm.setdefault(vcpu.key.vm, {})[vcpu.key.vcpu_id] = vcpu
-        vcpu.detector.on_change = partial(self._changed.add, vcpu.key)
+        vcpu.detector.on_change = partial(self._take_figures, vcpu)
         vcpu.detector.on_change()
 
     def renew(self, readings: Mapping[VmKey, VmReading], now: float) -> list[tuple[TrackedVcpu, Counts | None]]:
@@ -117,8 +99,8 @@ class TrackedVcpus:
             shown = reading.vcpus[place]
             if vcpu.vcpu is not shown:
                 is_other_thread, vcpu.vcpu = vcpu.vcpu.tid != shown.tid, shown
-                if is_other_thread:  # only now: a scrape may ask at any moment
-                    self._changed.add(vcpu.key)
+                if is_other_thread:
+                    self._take_figures(vcpu)
             if place < len(notify):
                 yield vcpu, (notify[place], exits[place] if place < len(exits) else None)
             else:
@@ -128,11 +110,19 @@ class TrackedVcpus:
         """Track a vCPU no more; returns it if it was tracked."""
         vcpus = self._by_vm.get(key.vm, {})
         vcpu = vcpus.pop(key.vcpu_id, None)
-        if not vcpus:
-            self._by_vm.pop(key.vm, None)
-        self._changed.add(key)
+        with self._taking:
+            if vcpus:
+                self._columns[key.vm].drop(key.vcpu_id)
+                self._changed.add(key.vm)
+            else:
+                self._by_vm.pop(key.vm, None)
+                self._columns.pop(key.vm, None)
+                self._figures.pop(key.vm, None)
+                self._changed.discard(key.vm)
         self.active.pop(key, None)
         self._missing.pop(key, None)
+        if vcpu is not None:
+            vcpu.detector.on_change = ignore  # its session may end after it
         return vcpu
 
     def drop_vm(self, vm: VmKey) -> list[TrackedVcpu]:
@@ -140,7 +130,6 @@ class TrackedVcpus:
         vcpus = list(self.of_vm(vm).values())
         for vcpu in vcpus:
             self.drop(vcpu.key)
-        self.find_figures()  # else what is known of it would stay for as long as nobody asks
         return vcpus
 
     def list_gone(self, now: float) -> list[VcpuKey]:

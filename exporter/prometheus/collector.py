@@ -11,7 +11,7 @@ a VM that makes no sense loses its own series and counts in ``kvm_exporter_read_
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,10 +21,10 @@ from exporter.build_info import BuildInfo
 from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
 from exporter.prometheus.counter_series import CounterSeries
-from exporter.prometheus.exposition import Family, render_same
+from exporter.prometheus.exposition import Family
 from exporter.prometheus.grouped_lines import group_lines
 from exporter.prometheus.host_series import build_host_families, build_snapshot_families, count_vms, name_labels
-from exporter.prometheus.kept_verdicts import KeptVerdicts
+from exporter.prometheus.last_moves import LastMoves
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
@@ -94,8 +94,8 @@ class HostCollector:
         self._shown: list[ShownVm] = []
         self._states: list[VmState] = []
         self._made = _MadeOfStates()
+        self._last_moves = LastMoves(self._increases)
         self._counters = CounterSeries()
-        self._kept_verdicts = KeptVerdicts()
         self._statistics = StatSeries()
         self._series_warning = SeriesWarning()
 
@@ -232,22 +232,27 @@ class HostCollector:
 
     def _collect_vms(self) -> list[Family]:
         made = self._made
-        if made.vms is None:
-            made.vms = self._render_vms()
-        if made.sums is None:
-            made.sums = self._render_sums()
-        return made.vms + made.sums
+        vms = self._render_vms() if made.vms is None else made.vms
+        return vms + (self._render_sums() if made.sums is None else made.sums)
 
     def _render_vms(self) -> list[Family]:
-        families = group_lines(lines for _, lines in self._ask_vms(self._shown, VmSeries.render_vm))
+        found = list(self._ask_vms(self._shown, VmSeries.render_vm))
+        families = group_lines(lines for _, lines in found)
         for family in families:
             family.join()
+        if len(found) == len(self._shown):  # else who made no sense is asked again
+            self._made.vms = families
         return families
 
     def _render_sums(self) -> list[Family]:
-        if families := self._counters.render_sums_as_before(self._shown):
-            return families
-        return self._counters.render_sums(list(self._ask_vms(self._shown, VmSeries.take_sum)))
+        families = self._counters.render_sums_as_before(self._shown)
+        if not families:
+            found = list(self._ask_vms(self._shown, VmSeries.take_sum))
+            families = self._counters.render_sums(found)
+            if len(found) < len(self._shown):
+                return families
+        self._made.sums = families
+        return families
 
     def _collect_vcpus(self) -> list[Family]:
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
@@ -264,9 +269,6 @@ class HostCollector:
         """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any, or all."""
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         moved = self._increases.moved_vms if with_series else ()
-        last_moves = Family(metrics.VCPU_LAST_NOTIFY_EXIT)
-        at_once: defaultdict[float, list[bytes]] = defaultdict(list)
-
         notified = self._find_notified() if verdicts else ()
         concerned = vms
         if len(notified) < len(self._shown):
@@ -276,25 +278,10 @@ class HostCollector:
                 for reading, lines in (vms if notified or keys else ())
                 if lines in notified or reading.vm.key in keys
             ]
-        families = self._kept_verdicts.render(verdicts, concerned, self._ask_vms) if verdicts else []
-        to_ask = []
-        for reading, lines in concerned if moved else ():
-            time = self._increases.moved_at_once(reading)
-            if time is not None and lines.moves_series:
-                at_once[time].append(lines.moves_series)
-            elif reading.vm.key in moved:
-                to_ask.append((reading, lines))
-        for _, texts in self._ask_vms(to_ask, self._render_moves):
-            last_moves.chunks += texts
-        last_moves.chunks += self._counters.render_moves(at_once)
-        return [*families, last_moves]
-
-    def _render_moves(self, lines: VmSeries, reading: VmReading) -> list[bytes]:
-        """Render when vCPUs took their last notify exits."""
-        time = self._increases.moved_at_once(reading)
-        if time is None:
-            return lines.render_last_moves(self._increases.last_moves(reading.vm.key))
-        return [render_same(lines.name_moves(), time)]
+        found = self._ask_vms(concerned, verdicts.take_columns) if verdicts else ()
+        families = self._counters.render(columns for _, columns in found)
+        last_moves = [self._last_moves.render(concerned, self._ask_vms)] if moved else []
+        return [*families, *last_moves]
 
     def _find_notified(self) -> Collection[VmSeries]:
         """Find the VMs that have taken notify exits, before our time or in it."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import CounterLines, Family, render_same
+from exporter.prometheus.exposition import Column, CounterLines, Family
 from exporter.prometheus.metrics import Metric
-from exporter.prometheus.vm_series import VCPU_COUNTERS, Column, ShownVm, VmSeries
+from exporter.prometheus.vm_series import VCPU_COUNTERS, ShownVm, VmSeries
 
 
 class CounterSeries:
@@ -20,14 +20,11 @@ class CounterSeries:
         """The VMs, and how many vCPUs each has, if the last scrape told every counter of every vCPU."""
         self._summed: list[VmSeries] = []
         """The VMs, if the last scrape that told sums told one of each."""
-        self._moves: tuple[Mapping[float, list[bytes]], list[bytes]] = ({}, [])
-        self._joined: dict[bytes, tuple[list[bytes], bytes]] = {}
-        """Series of the scrape before that had one time, as they were named and joined, by the first of them."""
 
     def render(self, vms: Iterable[Iterable[Column]]) -> list[Family]:
         """Render the columns of all VMs."""
         templates: defaultdict[Metric, list[bytes]] = defaultdict(list)
-        columns: defaultdict[Metric, list[tuple[int, ...]]] = defaultdict(list)
+        columns: defaultdict[Metric, list[tuple[float, ...]]] = defaultdict(list)
         for taken in vms:
             for metric, template, column in taken:
                 templates[metric].append(template)
@@ -38,6 +35,7 @@ class CounterSeries:
 
     def render_sums(self, found: Sequence[tuple[ShownVm, Column | None]]) -> list[Family]:
         """Render the VMs' sums, where they are known."""
+        self._summed = []  # what follows may fail half way
         families = self.render([taken] for _, taken in found if taken is not None)
         self._summed = [] if any(taken is None for _, taken in found) else [lines for (_, lines), _ in found]
         return families
@@ -52,6 +50,7 @@ class CounterSeries:
 
     def render_vcpus(self, found: Sequence[tuple[ShownVm, list[Column]]], *, is_all: bool) -> list[Family]:
         """Render what was taken of the VMs' vCPUs; ``is_all`` says that no VM and no vCPU was left out."""
+        self._whole = [], []  # what follows may fail half way
         families = self.render(taken for _, taken in found)
         is_whole = is_all and all(len(taken) == len(VCPU_COUNTERS) for _, taken in found)
         vms = [vm for vm, _ in found] if is_whole else []
@@ -74,17 +73,3 @@ class CounterSeries:
                 return []
             families.append(Family(metric, [self._lines[metric].refill(columns)]))
         return families
-
-    def render_moves(self, series: Mapping[float, list[bytes]]) -> list[bytes]:
-        """Render when vCPUs took their last notify exits: ``series`` by time, where all of a VM's moved at once."""
-        before, lines = self._moves
-        if series != before:
-            joined = [self._join(names) for names in series.values()]
-            self._joined = {names[0]: (names, text) for names, text in zip(series.values(), joined, strict=True)}
-            lines = [*map(render_same, joined, series)]
-            self._moves = series, lines
-        return lines
-
-    def _join(self, names: list[bytes]) -> bytes:
-        known, joined = self._joined.get(names[0], ([], b""))
-        return joined if known == names else b"".join(names)

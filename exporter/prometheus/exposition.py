@@ -35,6 +35,10 @@ _LABEL_ESCAPES = str.maketrans(
 )
 
 
+Column = tuple[Metric, bytes, tuple[float, ...]]
+"""The template of one metric's lines, and the numbers for it."""
+
+
 class Family:
     """A metric and its sample lines; ``chunks`` are whole lines, rendered, any number to a chunk."""
 
@@ -66,28 +70,28 @@ class CounterLines:
     def __init__(self) -> None:
         self._templates: list[bytes] = []
         self._template = b""
-        self._columns: Sequence[tuple[int, ...]] = []
+        self._columns: Sequence[tuple[float, ...]] = []
         self._text = b""
 
-    def render(self, templates: list[bytes], columns: Sequence[tuple[int, ...]]) -> bytes:
+    def render(self, templates: list[bytes], columns: Sequence[tuple[float, ...]]) -> bytes:
         """Put a column of numbers into each template; raises TypeError if there are more or fewer than places."""
         is_same = templates == self._templates
-        if not is_same:
-            self._template, self._templates = b"".join(templates), templates
         if not is_same or columns != self._columns:
-            self._text = self._template % tuple(chain.from_iterable(columns))
-            self._columns = columns
+            template = self._template if is_same else b"".join(templates)
+            self._text = template % tuple(chain.from_iterable(columns))
+            self._template, self._templates, self._columns = template, templates, columns  # once nothing can fail
         return self._text
 
-    def refill(self, columns: Sequence[tuple[int, ...]]) -> bytes:
+    def refill(self, columns: Sequence[tuple[float, ...]]) -> bytes:
         """Put other numbers into the templates of the last ``render``."""
         return self.render(self._templates, columns)
 
 
 def make_template(metric: Metric, label_sets: Iterable[Sequence[str]]) -> bytes:
-    """Make the sample lines of fixed label sets, each with a place for an integer."""
+    """Make the sample lines of fixed label sets, each with a place for an integer, or for a finite time in seconds."""
     series = (render_series(metric, label_values) for label_values in label_sets)
-    return "".join(f"{name.replace('%', '%%')} %d\n" for name in series).encode()
+    place = "%a" if metric.name.endswith("_seconds") else "%d"  # %d takes half the time, and would cut a float
+    return "".join(f"{name.replace('%', '%%')} {place}\n" for name in series).encode()
 
 
 def render_same(series: bytes, value: float) -> bytes:

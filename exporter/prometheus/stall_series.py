@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import Family
-from exporter.prometheus.grouped_lines import Rendered
+from exporter.prometheus.exposition import Column, Family
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import VmSeries
 from exporter.prometheus.vm_verdicts import Known
@@ -27,10 +26,7 @@ _FIGURES: Final[tuple[tuple[Metric, str], ...]] = (
     (metrics.WARNINGS_SUPPRESSED, "warnings_suppressed"),
 )
 
-NO_FIGURES: Final = VmFigures({}, 0)
-
-Basis = tuple[bool, bool, bool]
-"""What the lines of all VMs follow from, besides what is known of each."""
+NO_FIGURES: Final = VmFigures()
 
 
 class StallSeries:
@@ -61,23 +57,11 @@ class StallSeries:
         self._invalid: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         for (pid, start_ticks, tid, vcpu_id), count in (report.context_invalid or {}).items():
             self._invalid.setdefault((pid, start_ticks), {})[tid, vcpu_id] = count
-        self.basis: Basis = (self._traced, self._judged, report.context_invalid is not None)
 
     @property
     def vms(self) -> Collection[VmKey]:
         """The VMs of which something was found out, though their counters may be 0: of nearly all nothing was."""
         return self._found.keys() | self._drills.keys()
-
-    def settle(self, readings: Iterable[VmReading]) -> list[VmFigures | None]:
-        """Return of each VM the figures that, with ``basis``, are all that its lines follow from; else None."""
-        settled: list[VmFigures | None] = []
-        for reading in readings:
-            key = reading.vm.key
-            figures = self._found.get(key, NO_FIGURES)
-            column = reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())
-            have_all_notified = len(column) == len(reading.vcpus) and 0 not in column
-            settled.append(figures if have_all_notified and self._is_usual(key, figures) else None)
-        return settled
 
     def _is_usual(self, key: VmKey, figures: VmFigures) -> bool:
         """Tell whether of a VM nothing but its figures is known, as of nearly all."""
@@ -85,8 +69,8 @@ class StallSeries:
             return False
         return not self._invalid or key[:2] not in self._invalid
 
-    def render_vcpus(self, reading: VmReading, lines: VmSeries) -> Rendered:
-        """Render what was found out about the vCPUs of one VM."""
+    def take_columns(self, lines: VmSeries, reading: VmReading) -> list[Column]:
+        """Take what was found out about the vCPUs of one VM."""
         key = reading.vm.key
         figures, notified = self._found.get(key, NO_FIGURES), _find_notified(reading)
         if not self._is_usual(key, figures):
@@ -94,7 +78,7 @@ class StallSeries:
         else:  # the same of one VM as of the other
             known = self._usual.get(notified) or self._make_known(reading, figures, notified)
             self._usual[notified] = known
-        return lines.verdicts.render(known, figures)
+        return lines.verdicts.take_columns(known, figures)
 
     def _make_known(self, reading: VmReading, figures: VmFigures, notified: Sequence[int]) -> Known:
         key, report = reading.vm.key, self._report
@@ -111,11 +95,8 @@ class StallSeries:
         )
 
     def _find_starts(self, figures: VmFigures) -> dict[int, float]:
-        return {
-            vcpu_id: round(found.stuck_since_seconds + self._unix_offset, 3)
-            for vcpu_id, found in figures.vcpus.items()
-            if found.stuck_since_seconds is not None
-        }
+        found = zip(figures.vcpu_ids, figures.stuck_since_seconds, strict=True)
+        return {vcpu_id: round(since + self._unix_offset, 3) for vcpu_id, since in found if since is not None}
 
     def build_host_families(self) -> list[Family]:
         """Return what is known of the whole host."""

@@ -1,8 +1,8 @@
 """The lines of one metric for the vCPUs of one VM, kept one by one.
 
-After a bad microcode update every vCPU of a host takes notify exits, and the monitor finds out something new about some
-of them from scrape to scrape. Those lines alone are printed anew: the others are the same bytes as before. Some lines
-in a row make a block, so that few of the old ones need to be touched: they lie all over the memory.
+Of the vCPUs that have ever taken a notify exit, some take one from scrape to scrape. Only their lines are printed anew:
+the others are the same bytes as before. Some lines in a row make a block, so that few of the old ones need to be
+touched: they lie all over the memory.
 """
 
 from __future__ import annotations

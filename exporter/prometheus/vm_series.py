@@ -12,16 +12,13 @@ from dataclasses import replace
 from enum import StrEnum
 
 from exporter.prometheus import metrics
-from exporter.prometheus.exposition import escape_label_value, make_template, render_labels, render_sample
+from exporter.prometheus.exposition import Column, escape_label_value, make_template, render_labels, render_sample
 from exporter.prometheus.grouped_lines import Rendered
 from exporter.prometheus.metrics import Metric, order_labels
 from exporter.prometheus.vcpu_lines import VcpuLines
 from exporter.prometheus.vm_verdicts import VmVerdicts
 from kvm.errors import MalformedData
 from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Protection, VmReading
-
-Column = tuple[Metric, bytes, tuple[int, ...]]
-"""The template of one metric's lines, and the numbers for it."""
 
 VCPU_COUNTERS: tuple[tuple[str, Metric], ...] = (
     (NOTIFY_WINDOW_EXITS, metrics.VCPU_NOTIFY_WINDOW_EXITS),
@@ -71,7 +68,7 @@ class VmSeries:
         self._vcpu_ids = tuple([vcpu.vcpu_id for vcpu in reading.vcpus])
         self._labels: Sequence[bytes] = ()
         self._last_moves: VcpuLines | None = None
-        self.verdicts = VmVerdicts(reading.vcpus, self._open_lines)
+        self.verdicts = VmVerdicts(reading.vcpus, self._make_template)
         """What ``StallSeries`` tells of the VM."""
 
     def fits(self, reading: VmReading) -> bool:

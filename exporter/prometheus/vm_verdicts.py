@@ -1,7 +1,7 @@
-"""The lines about one VM's vCPUs that follow from what the stall monitor has found, kept while it finds the same.
+"""What the stall monitor has found out about one VM's vCPUs, as columns of numbers, kept while it finds the same.
 
-Few vCPUs ever take a notify exit. But after a bad microcode update all may do: then a scrape looks at those only whose
-figures are others than in the scrape before.
+Few vCPUs ever take a notify exit. But after a bad microcode update all may do: then the monitor's own columns are taken
+as they are, and the numbers of all VMs are printed at once, as counters are.
 """
 
 from __future__ import annotations
@@ -11,19 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from exporter.prometheus import metrics
-from exporter.prometheus.grouped_lines import Rendered
+from exporter.prometheus.exposition import Column
 from exporter.prometheus.metrics import Metric
-from exporter.prometheus.vcpu_lines import VcpuLines
-from exporter.stalls.verdicts import FIGURES_BLOCK, State, VcpuFigures, VmFigures
+from exporter.stalls.verdicts import VmFigures
 from kvm.model import Vcpu
 
-_NOT_KNOWN: Final = (State.UNKNOWN, State.CONTEXT_LOST)
-_IS_STUCK: Final[Mapping[tuple[State, bool], int | None]] = {
-    (state, can_judge): 1 if state is State.STALLED else 0 if can_judge and state not in _NOT_KNOWN else None
-    for state in State
-    for can_judge in (False, True)
-}
-"""By a vCPU's state, and whether it can be judged."""
+COUNTS: Final = (metrics.VCPU_TRACED_EXITS, metrics.VCPU_SAME_RIP_EXITS)
 
 
 class Known(NamedTuple):
@@ -46,93 +39,85 @@ class Known(NamedTuple):
     is_alone: bool
 
 
-Found = tuple[int, VcpuFigures | None]
-"""Where a vCPU stands, and what was found out about it, None for nothing."""
-
-
 class VmVerdicts:
-    """Renders what is known of the vCPUs of one VM; the vCPUs stay the same ones for its life."""
+    """Makes the columns of one VM; the vCPUs stay the same ones for its life."""
 
-    def __init__(self, vcpus: Sequence[Vcpu], open_lines: Callable[[Metric], VcpuLines]) -> None:
-        """``open_lines`` makes the lines of a metric for these vCPUs; what it raises, ``render`` does."""
-        self._vcpus, self._open_lines = vcpus, open_lines
-        self._vcpu_ids = [vcpu.vcpu_id for vcpu in vcpus]
+    def __init__(self, vcpus: Sequence[Vcpu], make_template: Callable[[Metric, Sequence[int]], bytes]) -> None:
+        """``make_template`` makes the lines of a metric for the vCPUs that stand there; what it raises, we raise."""
+        self._vcpus, self._make_template = vcpus, make_template
+        self._vcpu_ids = tuple([vcpu.vcpu_id for vcpu in vcpus])
         self._known: Known | None = None
-        self._figures: VmFigures | None = None
-        self._places: dict[int, list[int]] = {}
-        """Where the vCPUs of each block of figures stand, once it is asked."""
-        self._lines: dict[Metric, VcpuLines] = {}
-        self._rendered: Rendered = {}
+        self._figures = VmFigures()
+        self._stuck: tuple[Sequence[int | None], ...] = ()
+        self._seldom: list[Column] = []
+        """What follows from ``_known`` and ``_stuck``, and changes seldom."""
+        self._counted: list[bytes] = []
+        """The templates of counts, where all vCPUs and no others have figures."""
+        self._columns: list[Column] = []
+        self._templates: dict[Metric, tuple[Sequence[int], bytes]] = {}
 
-    def render(self, known: Known, figures: VmFigures) -> Rendered:
-        """Render whatever is known of each vCPU: the same object as before where nothing has changed."""
+    def take_columns(self, known: Known, figures: VmFigures) -> list[Column]:
+        """Take whatever is known of each vCPU: the same list as before where nothing has changed."""
         knows_same = known == self._known
         if knows_same and figures is self._figures:
-            return self._rendered
+            return self._columns
         self._known = None  # what follows may fail half way
-        if knows_same and self._figures is not None:
-            self._put_figures(known, self._find_changes(self._figures, figures))
-        else:
-            self._put_known(known)
-            found = figures.vcpus
-            self._put_figures(known, [(at, found.get(vcpu_id)) for at, vcpu_id in enumerate(self._vcpu_ids)])
-        self._rendered = {metric: texts for metric, lines in self._lines.items() if (texts := lines.render())}
+        stuck = figures.vcpu_ids, figures.stuck
+        if not knows_same or stuck != self._stuck:
+            values = {metrics.VCPU_NO_PROGRESS: _find_stuck(known, figures, self._vcpus), **self._find_known(known)}
+            self._seldom = self._make_columns(values)
+            has_all, places = figures.vcpu_ids == self._vcpu_ids != (), range(len(self._vcpus))
+            self._counted = [self._find_template(metric, places) for metric in COUNTS if has_all and known.traced]
+            self._stuck = stuck
+        self._columns = [*self._seldom, *(self._take_counts(figures) if known.traced else ())]
         self._known, self._figures = known, figures
-        return self._rendered
+        return self._columns
 
-    def _find_changes(self, before: VmFigures, now: VmFigures) -> list[Found]:
-        """Find the vCPUs whose figures are other objects than before."""
-        if not self._places:
-            for at, vcpu_id in enumerate(self._vcpu_ids):
-                self._places.setdefault(vcpu_id // FIGURES_BLOCK, []).append(at)
-        changed: list[Found] = []
-        for number in before.blocks.keys() | now.blocks.keys():
-            old, new = before.blocks.get(number, {}), now.blocks.get(number, {})
-            if new is old:
-                continue
-            for at in self._places.get(number, ()):
-                figures = new.get(self._vcpu_ids[at])
-                if figures is not old.get(self._vcpu_ids[at]):
-                    changed.append((at, figures))
-        return changed
-
-    def _put_known(self, known: Known) -> None:
-        """Put in what does not follow from figures."""
+    def _find_known(self, known: Known) -> dict[Metric, Sequence[float | None]]:
+        """Find what does not follow from figures."""
         starts = known.starts if known.judged else {}
-        columns: Mapping[Metric, Sequence[float | None]] = {
+        return {
             metrics.VCPU_CONTEXT_INVALID: _count_invalid(known, self._vcpus),
             metrics.VCPU_DRILL: [1 if vcpu_id in known.drilled else None for vcpu_id in self._vcpu_ids],
             metrics.VCPU_STALL_START: [*map(starts.get, self._vcpu_ids)],
         }
-        for metric, column in columns.items():
-            if metric in self._lines or any(value is not None for value in column):
-                self._open(metric).put_all(column)
 
-    def _put_figures(self, known: Known, changed: Iterable[Found]) -> None:
-        notified: Collection[int] | None = None
-        for at, figures in changed:
-            if figures is not None:
-                self._put(metrics.VCPU_TRACED_EXITS, at, figures.traced_exits if known.traced else None)
-                self._put(metrics.VCPU_SAME_RIP_EXITS, at, figures.same_rip_exits if known.traced else None)
-                stuck = _IS_STUCK[figures.state, figures.can_judge] if known.judged else None
-                self._put(metrics.VCPU_NO_PROGRESS, at, stuck)
-                continue
-            notified = set(known.notified) if notified is None else notified
-            # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
-            is_judged = known.judged and at in notified and self._vcpus[at].tid is not None
-            self._put(metrics.VCPU_TRACED_EXITS, at, None)
-            self._put(metrics.VCPU_SAME_RIP_EXITS, at, None)
-            self._put(metrics.VCPU_NO_PROGRESS, at, 0 if is_judged else None)
+    def _take_counts(self, figures: VmFigures) -> Iterable[Column]:
+        counts = figures.traced_exits, figures.same_rip_exits
+        if self._counted:
+            return zip(COUNTS, self._counted, counts, strict=True)
+        found = [dict(zip(figures.vcpu_ids, column, strict=True)) for column in counts]
+        values = {metric: [*map(of.get, self._vcpu_ids)] for metric, of in zip(COUNTS, found, strict=True)}
+        return self._make_columns(values)
 
-    def _put(self, metric: Metric, at: int, value: int | None) -> None:
-        if value is not None or metric in self._lines:
-            self._open(metric).put(at, value)
+    def _make_columns(self, values: Mapping[Metric, Sequence[float | None]]) -> list[Column]:
+        """Make columns of a number for each vCPU, None for those without a line."""
+        columns: list[Column] = []
+        for metric, column in values.items():
+            if places := [at for at, value in enumerate(column) if value is not None]:
+                told = tuple([value for value in column if value is not None])
+                columns.append((metric, self._find_template(metric, places), told))
+        return columns
 
-    def _open(self, metric: Metric) -> VcpuLines:
-        lines = self._lines.get(metric)
-        if lines is None:
-            lines = self._lines[metric] = self._open_lines(metric)
-        return lines
+    def _find_template(self, metric: Metric, places: Sequence[int]) -> bytes:
+        made_for, template = self._templates.get(metric, ((), b""))
+        if places != made_for:
+            template = self._make_template(metric, places)
+            self._templates[metric] = places, template
+        return template
+
+
+def _find_stuck(known: Known, figures: VmFigures, vcpus: Sequence[Vcpu]) -> list[int | None]:
+    """Find of each vCPU whether it is stuck, None where that cannot be told."""
+    if not known.judged:
+        return [None] * len(vcpus)
+    found = dict(zip(figures.vcpu_ids, figures.stuck, strict=True))
+    # One that nobody tracks took its notify exits before our time: it is not stuck, if its thread is known.
+    for at in known.notified:
+        vcpu = vcpus[at]
+        if vcpu.vcpu_id not in found and vcpu.tid is not None:
+            found[vcpu.vcpu_id] = 0
+    return [found.get(vcpu.vcpu_id) for vcpu in vcpus]
 
 
 def _count_invalid(known: Known, vcpus: Sequence[Vcpu]) -> list[int | None]:

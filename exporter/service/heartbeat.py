@@ -96,13 +96,15 @@ def describe_state(snapshot: Snapshot | None, report: MonitorReport, now: float,
         return "the host has not been read yet"
     if snapshot.is_blind:
         return f"blind: {describe_blindness(snapshot)}"
-    figures = [found for vm in report.figures.values() for found in vm.vcpus.values()]
-    states = Counter(found.state for found in figures)
+    judged = Counter(found for vm in report.figures.values() for found in zip(vm.states, vm.can_judge, strict=True))
+    states = Counter[State]()
+    for (state, _), count in judged.items():
+        states[state] += count
     counts = {
         "without a context": states[State.CONTEXT_LOST],
         "stalled": states[State.STALLED],
         "suspect": states[State.SUSPECT],
-        "not judged": states[State.UNKNOWN] + sum(not found.can_judge for found in figures if found.state in _GOES_ON),
+        "not judged": states[State.UNKNOWN] + sum(judged[state, False] for state in _GOES_ON),
     }
     vms = len(snapshot.readings)
     unknown = sum(reading.notify_exits is None for reading in snapshot.readings)

@@ -62,7 +62,7 @@ NOT_COMPARED: Final = frozenset({"rip", "rsp"})
 _NS: Final = 1_000_000_000
 
 
-def _ignore() -> None:
+def ignore() -> None:
     """Tell nobody."""
 
 
@@ -70,7 +70,7 @@ class StallDetector:
     """Judges one vCPU; each ``observe`` returns the verdicts of the states that the vCPU has entered by it."""
 
     def __init__(self, rule: StallRule, now: float) -> None:
-        self.on_change: Callable[[], None] = _ignore
+        self.on_change: Callable[[], None] = ignore
         """Called after the state, ``rip_hidden`` or a count of records has become another."""
         self.state = State.QUIET
         self.traced_exits = 0
@@ -248,10 +248,11 @@ class StallDetector:
         if not self._kernel.in_doubt:
             self._kernel_read = (began, ended)
         if counts.place is not None:
-            self.rip_hidden = False
+            was_hidden, self.rip_hidden = self.rip_hidden, False
             self.traced_exits += finding.exits
             self.same_rip_exits += finding.repeats
-            self.on_change()
+            if was_hidden or finding.exits or finding.repeats:
+                self.on_change()
             self._runs_nested |= counts.last_guest_mode
         if finding.kind not in (Kind.NOTHING, Kind.INTERRUPTED):
             self.evidence = Evidence.KERNEL

@@ -111,33 +111,34 @@ class VcpuFigures(NamedTuple):
     can_judge: bool
 
 
-# So many vcpu_ids make a block of figures.
-FIGURES_BLOCK: Final = 32
+def find_stuck(state: State, can_judge: bool) -> int | None:
+    """Tell whether a vCPU is stuck, as its metric does: 1 or 0, None where that is not known."""
+    if state is State.STALLED:
+        return 1
+    return 0 if can_judge and state not in (State.UNKNOWN, State.CONTEXT_LOST) else None
 
 
 class VmFigures(NamedTuple):
-    """What metrics tell of a VM's vCPUs that have taken a notify exit, and how many of them are ``stalled``.
+    """What metrics tell of a VM's vCPUs that have taken a notify exit: VcpuFigures in columns, sorted by vcpu_id.
 
-    ``blocks`` holds by ``vcpu_id // FIGURES_BLOCK`` the figures by vcpu_id. It, each block, and the figures of each
-    vCPU are the same objects until something changes: few do from one scrape to the next. Those of a large VM lie all
-    over the memory, and of a block that is the same none need be touched.
+    ``stuck`` tells of each whether it is (``find_stuck``), and ``stalled`` how many are. The whole is the same object
+    until something changes.
     """
 
-    blocks: Mapping[int, Mapping[int, VcpuFigures]]
-    stalled: int
+    vcpu_ids: tuple[int, ...] = ()
+    states: tuple[State, ...] = ()
+    stuck_since_seconds: tuple[float | None, ...] = ()
+    traced_exits: tuple[int, ...] = ()
+    same_rip_exits: tuple[int, ...] = ()
+    can_judge: tuple[bool, ...] = ()
+    stuck: tuple[int | None, ...] = ()
+    stalled: int = 0
 
     @property
     def vcpus(self) -> dict[int, VcpuFigures]:
-        """All figures by vcpu_id."""
-        return {vcpu_id: found for block in self.blocks.values() for vcpu_id, found in block.items()}
-
-
-def build_vm_figures(vcpus: Mapping[int, VcpuFigures]) -> VmFigures:
-    """Build a VM's figures from those of its vCPUs."""
-    blocks: dict[int, dict[int, VcpuFigures]] = {}
-    for vcpu_id, found in vcpus.items():
-        blocks.setdefault(vcpu_id // FIGURES_BLOCK, {})[vcpu_id] = found
-    return VmFigures(blocks, sum(found.state is State.STALLED for found in vcpus.values()))
+        """The figures of each vCPU, by vcpu_id."""
+        rows = map(VcpuFigures._make, zip(*self[1:-2], strict=True))
+        return dict(zip(self.vcpu_ids, rows, strict=True))
 
 
 # Kinds of the agent's threads: the event loop, and its pools of workers.

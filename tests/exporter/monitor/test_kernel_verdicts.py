@@ -245,6 +245,46 @@ def test_a_tracer_that_is_refused_is_no_problem_where_nothing_is_traced() -> Non
     play(act, vm, prepare=prepare)
 
 
+def test_where_nothing_can_be_traced_only_those_are_judged_that_kvm_tells_of() -> None:
+    told, other = FakeVm("a", 100, 1), FakeVm("b", 200, 1)
+    told.source, other.source = "stats_fd", "debugfs"
+
+    def prepare(host: FakeHost) -> None:
+        bare(host)
+        host.unread_vms.add(other.key)
+        host.rip_sources = ("stats_fd",)
+        host.refusal = SourceUnavailable("lockdown forbids it", "use integrity")
+
+    async def act(scene: Scene) -> None:
+        for vm in (told, other):
+            scene.host.set(vm.vcpus[0], "stuck, uninterrupted")
+        await scene.wait_for(told, State.STALLED)
+        await scene.wait_for(other, State.NOTIFYING)
+        figures = scene.monitor.report(with_verdicts=False).figures
+        found = [(figures[vm.key].can_judge, figures[vm.key].stuck) for vm in (told, other)]
+        assert found == [((True,), (1,)), ((False,), (None,))]
+
+    play(act, told, other, prepare=prepare)
+
+
+def test_where_nothing_can_be_traced_a_vcpu_that_has_to_be_costs_no_other_of_its_vm() -> None:
+    vm = FakeVm("a", 100, 2)
+
+    def prepare(host: FakeHost) -> None:
+        patch(host)
+        host.refusal = SourceUnavailable("lockdown forbids it", "use integrity")
+
+    async def act(scene: Scene) -> None:
+        scene.host.set(vm.vcpus[0], "others")
+        scene.host.set(vm.vcpus[1], "stuck")
+        await scene.wait_for(vm, State.STALLED, vcpu=1)
+        await asyncio.sleep(5)
+        found = scene.monitor.report(with_verdicts=False).figures[vm.key]
+        assert (found.can_judge, found.stuck) == ((False, True), (None, 1))
+
+    play(act, vm, trigger=True, prepare=prepare)
+
+
 def test_many_vcpus_are_all_judged_at_a_bounded_cost() -> None:
     vms = [FakeVm(f"vm{number}", 1000 + 100 * number, 8) for number in range(25)]
 

@@ -12,7 +12,7 @@ from exporter.monitor.tracked_vcpu import TrackedVcpu
 from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.kernel_evidence import KernelCounts
-from exporter.stalls.verdicts import FIGURES_BLOCK, StallRule, State, VcpuFigures, build_vm_figures
+from exporter.stalls.verdicts import StallRule, State, VcpuFigures
 from kvm.model import NotifyExit, VcpuKey, VmKey, VmReading
 from tests.fake_host import FakeVm
 
@@ -48,28 +48,13 @@ def test_figures_are_the_same_objects_until_they_change() -> None:
     vcpu.detector.observe_trigger(1.0)
     now = tracked.find_figures()
     assert now[vm.key].vcpus[0].state is State.NOTIFYING
-    assert now[vm.key].vcpus[2] is before[vm.key].vcpus[2]
+    assert now[vm.key].vcpus[2] == before[vm.key].vcpus[2]
     assert before[vm.key].vcpus[0].state is State.QUIET
     assert now[other.key] is before[other.key]
     reading = vm.read()
     hidden = replace(reading, vcpus=tuple(replace(vcpu, tid=None) for vcpu in reading.vcpus))
     assert len([*tracked.renew({vm.key: hidden} | read(other), 1.0)]) == 3
     assert not tracked.find_figures()[vm.key].vcpus[0].can_judge
-
-
-def test_of_a_large_vm_only_the_block_that_changes_is_another_object() -> None:
-    vm = FakeVm("web", 100, FIGURES_BLOCK)  # its vcpu_ids are even
-    tracked = track(vm)
-    before = tracked.find_figures()[vm.key].blocks
-    first, second = before[0], before[1]
-    tracked.drop(VcpuKey(vm.key, 0))
-    found = tracked.find_figures()[vm.key]
-    assert set(found.blocks) == {0, 1}
-    assert found.blocks[0] == {vcpu_id: figures for vcpu_id, figures in first.items() if vcpu_id}
-    assert found.blocks[1] is second
-    for vcpu_id in second:
-        tracked.drop(VcpuKey(vm.key, vcpu_id))
-    assert tracked.find_figures()[vm.key] == build_vm_figures(found.blocks[0])
 
 
 def test_figures_follow_vcpus_that_come_and_go() -> None:
@@ -128,50 +113,16 @@ def test_a_thread_that_becomes_another_while_figures_are_asked_for_is_not_overlo
     assert tracked.find_figures()[vm.key].vcpus[0].can_judge
 
 
-class RaisesOnce(TrackedVcpu):
-    """Cannot be asked for its figures once."""
-
-    raises = False
-
-    @property
-    def figures(self) -> VcpuFigures:
-        if RaisesOnce.raises:
-            RaisesOnce.raises = False
-            raise MemoryError
-        return super().figures
-
-
-def test_a_vcpu_that_could_not_be_asked_is_asked_again() -> None:
-    vm, detector = FakeVm("web", 100, 2), StallDetector(StallRule(), 0.0)
+def test_what_becomes_of_a_vcpu_that_was_dropped_is_not_told() -> None:
+    vm = FakeVm("web", 100, 2)
     tracked = track(vm)
-    tracked.find_figures()
-    tracked.add(RaisesOnce(VcpuKey(vm.key, 0), vm.vm, vm.read().vcpus[0], "bpf", detector))
-    detector.observe_trigger(1.0)
-    RaisesOnce.raises = True
-    with pytest.raises(MemoryError):
-        tracked.find_figures()
-    assert tracked.find_figures()[vm.key].vcpus[0].state is State.NOTIFYING
-
-
-class ChangesWhenAsked(TrackedVcpu):
-    """Has changed again whenever it is asked, as in a flood; ``asked`` counts."""
-
-    asked = 0
-
-    @property
-    def figures(self) -> VcpuFigures:
-        ChangesWhenAsked.asked += 1
-        assert ChangesWhenAsked.asked <= 3
-        self.detector.on_change()
-        return super().figures
-
-
-def test_what_changes_without_end_is_asked_once_a_time() -> None:
-    vm, tracked = FakeVm("web", 100, 1), TrackedVcpus()
-    tracked.add(ChangesWhenAsked(VcpuKey(vm.key, 0), vm.vm, vm.read().vcpus[0], "bpf", StallDetector(StallRule(), 0.0)))
-    for asked in range(1, 4):
-        assert set(tracked.find_figures()) == {vm.key}
-        assert ChangesWhenAsked.asked == asked
+    gone = tracked.drop(VcpuKey(vm.key, 0))
+    assert gone is not None
+    gone.detector.observe_trigger(1.0)  # as at the end of a session
+    assert set(tracked.find_figures()[vm.key].vcpus) == {2}
+    for vcpu in tracked.drop_vm(vm.key):
+        vcpu.detector.observe_trigger(2.0)
+    assert tracked.find_figures() == {}
 
 
 def test_of_vms_that_have_ended_nothing_is_left_though_nobody_asks() -> None:

@@ -462,6 +462,34 @@ def test_each_vcpu_has_the_time_of_its_own_last_exit(steps: list[list[int]]) -> 
         assert told == wanted
 
 
+class FailsOnce(str):
+    """A VM's id that cannot be printed once, when it is asked for the ``fails_at``-th time."""
+
+    __slots__ = ()
+    asked = fails_at = 0
+
+    def translate(self, table: Any) -> str:  # noqa: ANN401
+        FailsOnce.asked += 1
+        if FailsOnce.asked == FailsOnce.fails_at:
+            raise MemoryError
+        return super().translate(table)
+
+
+@pytest.mark.parametrize("fails_at", range(2, 15))
+def test_a_vm_whose_naming_failed_once_has_all_its_series_in_the_next_scrape(fails_at: int) -> None:
+    """The first time is when the VM is met; after that, whatever has failed is tried again, though nothing moved."""
+    FailsOnce.asked, FailsOnce.fails_at = 0, fails_at
+    reading = make_reading("a", (1, 2), (3, 4))
+    collector = open_collector(make_snapshot(rename(reading, FailsOnce("a"))))
+    parse_series(collector)
+    assert FailsOnce.asked >= fails_at
+    kept, anew = (
+        {key: value for key, value in drop_history(parse_series(opened)).items() if "malformed" not in str(key)}
+        for opened in (collector, open_collector(make_snapshot(rename(reading, "a"))))
+    )
+    assert kept == anew
+
+
 def count_malformed(series: Series) -> float:
     return sum(value for (_, labels), value in series.items() if ("kind", "malformed") in labels)
 

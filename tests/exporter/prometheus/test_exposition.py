@@ -225,6 +225,16 @@ def test_what_comes_and_moves_is_rendered_and_what_stands_still_is_the_same_text
     assert lines.render([other], [(3,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 3\n'
 
 
+def test_of_a_rendering_that_failed_nothing_is_left() -> None:
+    lines = CounterLines()
+    one, other = (make_template(VCPU_EXITS, [("0", vm)]) for vm in "ab")
+    lines.render([one], [(0,)])
+    with pytest.raises(TypeError):
+        lines.render([other], [()])
+    assert lines.refill([(1,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\n'
+    assert lines.render([other], [(1,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 1\n'
+
+
 def test_series_wants_every_label() -> None:
     for label_values in ((), ("0",), ("0", "a", "b")):
         with pytest.raises(ValueError, match="zip"):

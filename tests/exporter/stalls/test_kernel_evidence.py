@@ -227,6 +227,21 @@ class Watched:
         return [self.show(step(self.counts)) for _ in range(times)]
 
 
+def test_a_change_is_told_of_and_nothing_else_is() -> None:
+    watched, changes = Watched(STUCK), []
+    watched.detector.on_change = lambda: changes.append(watched.detector.rip_hidden)
+    watched.show(watched.counts)
+    assert changes == []
+    watched.detector.observe_hidden(watched.now, "it cannot be seen")
+    assert changes.pop()
+    watched.show(watched.counts)  # though it took no exit
+    assert not changes.pop()
+    changes.clear()
+    watched.show(add(watched.counts, notify_exits=1, exits=1, same_rip_exits=0))
+    watched.show(repeat(watched.counts))
+    assert changes
+
+
 def test_a_stall_is_called_after_a_second_and_ten_exits() -> None:
     watched = Watched(STUCK)
     states = list(watched.show_all(repeat, 13))
