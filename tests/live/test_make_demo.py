@@ -60,7 +60,9 @@ def open_demo(directory: Path, prometheus_port: int = 0, **environment: str) -> 
     temporary.mkdir()
     agent, prometheus = f"127.0.0.1:{find_free_port()}", f"127.0.0.1:{prometheus_port or find_free_port()}"
     environment = {**os.environ, "TMPDIR": str(temporary), "KVM_NOTIFY_EXPORTER": str(AGENT), **environment}
-    words = [str(ROOT / "grafana" / "demo"), agent, prometheus]
+    # A shell cannot trap what was ignored when it began, as SIGHUP is where nohup has started the tests.
+    with_signals = [str(shutil.which("env")), "--default-signal=HUP,INT,TERM"]
+    words = [*with_signals, str(ROOT / "grafana" / "demo"), agent, prometheus]
     with output.open("wb") as file, subprocess.Popen(
         words, stdout=file, stderr=file, env=environment, start_new_session=True
     ) as process:  # fmt: skip
