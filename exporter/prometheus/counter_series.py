@@ -35,7 +35,6 @@ class CounterSeries:
 
     def render_sums(self, found: Sequence[tuple[ShownVm, Column | None]]) -> list[Family]:
         """Render the VMs' sums, where they are known."""
-        self._summed = []  # what follows may fail half way
         families = self.render([taken] for _, taken in found if taken is not None)
         self._summed = [] if any(taken is None for _, taken in found) else [lines for (_, lines), _ in found]
         return families
