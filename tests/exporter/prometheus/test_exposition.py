@@ -36,7 +36,7 @@ from exporter.prometheus.exposition import (
     render_series,
     render_text,
 )
-from exporter.prometheus.metrics import METRICS, VCPU_EXITS, VM_INFO, Metric, MetricType
+from exporter.prometheus.metrics import METRICS, VCPU_EXITS, VCPU_STALL_START, VM_INFO, Metric, MetricType
 from exporter.prometheus.negotiation import accepts_gzip, parse_accept
 
 CLIENT_VERSION = tuple(int(part) for part in version("prometheus-client").split(".")[:2])
@@ -223,6 +223,12 @@ def test_what_comes_and_moves_is_rendered_and_what_stands_still_is_the_same_text
         b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 2',
     ]
     assert lines.render([other], [(3,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 3\n'
+
+
+@pytest.mark.parametrize("seconds", [1_800_000_000.125, 1_800_000_000.0])
+def test_a_time_keeps_its_fraction(seconds: float) -> None:
+    line = CounterLines().render([make_template(VCPU_STALL_START, [("0", "a")])], [(seconds,)])
+    assert line.decode() == f'kvm_vcpu_stall_start_timestamp_seconds{{vcpu="0",vm="a"}} {seconds!r}\n'
 
 
 def test_of_a_rendering_that_failed_nothing_is_left() -> None:

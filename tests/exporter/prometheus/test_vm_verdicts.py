@@ -84,6 +84,17 @@ def test_while_only_counts_change_the_monitors_own_columns_are_taken() -> None:
     assert now[metrics.VCPU_NO_PROGRESS] is before[metrics.VCPU_NO_PROGRESS]
 
 
+def test_what_is_not_told_needs_no_lines() -> None:
+    """Else a VM whose lines cannot be made would count as malformed in each scrape, though it has none."""
+
+    def refuse(_metric: Metric, _places: Sequence[int]) -> bytes:
+        raise AssertionError
+
+    figures = build_vm_figures({vcpu_id: make_figures(1) for vcpu_id in IDS})
+    known = KNOWN._replace(traced=False, judged=False)
+    assert VmVerdicts(VCPUS, refuse).take_columns(known, figures) == []
+
+
 def test_one_that_nobody_tracks_is_not_stuck_if_its_thread_is_known() -> None:
     vcpus = [*VCPUS[:2], Vcpu(2, 4, None)]
     stuck = read(VmVerdicts(vcpus, make_template).take_columns(KNOWN, build_vm_figures({0: make_figures(1)})))
