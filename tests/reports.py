@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from exporter.monitor.figure_columns import FigureColumns
+from exporter.monitor.figure_columns import build_vm_figures
 from exporter.stalls.verdicts import (
     THREAD_KINDS,
     AgentUsage,
@@ -16,7 +15,6 @@ from exporter.stalls.verdicts import (
     VcpuFigures,
     VcpuReport,
     Verdict,
-    VmFigures,
 )
 from kvm.model import Owner, Vcpu, Vm, VmKey
 
@@ -56,14 +54,6 @@ def with_figures(report: MonitorReport) -> MonitorReport:
                 found.verdict.state, stuck_since, found.traced_exits, found.same_rip_exits, found.can_judge
             )
     return replace(report, figures={key: build_vm_figures(of_vm) for key, of_vm in vcpus.items()})
-
-
-def build_vm_figures(vcpus: Mapping[int, VcpuFigures]) -> VmFigures:
-    """Build a VM's figures from those of its vCPUs, by vcpu_id."""
-    columns = FigureColumns()
-    for vcpu_id, found in vcpus.items():
-        columns.put(vcpu_id, found)
-    return columns.find()
 
 
 def make_report(

@@ -1,12 +1,13 @@
 """What metrics tell of the tracked vCPUs of one VM, column by column.
 
 It is written when something has changed, in the event loop, which has just looked at that vCPU. A scrape takes whole
-columns: to ask ten thousand vCPUs, which lie all over the memory, would take it 50 ms.
+columns: to ask one vCPU of ten thousand, which lie all over the memory, takes it 5 us.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any
 
 from exporter.stalls.verdicts import VcpuFigures, VmFigures, find_stuck
@@ -51,3 +52,11 @@ class FigureColumns:
         vcpu_ids = self._columns[0]
         at = bisect_left(vcpu_ids, vcpu_id)
         return at, vcpu_ids[at : at + 1] == [vcpu_id]
+
+
+def build_vm_figures(vcpus: Mapping[int, VcpuFigures]) -> VmFigures:
+    """Build a VM's figures from those of its vCPUs, by vcpu_id."""
+    columns = FigureColumns()
+    for vcpu_id, figures in vcpus.items():
+        columns.put(vcpu_id, figures)
+    return columns.find()

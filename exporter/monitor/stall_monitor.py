@@ -33,7 +33,7 @@ from exporter.monitor.backends import Backends, PollMode, Reading, Run
 from exporter.monitor.context_losses import ContextLosses, Thread
 from exporter.monitor.cpu_time import bound_failures, observe_cpu_times
 from exporter.monitor.drills import Drills
-from exporter.monitor.figure_columns import FigureColumns
+from exporter.monitor.figure_columns import build_vm_figures
 from exporter.monitor.instructions import Instructions
 from exporter.monitor.polling import IDLE_SECONDS, RETRY_SECONDS, Poller
 from exporter.monitor.process_watcher import ProcessWatcher
@@ -54,6 +54,7 @@ from exporter.stalls.verdicts import (
     MonitorReport,
     StallRule,
     State,
+    VcpuFigures,
     VcpuReport,
     Verdict,
     VmFigures,
@@ -463,14 +464,13 @@ class StallMonitor:
         figures = self._tracked.find_figures()
         if self._scheduler.problem and self._single.tells_rips:
             # KVM tells of all but the few that only a trace could judge.
-            untold = {vcpu.key for vcpu in self._tracked if not self._is_told(vcpu)}
-            for vm in figures.keys() & {key.vm for key in untold}:
-                of_vm = figures[vm]
-                columns = FigureColumns()
-                for vcpu_id, found in of_vm.vcpus.items():
-                    can_judge = found.can_judge and VcpuKey(vm, vcpu_id) not in untold
-                    columns.put(vcpu_id, found._replace(can_judge=can_judge))
-                figures[vm] = columns.find()
+            untold: dict[VmKey, dict[int, VcpuFigures]] = {}
+            for vcpu in self._tracked:
+                if not self._is_told(vcpu):
+                    of_vm = untold.setdefault(vcpu.key.vm, {})
+                    of_vm[vcpu.key.vcpu_id] = vcpu.figures._replace(can_judge=False)
+            for key in figures.keys() & untold.keys():
+                figures[key] = build_vm_figures({**figures[key].vcpus, **untold[key]})
         return figures
 
     def _find_problem(self, vcpu: TrackedVcpu) -> str:

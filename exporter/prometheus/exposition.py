@@ -90,7 +90,7 @@ class CounterLines:
 def make_template(metric: Metric, label_sets: Iterable[Sequence[str]]) -> bytes:
     """Make the sample lines of fixed label sets, each with a place for an integer, or for a finite time in seconds."""
     series = (render_series(metric, label_values) for label_values in label_sets)
-    place = "%a" if metric.name.endswith("_seconds") else "%d"  # %d takes half the time, and would cut a float
+    place = "%a" if metric.unit == "seconds" else "%d"  # %d takes half the time, and would cut a float
     return "".join(f"{name.replace('%', '%%')} {place}\n" for name in series).encode()
 
 

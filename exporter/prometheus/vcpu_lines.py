@@ -22,20 +22,21 @@ BLOCK: Final = 32
 class VcpuLines:
     """One line of each vCPU, in their order; a vCPU without a value has none."""
 
-    __slots__ = ("_blocks", "_changed", "_labels", "_lines", "_name", "_texts", "_values")
+    __slots__ = ("_blocks", "_changed", "_labels", "_lines", "_name", "_values")
 
     def __init__(self, metric: Metric, labels: Sequence[bytes]) -> None:
-        """``labels`` are those of each vCPU, rendered: metrics share them."""
+        """``labels`` are those of each vCPU, rendered."""
         self._name, self._labels = metric.name.encode(), labels
         self._values: list[float | None] = [None] * len(labels)
         self._lines = [b""] * len(labels)
         self._blocks = [b""] * -(-len(labels) // BLOCK)
         self._changed: set[int] = set()
-        self._texts: list[bytes] = []
 
-    def put(self, at: int, value: float | None) -> None:
-        """Give one vCPU its value."""
-        if value != self._values[at]:
+    def put(self, values: Sequence[float | None]) -> None:
+        """Give each vCPU its value."""
+        changed: Iterable[int] = compress(range(len(values)), map(ne, values, self._values))
+        for at in changed:
+            value = values[at]
             self._lines[at] = b"" if value is None else self._render(at, value)
             self._changed.add(at // BLOCK)
             self._values[at] = value  # last: what fails half way is done again
@@ -43,20 +44,12 @@ class VcpuLines:
     def _render(self, at: int, value: float) -> bytes:
         return b"%b%b %b\n" % (self._name, self._labels[at], _render_value(value))
 
-    def put_all(self, values: Sequence[float | None]) -> None:
-        """Give each vCPU its value."""
-        changed: Iterable[int] = compress(range(len(values)), map(ne, values, self._values))
-        for at in changed:
-            self.put(at, values[at])
-
     def render(self) -> list[bytes]:
-        """Return all lines, in blocks; the same list as before where none has changed."""
-        if self._changed:
-            for block in self._changed:
-                self._blocks[block] = b"".join(self._lines[block * BLOCK : (block + 1) * BLOCK])
-            self._texts = [block for block in self._blocks if block]
-            self._changed.clear()
-        return self._texts
+        """Return all lines, in blocks."""
+        for block in self._changed:
+            self._blocks[block] = b"".join(self._lines[block * BLOCK : (block + 1) * BLOCK])
+        self._changed.clear()
+        return [block for block in self._blocks if block]
 
 
 @lru_cache(maxsize=64, typed=True)

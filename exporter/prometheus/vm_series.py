@@ -1,7 +1,7 @@
 """The sample lines of one VM, kept from snapshot to snapshot: most of them never change.
 
 A ``VmSeries`` serves for as long as the VM's identity and vCPUs are the same objects (or equal ones); the numbers are
-given anew in each snapshot. What it gives is the same object as before where nothing has moved: then the lines of the
+given anew in each snapshot. What it gives is the same list as before where nothing has moved: then the lines of the
 whole host need not be put together anew.
 """
 
@@ -59,7 +59,7 @@ class VmSeries:
         self._vcpu_series = vcpu_series
         self._vm_labels = vm_labels
         self._state: tuple[object, ...] = ()
-        self._vm_lines: Rendered = {}
+        self._vm_lines: Rendered = []
         self._positions: Sequence[int] = range(len(reading.vcpus))
         self._templates: dict[Metric, bytes] = {}
         self._sum_template = b""
@@ -134,9 +134,6 @@ class VmSeries:
     def _make_template(self, metric: Metric, positions: Iterable[int]) -> bytes:
         return make_template(metric, self._find_labels(positions))
 
-    def _open_lines(self, metric: Metric) -> VcpuLines:
-        return VcpuLines(metric, self._render_labels())
-
     def _render_labels(self) -> Sequence[bytes]:
         """Render the labels of each vCPU: those of any metric of vCPUs."""
         if not self._labels:
@@ -159,8 +156,8 @@ class VmSeries:
     def render_last_moves(self, last_moves: Mapping[int, float]) -> list[bytes]:
         """Render when each vCPU was last seen to take a notify exit; those that never did are left out."""
         if self._last_moves is None:
-            self._last_moves = self._open_lines(metrics.VCPU_LAST_NOTIFY_EXIT)
-        self._last_moves.put_all([*map(last_moves.get, self._vcpu_ids)])
+            self._last_moves = VcpuLines(metrics.VCPU_LAST_NOTIFY_EXIT, self._render_labels())
+        self._last_moves.put([*map(last_moves.get, self._vcpu_ids)])
         return self._last_moves.render()
 
 
@@ -212,9 +209,9 @@ def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:
     ]
     if reading.protection is Protection.ARMED:
         samples.append((metrics.VM_NOTIFY_WINDOW, (vm.id,), reading.counters.notify_window_cycles))
-    lines = {metric: (render_sample(metric, labels, value),) for metric, labels, value in samples if value is not None}
+    lines = [(metric, render_sample(metric, labels, value)) for metric, labels, value in samples if value is not None]
     states = [
         render_sample(metrics.VM_NOTIFY_PROTECTION, (state, vm.id), int(state is reading.protection))
         for state in Protection
     ]
-    return {**lines, metrics.VM_NOTIFY_PROTECTION: (b"".join(states),)}
+    return [*lines, (metrics.VM_NOTIFY_PROTECTION, b"".join(states))]

@@ -39,7 +39,7 @@ from tests.bench.crowd import open_crowd
 from tests.bench.flooded_host import FloodedHost, FloodedTracer, FloodedTrigger
 from tests.waiting import wait_until
 
-# About as often as Prometheus asks. Asked each second, nine VMs in ten have nothing new to tell, and all is in a cache.
+# About as often as Prometheus scrapes. Each second, nine VMs in ten have nothing new to tell, and all is in a cache.
 SCRAPE_SECONDS = 10.0
 # Until everything about the VMs is found out, and all of their lines are made.
 SETTLE_SECONDS = 6.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_without_registers_a_trace_tells_that_a_guest_goes_on_without_notify_exi
     assert len(play(act, vm, trigger=True, prepare=bare).armed_times) == 1
 
 
-def test_a_vm_that_another_source_counts_is_traced_beside_those_that_kvm_tells_of() -> None:
+def open_told_and_other() -> tuple[FakeVm, FakeVm, Callable[[FakeHost], None]]:
     """Of two VMMs one holds stats fds and one does not: what is known of one VM is not known of all."""
     told, other = FakeVm("a", 100, 1), FakeVm("b", 200, 1)
     told.source, other.source = "stats_fd", "debugfs"
@@ -124,6 +125,16 @@ def test_a_vm_that_another_source_counts_is_traced_beside_those_that_kvm_tells_o
         bare(host)
         host.unread_vms.add(other.key)
         host.rip_sources = ("stats_fd",)
+
+    return told, other, prepare
+
+
+def refuse_traces(host: FakeHost) -> None:
+    host.refusal = SourceUnavailable("lockdown forbids it", "use integrity")
+
+
+def test_a_vm_that_another_source_counts_is_traced_beside_those_that_kvm_tells_of() -> None:
+    told, other, prepare = open_told_and_other()
 
     async def act(scene: Scene) -> None:
         for vm in (told, other):
@@ -235,7 +246,7 @@ def test_a_tracer_that_is_refused_is_no_problem_where_nothing_is_traced() -> Non
 
     def prepare(host: FakeHost) -> None:
         patch(host)
-        host.refusal = SourceUnavailable("lockdown forbids it", "use integrity")
+        refuse_traces(host)
 
     async def act(scene: Scene) -> None:
         assert scene.monitor.report().problem == ""
@@ -246,14 +257,11 @@ def test_a_tracer_that_is_refused_is_no_problem_where_nothing_is_traced() -> Non
 
 
 def test_where_nothing_can_be_traced_only_those_are_judged_that_kvm_tells_of() -> None:
-    told, other = FakeVm("a", 100, 1), FakeVm("b", 200, 1)
-    told.source, other.source = "stats_fd", "debugfs"
+    told, other, prepare_both = open_told_and_other()
 
     def prepare(host: FakeHost) -> None:
-        bare(host)
-        host.unread_vms.add(other.key)
-        host.rip_sources = ("stats_fd",)
-        host.refusal = SourceUnavailable("lockdown forbids it", "use integrity")
+        prepare_both(host)
+        refuse_traces(host)
 
     async def act(scene: Scene) -> None:
         for vm in (told, other):
@@ -272,7 +280,7 @@ def test_where_nothing_can_be_traced_a_vcpu_that_has_to_be_costs_no_other_of_its
 
     def prepare(host: FakeHost) -> None:
         patch(host)
-        host.refusal = SourceUnavailable("lockdown forbids it", "use integrity")
+        refuse_traces(host)
 
     async def act(scene: Scene) -> None:
         scene.host.set(vm.vcpus[0], "others")

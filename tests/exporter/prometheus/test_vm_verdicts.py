@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporter.monitor.figure_columns import build_vm_figures
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Column
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_verdicts import Known, VmVerdicts
 from exporter.stalls.verdicts import State, VcpuFigures, VmFigures
 from kvm.model import Vcpu
-from tests.reports import build_vm_figures
 
 IDS = (0, 2, 4)
 VCPUS = [Vcpu(index, vcpu_id, 5000 + index) for index, vcpu_id in enumerate(IDS)]
