@@ -140,6 +140,7 @@ class VcpuPrograms:
         self._links: dict[str, int] = {}
         self._buffer = bytearray(FILE_BUFFER_BYTES)
         self._capacity = capacity
+        self._columns: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self._plan = plan
         sums = len(plan.vcpu_words) if plan.table.level is StatScope.VM else 0
         self._row_bytes = 8 * (len(plan.vm_words) + sums)
@@ -207,14 +208,22 @@ class VcpuPrograms:
         count = control.read("vcpus")
         if count > self._capacity:
             raise RoomNeeded(count)
-        column = struct.Struct(f"={count}Q")
         starts = range(0, control.read("statistics") * self._capacity * 8, self._capacity * 8)
         return HostBlocks(
             self._vms[: control.read("vms") * VM_RECORD.size],
             self._vcpus[: count * IDENTITY.size],
-            tuple(column.unpack_from(self._values, start) for start in starts),
+            tuple(self._take_column(start, count) for start in starts),
             *self._take_statistics(count),
         )
+
+    def _take_column(self, start: int, vcpus: int) -> tuple[int, ...]:
+        """Take one statistic of all vCPUs: what has not moved, as most notify counters, need not be unpacked again."""
+        raw = self._values[start : start + 8 * vcpus]
+        raw_before, column = self._columns.get(start, (b"", ()))
+        if raw != raw_before:
+            column = struct.unpack(f"={vcpus}Q", raw)
+            self._columns[start] = raw, column
+        return column
 
     def read_statistics(self) -> None:
         """Let ``read_vms`` read what the plan says, too; programs that take over from these do as well."""
