@@ -11,7 +11,7 @@ An absent number is absent: ``None``, or no key. It is never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -206,9 +206,8 @@ class VmCounters(NamedTuple):
 class VmReading:
     """One VM in one snapshot: who it is, what was read of it, and by which source ("" where by none).
 
-    ``vcpus`` is in the order of ``counters.vcpu_ids``, empty where only the number ``vcpu_count`` is known.
-    The tuple is the same object while nothing changes, so that what is derived can be kept. Treat it as frozen: it is
-    not because that would take three times as long to make, and a scrape makes one for each VM.
+    ``vcpus`` is in the order of ``counters.vcpu_ids``, empty where only ``vcpu_count`` is known, and the same object
+    while nothing changes. Treat a reading as frozen: it is not because that takes three times as long to make.
     """
 
     vm: Vm
@@ -250,8 +249,8 @@ class Snapshot:
 
     ``monotonic_seconds`` and ``unix_seconds`` are its time; ``readings`` are ordered by VM id; ``errors`` counts, since
     start, what was left out, by (source, kind). ``blind_spots`` say why there may be VMs that are not listed
-    (``kvm/blind_spots.py``), ``vms_over_budget`` how many were left out because their process or user has too many
-    (``kvm/vm_budget.py``). ``kvm_changes`` is another number once KVM was loaded, removed or replaced.
+    (kvm/blind_spots.py), ``vms_over_budget`` how many kvm/vm_budget.py has left out. ``kvm_changes`` is another number
+    once KVM was loaded, removed or replaced, ``composition`` another object once anything but numbers may have changed.
     """
 
     monotonic_seconds: float
@@ -263,6 +262,7 @@ class Snapshot:
     blind_spots: tuple[BlindSpot, ...] = ()
     vms_over_budget: int = 0
     kvm_changes: int = 0
+    composition: object = field(default_factory=object, compare=False, repr=False)
 
     @property
     def complete(self) -> bool:

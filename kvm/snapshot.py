@@ -9,65 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from kvm.blind_spots import REFUSED_PROCESSES, BlindSpotLog, Evidence, find_blind_spots
-from kvm.counters.debugfs import find_vm_directory, may_hold_vms, read_vcpu_tids
+from kvm.counters.debugfs import may_hold_vms
 from kvm.counters.retried_source import RETRY_SECONDS, RetriedSource
 from kvm.counters.source import CounterSource
 from kvm.discovery.vm_discovery import Discovery
 from kvm.errors import SourceUnavailable
 from kvm.host import facts
-from kvm.identity.vcpu_index import number_vcpus, read_index
 from kvm.identity.vm_ids import OWNER_WAIT_SECONDS, FindOwners, VmIds
-from kvm.model import Host, Snapshot, Vcpu, Vm, VmCounters, VmKey, VmReading
-from kvm.protection import judge_protection
+from kvm.model import Host, Snapshot, VmCounters, VmKey
 from kvm.read_errors import ReadErrors
+from kvm.readings import Answer, Answers, Readings
 from kvm.vm_budget import VmBudget
 
 log = logging.getLogger(__name__)
-
-# A vCPU that has not run yet has no thread. Asking for it again costs a file read a vCPU, so it is done for a VM every
-# so often, and for so many VMs a snapshot.
-THREADS_SECONDS = 10.0
-THREADS_VMS = 20
-
-
-class _Answer(NamedTuple):
-    """What was read of one VM, by which source, and what else is known of it.
-
-    ``all_vcpu_ids`` are its vCPUs, read or not (None: not known); ``tid`` is a living thread of its process;
-    ``knows_threads`` says that a vCPU without a thread has none, so that nobody need look for it.
-    """
-
-    source: str
-    counters: VmCounters
-    all_vcpu_ids: tuple[int, ...] | None
-    tid: int | None
-    knows_threads: bool
-
-
-class _KeptVm:
-    """What is kept of a VM: its vCPUs with their numbers, as long as ``known``, from which they follow, is the same.
-
-    ``reading`` is the last one, judged by what ``host`` supports.
-    """
-
-    __slots__ = ("host", "known", "looked_at", "reading", "vcpus")
-
-    def __init__(self) -> None:
-        self.vcpus: tuple[Vcpu, ...] = ()
-        self.known: tuple[object, ...] | None = None
-        self.looked_at = float("-inf")
-        self.host: Host | None = None
-        self.reading: VmReading | None = None
-
-
-def _differ_in_numbers_only(one: VmCounters, other: VmCounters) -> bool:
-    """Tell whether two of a VM's counters are surely of the same vCPUs, in the same threads, equally protected."""
-    return one.vcpu_ids is other.vcpu_ids and one.tids is other.tids and one.notify_flags == other.notify_flags
 
 
 def _read_mark(path: Path) -> tuple[int, int] | None:
@@ -107,6 +65,7 @@ class HostReader:
         self._identities = VmIds(find_owners, errors, proc, unix, wait_seconds=owner_wait_seconds)
         self._budget = VmBudget(proc, monotonic)
         self._errors = errors
+        self._readings = Readings(proc, kvm_debugfs)
         self._proc = proc
         self._kvm_debugfs = kvm_debugfs
         self._read_host = read_host
@@ -117,8 +76,6 @@ class HostReader:
         self._kvm_module, self._kvm_device = kvm_module, kvm_device
         self._kvm_marks: tuple[tuple[int, int] | None, ...] | None = None
         self._kvm_changes = 0
-        self._kept: dict[VmKey, _KeptVm] = {}
-        self._thread_lookups_left = 0
         self._all_tried = False
         self._blind_spot_log = BlindSpotLog()
         self._over_budget = 0
@@ -134,14 +91,11 @@ class HostReader:
                 log.warning("CPU and microcode of this host are not known", extra={"fields": fields})
             self._cpu_told = self._host.cpu_unknown_reason
         answers = self._read_counters(now)
-        vms = self._identities.identify({key: answer.tid for key, answer in answers.items()})
-        if answers.keys() != self._kept.keys():
-            self._kept = {key: self._kept.get(key) or _KeptVm() for key in answers}
-        self._thread_lookups_left = THREADS_VMS
-        readings = [self._assemble(vm, answers[key], now) for key, vm in vms.items()]
-        for reading in readings:
-            if not reading.source:
-                self._errors.record("none", reading.vm.key, "unread", reading.counters.problem)
+        vms = self._identities.identify(answers.find_tids())
+        readings = self._readings.make(answers, vms, self._host, now)
+        for key in vms if not answers.source else ():
+            if not answers.each[key].source:
+                self._errors.record("none", key, "unread", answers.each[key].counters.problem)
         self._errors.log_new(vms.values())
         blind_spots = find_blind_spots(self._find_evidence())
         self._blind_spot_log.log_new(blind_spots, now)
@@ -155,6 +109,7 @@ class HostReader:
             blind_spots=blind_spots,
             vms_over_budget=self._over_budget,
             kvm_changes=self._kvm_changes,
+            composition=self._readings.composition,
         )
 
     def close(self) -> None:
@@ -192,9 +147,9 @@ class HostReader:
             refused_may_hold_vms=asks and may_hold_vms(self._kvm_debugfs, self._proc, refused),
         )
 
-    def _read_counters(self, now: float) -> dict[VmKey, _Answer]:
+    def _read_counters(self, now: float) -> Answers:
         """Ask the sources in order, each only for the VMs that no better one has read."""
-        answers: dict[VmKey, _Answer] | None = None
+        answers: dict[VmKey, Answer] | None = None
         if not self._all_tried:
             self._all_tried = True
             for kept in self._sources:
@@ -209,22 +164,22 @@ class HostReader:
                     kept.fail(err)
                     continue
                 self._over_budget, name = self._budget.over, kept.source.name
-                return {key: _Answer(name, counters, counters.vcpu_ids, None, True) for key, counters in found.items()}
+                return Answers(name, found)
             answers = answers if answers is not None else self._find_unread()
             try:
                 self._ask(kept.source, answers)
             except SourceUnavailable as err:
                 kept.fail(err)
-        return answers if answers is not None else self._find_unread()
+        return Answers(each=answers if answers is not None else self._find_unread())
 
-    def _find_unread(self) -> dict[VmKey, _Answer]:
+    def _find_unread(self) -> dict[VmKey, Answer]:
         unread = VmCounters(problem="no source works")
         # Before they are read: what is over budget is to cost nothing more.
         self._held = self._budget.keep({vm.key: vm for vm in self._discovery.find_vms()})
         self._over_budget = self._budget.over + self._discovery.vms_left_out
-        return {key: _Answer("", unread, vm.vcpu_ids, vm.tid, False) for key, vm in self._held.items()}
+        return {key: Answer("", unread, vm.vcpu_ids, vm.tid, False) for key, vm in self._held.items()}
 
-    def _ask(self, source: CounterSource, answers: dict[VmKey, _Answer]) -> None:
+    def _ask(self, source: CounterSource, answers: dict[VmKey, Answer]) -> None:
         """Ask a source for the VMs that are not read yet; those that have ended go out of ``answers``."""
         asked = [key for key, answer in answers.items() if not answer.source]
         read = dict(source.read([self._held[key] for key in asked])) if asked else {}
@@ -249,64 +204,3 @@ class HostReader:
                 all_vcpu_ids=tuple(sorted(ids)) if ids else known,
                 tid=self._held[key].tid,
             )
-
-    def _assemble(self, vm: Vm, answer: _Answer, now: float) -> VmReading:
-        kept, counters = self._kept[vm.key], answer.counters
-        before = kept.reading
-        # A source that knows all of a VM gives the same objects for what has not changed of it: then nothing, or only
-        # numbers, need be looked at.
-        if before is not None and answer.knows_threads and before.vm is vm and kept.host is self._host:
-            if before.counters is counters and before.source == answer.source:
-                return before
-            if _differ_in_numbers_only(before.counters, counters) and before.source == answer.source:
-                kept.reading = VmReading(
-                    vm, before.source, before.vcpus, before.vcpu_count, counters, before.protection
-                )
-                return kept.reading
-        kept.host = self._host
-        kept.reading = VmReading(
-            vm=vm,
-            source=answer.source,
-            vcpus=self._number(kept, vm, answer, now),
-            vcpu_count=len(answer.all_vcpu_ids) if answer.all_vcpu_ids is not None else None,
-            counters=counters,
-            protection=judge_protection(self._host.notify_supported, counters.notify_flags),
-        )
-        return kept.reading
-
-    def _number(self, kept: _KeptVm, vm: Vm, answer: _Answer, now: float) -> tuple[Vcpu, ...]:
-        """Return the vCPUs that were read; the same tuple as long as nothing changes."""
-        key = vm.key
-        known = (answer.counters.vcpu_ids, answer.counters.tids, answer.all_vcpu_ids)
-        if kept.known == known and not self._should_look_again(kept, answer, now):
-            return kept.vcpus
-        kept.known, kept.looked_at = known, now
-        tids = self._find_threads(key, answer)
-        all_ids = sorted(tids)
-        indexes = {tid: read_index(self._proc, key.pid, tid) for tid in tids.values() if tid is not None}
-        threads = [tids[vcpu_id] for vcpu_id in all_ids]
-        numbered = number_vcpus(all_ids, threads, indexes, vm.owner.cpu_topology)
-        read = set(answer.counters.vcpu_ids)
-        vcpus = tuple(vcpu for vcpu in numbered if vcpu.vcpu_id in read)
-        if vcpus != kept.vcpus:
-            kept.vcpus = vcpus
-        return kept.vcpus
-
-    def _should_look_again(self, kept: _KeptVm, answer: _Answer, now: float) -> bool:
-        if answer.knows_threads or now - kept.looked_at < THREADS_SECONDS or not self._thread_lookups_left:
-            return False
-        if all(vcpu.tid is not None for vcpu in kept.vcpus):
-            return False
-        self._thread_lookups_left -= 1
-        return True
-
-    def _find_threads(self, key: VmKey, answer: _Answer) -> Mapping[int, int | None]:
-        """Return the host thread of each of the VM's vCPUs, read or not, None where it is not known."""
-        tids: dict[int, int | None] = dict.fromkeys(answer.all_vcpu_ids or ())
-        tids |= dict(zip(answer.counters.vcpu_ids, answer.counters.tids, strict=True))
-        # debugfs speaks the numbers of the initial pid namespace: elsewhere they would name strangers' threads.
-        if answer.knows_threads or None not in tids.values() or not self._host.initial_pid_namespace:
-            return tids
-        directory = find_vm_directory(self._kvm_debugfs, self._proc, key)
-        seen = read_vcpu_tids(directory) if directory is not None else {}
-        return {vcpu_id: tid if tid is not None else seen.get(vcpu_id) for vcpu_id, tid in tids.items()}

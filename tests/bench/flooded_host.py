@@ -77,7 +77,7 @@ class FloodedHost:
         """Take a snapshot."""
         with self._reading:
             self._read_real()
-        now = time.monotonic()
+        now, unix = time.monotonic(), time.time()
         usual, others = self.count(None, now), int(now * OTHER_EXITS)
         readings = []
         for vm, vcpus, ids, tids in self._vms:
@@ -87,7 +87,7 @@ class FloodedHost:
                 exits = (*exits[:-1], int(self.began * OTHER_EXITS) + column[-1])
             counters = VmCounters(ids, tids, {NOTIFY_WINDOW_EXITS: column, EXITS: exits}, {}, 0, 1)
             readings.append(VmReading(vm, "bpf", vcpus, len(vcpus), counters, Protection.ARMED))
-        return Snapshot(now, time.time(), INTEL, tuple(readings), (SourceReport("bpf", up=True),), {})
+        return Snapshot(now, unix, INTEL, tuple(readings), (SourceReport("bpf", up=True),), {}, composition=self)
 
     def close(self) -> None:
         """Hold nothing, give nothing back."""
