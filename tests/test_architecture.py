@@ -20,6 +20,7 @@ RANKS = [
     {"kvm.host", "kvm.discovery", "kvm.statistic_plan"},
     {"kvm.bpf", "kvm.perf", "kvm.identity"},
     {"kvm.counters", "kvm.vm_budget"},
+    {"kvm.readings"},
     {"kvm.snapshot"},
     {"kvm.simulated"},
     {"exporter", "exporter.logs", "exporter.build_info", "exporter.host_summary", "exporter.patterns"}
@@ -66,6 +67,7 @@ TESTED_IN = {
     "exporter.prometheus.last_moves": "exporter/prometheus/test_collector.py",
     "exporter.prometheus.negotiation": "exporter/prometheus/test_exposition.py",
     "exporter.prometheus.selection": "exporter/prometheus/test_collector.py",
+    "exporter.prometheus.shown_vms": "exporter/prometheus/test_histories.py",
     "exporter.prometheus.stat_help": "exporter/prometheus/test_stat_metrics.py",
     "exporter.prometheus.vm_series": "exporter/prometheus/test_collector.py",
     "exporter.stalls.evidence": "exporter/stalls/test_detector.py",
@@ -113,6 +115,7 @@ LONGER_FILES = {
 }
 WHOLE_PACKAGE_TESTS = {"exporter/prometheus/test_golden.py", "exporter/monitor/test_trace_limits.py"}
 WHOLE_PACKAGE_TESTS |= {"exporter/monitor/test_kernel_verdicts.py", "exporter/prometheus/test_stat_arithmetic.py"}
+WHOLE_PACKAGE_TESTS |= {"exporter/prometheus/test_histories.py"}
 
 
 def find_modules() -> dict[str, Path]:

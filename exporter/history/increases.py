@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import gt
 from types import MappingProxyType
 from typing import Final
@@ -64,8 +65,11 @@ class IncreaseTracker:
         """``first_total`` is what an agent before this one has counted."""
         self._memories: dict[VmKey, _Memory] = {}
         self._present: list[_Memory] = []  # of the VMs of the newest snapshot
+        self._composition: object = None
         self.moved_vms: set[VmKey] = set()
         """The VMs of which ``last_moves`` has something to tell: few of a host's."""
+        self.all_moved_at: float | None = None
+        """``moved_at_once`` of the newest snapshot's readings where it is the same of all, else None."""
         self._zero_after_unix_seconds = math.inf
         self.increases_total = first_total
         self.readable = False
@@ -76,6 +80,36 @@ class IncreaseTracker:
         if self._zero_after_unix_seconds == math.inf:
             self._zero_after_unix_seconds = snapshot.unix_seconds
         self.readable = self.readable or _can_count(snapshot)
+        if not self._observe_all_moved(snapshot):
+            self._observe_vms(snapshot)
+        self.observe_same(snapshot)
+
+    def _observe_all_moved(self, snapshot: Snapshot) -> bool:
+        """Take in a snapshot in which each vCPU of the one before has moved, and say if it is one.
+
+        After a bad microcode update many are; VM by VM that takes twice as long.
+        """
+        columns = [reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()) for reading in snapshot.readings]
+        if snapshot.composition is not self._composition or not all(columns):
+            return False
+        before = [memory.column for memory in self._present]
+        vcpu_ids = [memory.vcpu_ids for memory in self._present]
+        is_alike = vcpu_ids == [reading.counters.vcpu_ids for reading in snapshot.readings]
+        if (
+            not is_alike
+            or [*map(len, columns)] != [*map(len, before)]
+            or not all(map(gt, chain.from_iterable(columns), chain.from_iterable(before)))
+        ):
+            return False
+        for memory, column in zip(self._present, columns, strict=True):
+            self._count(memory, sum(column) - sum(memory.column))
+            memory.column, memory.moved_at_once = column, snapshot.unix_seconds
+        if self.all_moved_at is None:
+            self.moved_vms.update(reading.vm.key for reading in snapshot.readings)
+        self.all_moved_at = snapshot.unix_seconds
+        return True
+
+    def _observe_vms(self, snapshot: Snapshot) -> None:
         present = []
         for reading in snapshot.readings:
             memory = self._memories.get(reading.vm.key)
@@ -88,10 +122,11 @@ class IncreaseTracker:
             if memory.last_moves or memory.moved_at_once is not None:
                 self.moved_vms.add(reading.vm.key)
         self._present = present
-        self.observe_same(snapshot)
+        self.all_moved_at = self._find_all_moved(snapshot)
 
     def observe_same(self, snapshot: Snapshot) -> None:
         """Take in a snapshot of the same VMs and vCPUs as the one before, of which no notify counter has moved."""
+        self._composition = snapshot.composition
         for memory in self._present:
             memory.last_seen_seconds = snapshot.monotonic_seconds
         self._forget_missing(snapshot.monotonic_seconds)
@@ -108,6 +143,12 @@ class IncreaseTracker:
         memory = self._memories.get(reading.vm.key)
         is_of_all = memory is not None and memory.vcpu_ids == reading.counters.vcpu_ids
         return memory.moved_at_once if memory is not None and is_of_all else None
+
+    def _find_all_moved(self, snapshot: Snapshot) -> float | None:
+        times = {memory.moved_at_once for memory in self._present}
+        vcpu_ids = [memory.vcpu_ids for memory in self._present]
+        is_of_all = len(times) == 1 and vcpu_ids == [reading.counters.vcpu_ids for reading in snapshot.readings]
+        return times.pop() if is_of_all else None
 
     def _forget_missing(self, now: float) -> None:
         """Forget VMs that have been missing for long; of too many those first that never took an exit."""

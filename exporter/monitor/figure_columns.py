@@ -17,9 +17,10 @@ class FigureColumns:
     """The figures of each tracked vCPU, in the order of their vcpu_ids; not thread-safe."""
 
     def __init__(self) -> None:
-        # One for each field of VmFigures but the last, and what was made of it; None where it has changed.
+        # One for each field of VmFigures but the last, and which of them have changed since they were found last.
         self._columns: list[list[Any]] = [[] for _ in VmFigures._fields[:-1]]
-        self._made: list[tuple[Any, ...] | None] = [()] * len(self._columns)
+        self._changed: set[int] = set()
+        self._found: list[Any] = [*VmFigures()]
 
     def put(self, vcpu_id: int, figures: VcpuFigures) -> None:
         """Take in what is to be told of a vCPU from now on."""
@@ -27,11 +28,11 @@ class FigureColumns:
         if not is_there:
             for column in self._columns:
                 column.insert(at, None)
-            self._made = [None] * len(self._columns)
+            self._changed.update(range(len(self._columns)))
         for number, value in enumerate((vcpu_id, *figures, find_stuck(figures.state, figures.can_judge))):
             if self._columns[number][at] != value:
                 self._columns[number][at] = value
-                self._made[number] = None
+                self._changed.add(number)
 
     def drop(self, vcpu_id: int) -> None:
         """Tell of a vCPU no more."""
@@ -39,14 +40,16 @@ class FigureColumns:
         if is_there:
             for column in self._columns:
                 del column[at]
-            self._made = [None] * len(self._columns)
+            self._changed.update(range(len(self._columns)))
 
     def find(self) -> VmFigures:
         """Return the figures of now; a column of which nothing has changed is the same object as before."""
-        pairs = zip(self._made, self._columns, strict=True)
-        columns = [tuple(column) if made is None else made for made, column in pairs]
-        self._made = [*columns]
-        return VmFigures._make([*columns, columns[-1].count(1)])
+        if self._changed:
+            for number in self._changed:
+                self._found[number] = tuple(self._columns[number])
+            self._found[-1] = self._found[-2].count(1)
+            self._changed.clear()
+        return VmFigures._make(self._found)
 
     def _find(self, vcpu_id: int) -> tuple[int, bool]:
         vcpu_ids = self._columns[0]

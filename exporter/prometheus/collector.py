@@ -28,12 +28,14 @@ from exporter.prometheus.last_moves import LastMoves
 from exporter.prometheus.metrics import METRICS, Metric, order_labels
 from exporter.prometheus.selection import COLLECTORS, CollectorSettings
 from exporter.prometheus.series_warning import SeriesWarning
+from exporter.prometheus.shown_vms import Change, ShownVms
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.stat_series import StatSeries, check_statistics, has_columns
-from exporter.prometheus.vm_series import ShownVm, VcpuSeries, VmSeries, VmState, find_vm_state
+from exporter.prometheus.verdict_lines import VerdictLines
+from exporter.prometheus.vm_series import ShownVm, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
-from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
+from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, SnapshotReader, SourceReport, VmReading
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
@@ -47,17 +49,19 @@ DECLARED: Final = frozenset(METRICS)
 
 
 @dataclass(slots=True)
-class _MadeOfStates:
-    """What follows from the VMs' states (``find_vm_state``), made when it is first asked for: they seldom change.
+class _Made:
+    """What follows from the VMs and their notify counters, made when it is first asked for: they seldom change.
 
     ``vms`` is who and how protected they are, ``counts`` how many there are. ``sums`` are their notify exits, and
-    ``notified`` those that have taken any: that is all that follows from their counters.
+    ``notified`` those that have taken any: that is all that follows from their counters. ``follows`` says that the
+    newest snapshot was taken in to the end.
     """
 
     vms: list[Family] | None = None
     counts: list[Family] | None = None
     sums: list[Family] | None = None
     notified: set[VmSeries] | None = None
+    follows: bool = False
 
 
 class HostCollector:
@@ -90,12 +94,11 @@ class HostCollector:
         self._verdicts: StallSeries | None = None
         self._increases = IncreaseTracker(first_total)
         self._errors = ReadErrors()
-        self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
-        self._shown: list[ShownVm] = []
-        self._states: list[VmState] = []
-        self._made = _MadeOfStates()
+        self._vms = ShownVms(settings, self._errors)
+        self._made = _Made()
         self._last_moves = LastMoves(self._increases)
         self._counters = CounterSeries()
+        self._verdict_lines = VerdictLines()
         self._statistics = StatSeries()
         self._series_warning = SeriesWarning()
 
@@ -170,16 +173,15 @@ class HostCollector:
 
     def _read_host(self) -> list[Family]:
         snapshot = self._reader.read()
-        arranged, states = self._arrange_as_before(snapshot), [*map(find_vm_state, snapshot.readings)]
-        if arranged and states == self._states:
+        made, self._made = self._made, _Made()  # for the next time, should anything here fail half way
+        change = self._vms.take(snapshot)
+        if change is Change.NOTHING and made.follows:
             self._increases.observe_same(snapshot)
-            self._shown = arranged
         else:
             self._increases.observe(snapshot)
-            self._shown = arranged or list(self._arrange(snapshot))
-            is_alike = arranged and [state for state, _ in states] == [state for state, _ in self._states]
-            self._made = _MadeOfStates(self._made.vms, self._made.counts) if is_alike else _MadeOfStates()
-            self._states = states
+            made = _Made(made.vms, made.counts) if change is Change.NOTIFY_COUNTERS else _Made()
+        made.follows = True
+        self._made = made
         self._errors.log_new(reading.vm for reading in snapshot.readings)
         self.snapshot = snapshot
         return []
@@ -191,32 +193,6 @@ class HostCollector:
             with_counters = self.settings.vcpu_series is not VcpuSeries.NONE
             self._verdicts = StallSeries(self._read_report(), snapshot.readings, offset, with_counters=with_counters)
         return []
-
-    def _arrange_as_before(self, snapshot: Snapshot) -> list[ShownVm]:
-        """Arrange the VMs where all are those of the scrape before, in its order: a third of the time; [] elsewhere."""
-        kept, readings = self._lines.values(), snapshot.readings
-        if len(kept) != len(readings) or not all(map(VmSeries.fits, [lines for lines, _ in kept], readings)):
-            return []
-        return [(reading, lines) for reading, (lines, shown) in zip(readings, kept, strict=True) if shown]
-
-    def _arrange(self, snapshot: Snapshot) -> Iterator[ShownVm]:
-        """Yield the VMs that are to be shown with their kept lines, each label ``vm`` once."""
-        kept, self._lines = self._lines, {}
-        labels = set()
-        for reading in snapshot.readings:
-            vm = reading.vm
-            lines, shown = kept.get(vm.key, (None, False))
-            if lines is None or not lines.fits(reading):
-                lines = VmSeries(reading, self.settings.vcpu_series, self.settings.vm_labels)
-                shown = self.settings.shows(vm)
-            if lines.vm_label in labels:
-                message = f"another VM has the id {vm.id!r} too"
-                self._errors.record(reading.source, vm.key, "duplicate_vm", message)
-                continue
-            labels.add(lines.vm_label)
-            self._lines[vm.key] = (lines, shown)
-            if shown:
-                yield reading, lines
 
     def _ask_vms(self, vms: Iterable[ShownVm], ask: Callable[[VmSeries, VmReading], T]) -> Iterator[tuple[ShownVm, T]]:
         """Ask for something of each VM; one that makes no sense is recorded and left out."""
@@ -236,20 +212,20 @@ class HostCollector:
         return vms + (self._render_sums() if made.sums is None else made.sums)
 
     def _render_vms(self) -> list[Family]:
-        found = list(self._ask_vms(self._shown, VmSeries.render_vm))
+        found = list(self._ask_vms(self._vms.shown, VmSeries.render_vm))
         families = group_lines(lines for _, lines in found)
         for family in families:
             family.join()
-        if len(found) == len(self._shown):  # else who made no sense is asked again
+        if len(found) == len(self._vms.shown):  # else who made no sense is asked again
             self._made.vms = families
         return families
 
     def _render_sums(self) -> list[Family]:
-        families = self._counters.render_sums_as_before(self._shown)
+        families = self._counters.render_sums_as_before(self._vms.shown)
         if not families:
-            found = list(self._ask_vms(self._shown, VmSeries.take_sum))
+            found = list(self._ask_vms(self._vms.shown, VmSeries.take_sum))
             families = self._counters.render_sums(found)
-            if len(found) < len(self._shown):
+            if len(found) < len(self._vms.shown):
                 return families
         self._made.sums = families
         return families
@@ -257,11 +233,11 @@ class HostCollector:
     def _collect_vcpus(self) -> list[Family]:
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         if not with_series:
-            return self._collect_verdicts(self._shown) if verdicts else []
-        if families := self._counters.render_as_before(self._shown):
-            return families + self._collect_verdicts(self._shown)
-        found = list(self._ask_vms(self._shown, VmSeries.take_columns))
-        is_all = len(found) == len(self._shown) and self.settings.vcpu_series is VcpuSeries.ALL
+            return self._collect_verdicts(self._vms.shown) if verdicts else []
+        if families := self._counters.render_as_before(self._vms.shown):
+            return families + self._collect_verdicts(self._vms.shown)
+        found = list(self._ask_vms(self._vms.shown, VmSeries.take_columns))
+        is_all = len(found) == len(self._vms.shown) and self.settings.vcpu_series is VcpuSeries.ALL
         families = self._counters.render_vcpus(found, is_all=is_all)
         return families + self._collect_verdicts([shown for shown, _ in found])
 
@@ -271,27 +247,28 @@ class HostCollector:
         moved = self._increases.moved_vms if with_series else ()
         notified = self._find_notified() if verdicts else ()
         concerned = vms
-        if len(notified) < len(self._shown):
+        if len(notified) < len(self._vms.shown):
             keys = {*moved, *verdicts.vms} if verdicts else moved
             concerned = [
                 (reading, lines)
                 for reading, lines in (vms if notified or keys else ())
                 if lines in notified or reading.vm.key in keys
             ]
-        found = self._ask_vms(concerned, verdicts.take_columns) if verdicts else ()
-        families = self._counters.render(columns for _, columns in found)
+        families = self._verdict_lines.render(concerned, verdicts, self._ask_vms) if verdicts else []
         last_moves = [self._last_moves.render(concerned, self._ask_vms)] if moved else []
         return [*families, *last_moves]
 
     def _find_notified(self) -> Collection[VmSeries]:
         """Find the VMs that have taken notify exits, before our time or in it."""
         if self._made.notified is None:
-            columns = [(lines, reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)) for reading, lines in self._shown]
+            columns = [
+                (lines, reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)) for reading, lines in self._vms.shown
+            ]
             self._made.notified = {lines for lines, column in columns if column and any(column)}
         return self._made.notified
 
     def _collect_statistics(self) -> list[Family]:
-        shown: Iterable[ShownVm] = self._shown
+        shown: Iterable[ShownVm] = self._vms.shown
         if any(has_columns(reading) for reading, _ in shown):
             shown = [vm for vm, _ in self._ask_vms(shown, lambda _lines, reading: check_statistics(reading))]
         return self._statistics.collect((lines.vm_label, reading) for reading, lines in shown)

@@ -9,6 +9,7 @@ from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Column, CounterLines, Family
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import VCPU_COUNTERS, ShownVm, VmSeries
+from kvm.model import NOTIFY_WINDOW_EXITS, VmReading
 
 
 class CounterSeries:
@@ -33,6 +34,10 @@ class CounterSeries:
             Family(metric, [self._lines[metric].render(templates[metric], columns[metric])]) for metric in templates
         ]
 
+    def refill(self, metric: Metric, columns: Sequence[tuple[float, ...]]) -> Family:
+        """Render a metric that was rendered the last time, with other numbers for the same VMs."""
+        return Family(metric, [self._lines[metric].refill(columns)])
+
     def render_sums(self, found: Sequence[tuple[ShownVm, Column | None]]) -> list[Family]:
         """Render the VMs' sums, where they are known."""
         families = self.render([taken] for _, taken in found if taken is not None)
@@ -43,9 +48,9 @@ class CounterSeries:
         """Render the VMs' sums where all are known, and were in the scrape before; [] elsewhere."""
         if not self._summed or [lines for _, lines in shown] != self._summed:
             return []
-        metric, sums = metrics.VM_NOTIFY_WINDOW_EXITS, [reading.notify_exits for reading, _ in shown]
+        sums = _sum_notify_exits([reading for reading, _ in shown])
         known = tuple([total for total in sums if total is not None])
-        return [Family(metric, [self._lines[metric].refill([known])])] if len(known) == len(sums) else []
+        return [self.refill(metrics.VM_NOTIFY_WINDOW_EXITS, [known])] if len(known) == len(sums) else []
 
     def render_vcpus(self, found: Sequence[tuple[ShownVm, list[Column]]], *, is_all: bool) -> list[Family]:
         """Render what was taken of the VMs' vCPUs; ``is_all`` says that no VM and no vCPU was left out."""
@@ -70,5 +75,14 @@ class CounterSeries:
             columns = [of_vm.get(statistic, ()) for of_vm in numbers]
             if [*map(len, columns)] != lengths:
                 return []
-            families.append(Family(metric, [self._lines[metric].refill(columns)]))
+            families.append(self.refill(metric, columns))
         return families
+
+
+def _sum_notify_exits(readings: Sequence[VmReading]) -> list[int | None]:
+    """Find ``notify_exits`` of each reading: in a third of the time where every vCPU of all VMs was read."""
+    columns = [reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()) for reading in readings]
+    lengths = [len(reading.vcpus) for reading in readings]
+    if all(lengths) and [*map(len, columns)] == lengths == [reading.vcpu_count for reading in readings]:
+        return [*map(sum, columns)]
+    return [reading.notify_exits for reading in readings]

@@ -41,7 +41,8 @@ class StallSeries:
         """
         self._report, self._unix_offset = report, unix_offset
         self._judged = not report.problem
-        self._traced = with_counters and self._judged
+        self.traced = with_counters and self._judged
+        """Whether counts of traces are told."""
         self._vms: Counter[tuple[int, int]] = Counter()
         if report.context_invalid:
             self._vms.update(reading.vm.key[:2] for reading in readings)
@@ -63,6 +64,23 @@ class StallSeries:
         """The VMs of which something was found out, though their counters may be 0: of nearly all nothing was."""
         return self._found.keys() | self._drills.keys()
 
+    def find_figures(self, reading: VmReading) -> VmFigures:
+        """Find the figures of a VM's vCPUs, of none where nothing was found out."""
+        return self._found.get(reading.vm.key, NO_FIGURES)
+
+    def find_causes(self, readings: Sequence[VmReading], figures: Sequence[VmFigures]) -> tuple[object, ...]:
+        """Find all but counts of traces that the columns of these VMs follow from: equal where that is the same."""
+        columns = [reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()) for reading in readings]
+        return (
+            (self.traced, self._judged, self._missed, self._drills, self._invalid, self._vms),
+            self._report.context_invalid is None,
+            [of.vcpu_ids for of in figures],
+            [of.stuck for of in figures],
+            [self._find_starts(of) for of in figures if of.stalled],
+            # Of most hosts no vCPU has taken any, but in a flood all have.
+            [*map(len, columns)] if all(map(all, columns)) else [*map(_find_notified, readings)],
+        )
+
     def _is_usual(self, key: VmKey, figures: VmFigures) -> bool:
         """Tell whether of a VM nothing but its figures is known, as of nearly all."""
         if figures.stalled or key in self._missed or key in self._drills:
@@ -72,7 +90,7 @@ class StallSeries:
     def take_columns(self, lines: VmSeries, reading: VmReading) -> list[Column]:
         """Take what was found out about the vCPUs of one VM."""
         key = reading.vm.key
-        figures, notified = self._found.get(key, NO_FIGURES), _find_notified(reading)
+        figures, notified = self.find_figures(reading), _find_notified(reading)
         if not self._is_usual(key, figures):
             known = self._make_known(reading, figures, notified)
         else:  # the same of one VM as of the other
@@ -84,7 +102,7 @@ class StallSeries:
         key, report = reading.vm.key, self._report
         process = key[:2]
         return Known(
-            self._traced,
+            self.traced,
             self._judged,
             notified,
             self._missed.get(key, ()),

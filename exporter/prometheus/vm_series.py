@@ -58,7 +58,7 @@ class VmSeries:
         self._vcpus = reading.vcpus
         self._vcpu_series = vcpu_series
         self._vm_labels = vm_labels
-        self._state: tuple[object, ...] = ()
+        self._protection: tuple[object, ...] = ()
         self._vm_lines: Rendered = []
         self._positions: Sequence[int] = range(len(reading.vcpus))
         self._templates: dict[Metric, bytes] = {}
@@ -82,10 +82,10 @@ class VmSeries:
 
     def render_vm(self, reading: VmReading) -> Rendered:
         """Render what is told of the VM as a whole and changes seldom: who it is, and how it is protected."""
-        state, _ = find_vm_state(reading)
-        if state != self._state:
+        protection = find_protection(reading)
+        if protection != self._protection:
             self._vm_lines = _render_vm(reading, self._vm_labels)
-            self._state = state
+            self._protection = protection
         return self._vm_lines
 
     def take_sum(self, reading: VmReading) -> Column | None:
@@ -162,15 +162,11 @@ class VmSeries:
 
 
 ShownVm = tuple[VmReading, VmSeries]
-VmState = tuple[tuple[object, ...], tuple[object, ...]]
 
 
-def find_vm_state(reading: VmReading) -> VmState:
-    """Return what changes seldom of a VM: how it is protected, and its notify counters."""
-    counters = reading.counters
-    column, total = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), counters.totals.get(NOTIFY_WINDOW_EXITS)
-    protection = reading.source, reading.vcpu_count, reading.protection, counters.notify_window_cycles
-    return protection, (counters.vcpu_ids, column, total)
+def find_protection(reading: VmReading) -> tuple[object, ...]:
+    """Return all that ``render_vm`` tells of a VM besides who it is."""
+    return reading.source, reading.vcpu_count, reading.protection, reading.counters.notify_window_cycles
 
 
 def _render_vm(reading: VmReading, vm_labels: VmLabels) -> Rendered:

@@ -52,7 +52,7 @@ class VmVerdicts:
         self._seldom: list[Column] = []
         """What follows from ``_known`` and ``_stuck``, and changes seldom."""
         self._counted: list[bytes] = []
-        """The templates of counts, where all vCPUs and no others have figures."""
+        """The templates of counts, unless somebody has figures who is none of our vCPUs."""
         self._columns: list[Column] = []
         self._templates: dict[Metric, tuple[Sequence[int], bytes]] = {}
 
@@ -66,12 +66,24 @@ class VmVerdicts:
         if not knows_same or stuck != self._stuck:
             values = {metrics.VCPU_NO_PROGRESS: _find_stuck(known, figures, self._vcpus), **self._find_known(known)}
             self._seldom = self._make_columns(values)
-            has_all, places = figures.vcpu_ids == self._vcpu_ids != (), range(len(self._vcpus))
-            self._counted = [self._find_template(metric, places) for metric in COUNTS if has_all and known.traced]
+            places = self._find_places(figures.vcpu_ids)
+            self._counted = [self._find_template(metric, places) for metric in COUNTS if places and known.traced]
             self._stuck = stuck
         self._columns = [*self._seldom, *(self._take_counts(figures) if known.traced else ())]
         self._known, self._figures = known, figures
         return self._columns
+
+    @property
+    def takes_counts(self) -> bool:
+        """Whether counts that were taken last are the columns of the figures themselves."""
+        return bool(self._counted)
+
+    def _find_places(self, vcpu_ids: Sequence[int]) -> Sequence[int]:
+        """Find where these vCPUs stand, nowhere if one is none of ours; both are in the order of their ids."""
+        if vcpu_ids == self._vcpu_ids:
+            return range(len(self._vcpus))
+        places = {vcpu_id: place for place, vcpu_id in enumerate(self._vcpu_ids)}
+        return [places[vcpu_id] for vcpu_id in vcpu_ids] if places.keys() >= {*vcpu_ids} else ()
 
     def _find_known(self, known: Known) -> dict[Metric, Sequence[float | None]]:
         """Find what does not follow from figures."""
