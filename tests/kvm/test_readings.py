@@ -27,7 +27,7 @@ class Source:
         vms = [Vm("a", SECOND, Owner("qemu"), None), Vm("b", FIRST, Owner("qemu"), None)]
         self.vms = {vm.key: vm for vm in vms}
         self.found = {
-            key: VmCounters((0, 2), (key.pid, None), {EXITS: (1, 2)}, notify_window_cycles=0, notify_flags=ARMED)
+            key: VmCounters((0, 2), (None, None), {EXITS: (1, key.pid)}, notify_window_cycles=0, notify_flags=ARMED)
             for key in (FIRST, SECOND)
         }
         self.readings = Readings(PROC, PROC)
@@ -55,7 +55,7 @@ def test_numbers_alone_leave_all_else_the_same_objects() -> None:
     assert after[1].counters.per_vcpu[EXITS] == (5, 6)
     assert (after[1].vm, after[1].vcpus) == (before[1].vm, before[1].vcpus)
     assert after[1].vcpus is before[1].vcpus
-    assert before[1].counters.per_vcpu[EXITS] == (1, 2)
+    assert before[1].counters.per_vcpu[EXITS] == (1, FIRST.pid)
 
 
 def end_vm(source: Source) -> None:
@@ -64,11 +64,15 @@ def end_vm(source: Source) -> None:
 
 
 def plug_vcpu(source: Source) -> None:
-    source.change(FIRST, vcpu_ids=(0, 2, 4), tids=(11, None, None), per_vcpu={EXITS: (1, 2, 3)})
+    source.change(FIRST, vcpu_ids=(0, 2, 4), tids=(None, None, None), per_vcpu={EXITS: (1, 2, 3)})
+
+
+def replace_vcpu(source: Source) -> None:
+    source.change(FIRST, vcpu_ids=(0, 4))
 
 
 def start_thread(source: Source) -> None:
-    source.change(FIRST, tids=(11, 12))
+    source.change(FIRST, tids=(11, None))
 
 
 def disarm(source: Source) -> None:
@@ -95,7 +99,7 @@ def list_in_another_order(source: Source) -> None:
     source.found = dict(reversed(source.found.items()))
 
 
-CHANGES = [end_vm, plug_vcpu, start_thread, disarm, set_window, rename, read_host_anew, read_by_another]
+CHANGES = [end_vm, plug_vcpu, replace_vcpu, start_thread, disarm, set_window, rename, read_host_anew, read_by_another]
 
 
 @pytest.mark.parametrize("change", [*CHANGES, list_in_another_order])
