@@ -32,7 +32,7 @@ class ShownVms:
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._composition: object = None
         self._protections: list[tuple[object, ...]] = []
-        self._counted: list[object] = []
+        self._counted: tuple[list[object], list[object]] = ([], [])
 
     def take(self, snapshot: Snapshot) -> Change:
         """Take in a snapshot, and tell what has changed since the one before."""
@@ -77,11 +77,8 @@ class ShownVms:
                 yield reading, lines
 
 
-def _find_counted(snapshot: Snapshot) -> list[object]:
-    """Find the notify counters of all VMs, and whose they are."""
+def _find_counted(snapshot: Snapshot) -> tuple[list[object], list[object]]:
+    """Find the notify counters of all VMs: those of their vCPUs, and sums."""
     counters = [reading.counters for reading in snapshot.readings]
-    return [
-        [of.vcpu_ids for of in counters],
-        [of.per_vcpu.get(NOTIFY_WINDOW_EXITS) for of in counters],
-        [of.totals.get(NOTIFY_WINDOW_EXITS) for of in counters],
-    ]
+    columns: list[object] = [of.per_vcpu.get(NOTIFY_WINDOW_EXITS) for of in counters]
+    return columns, [of.totals.get(NOTIFY_WINDOW_EXITS) for of in counters]

@@ -490,6 +490,30 @@ def test_a_vm_whose_naming_failed_once_has_all_its_series_in_the_next_scrape(fai
     assert kept == anew
 
 
+class UnreadOnce(dict[str, tuple[int, ...]]):
+    """A VM's counters that cannot be read once, when one is asked for the second time."""
+
+    asked = 0
+
+    def get(self, statistic: str, default: Any = None) -> Any:  # noqa: ANN401
+        self.asked += 1
+        if self.asked == 2:
+            raise MemoryError
+        return super().get(statistic, default)
+
+
+def test_a_snapshot_that_could_not_be_taken_in_is_made_up_for_by_the_next_though_nothing_has_moved() -> None:
+    before, after = make_reading("a", (1, 1)), make_reading("a", (3, 1))
+    fails = replace(after, counters=after.counters._replace(per_vcpu=UnreadOnce(after.counters.per_vcpu)))
+    collector = open_collector(*map(make_snapshot, (before, fails, after)))
+    parse_series(collector)
+    assert find(parse_series(collector), "kvm_exporter_scrape_collector_success", collector="snapshot") == 0
+    series = parse_series(collector)
+    assert collector.total == 2
+    assert find(series, "kvm_vcpu_last_notify_exit_timestamp_seconds", vm="a", vcpu="0") == NOW
+    assert find(series, "kvm_vm_notify_window_exits_total", vm="a") == 4
+
+
 def count_malformed(series: Series) -> float:
     return sum(value for (_, labels), value in series.items() if ("kind", "malformed") in labels)
 

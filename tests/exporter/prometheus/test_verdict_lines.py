@@ -14,6 +14,7 @@ from exporter.prometheus.verdict_lines import VerdictLines
 from exporter.prometheus.vm_series import ShownVm, VmSeries
 from exporter.stalls.verdicts import MonitorReport, State, VcpuFigures
 from kvm.model import VcpuKey, VmReading
+from tests.reports import make_report
 from tests.snapshots import make_reading
 
 OFFSET = 1.7e9
@@ -31,6 +32,9 @@ class Flood:
         self.columns = {reading.vm.key: FigureColumns() for reading, _ in self.vms}
         self.report = MonitorReport(context_invalid={})
         self.lines = VerdictLines()
+        self.others: list[VmReading] = []
+        """VMs that have no series."""
+        self.with_counters = True
         self.asked = 0
         self.fails = False
         self.nonsense = 0
@@ -60,7 +64,8 @@ class Flood:
         """Render, in lines that are kept or in new ones."""
         figures = {key: columns.find() for key, columns in self.columns.items()}
         report = replace(self.report, figures={key: of for key, of in figures.items() if of.vcpu_ids})
-        verdicts = StallSeries(report, [reading for reading, _ in self.vms], OFFSET, with_counters=True)
+        readings = [*self.others, *(reading for reading, _ in self.vms)]
+        verdicts = StallSeries(report, readings, OFFSET, with_counters=self.with_counters)
         vms = self.vms if lines is None else [(reading, VmSeries(reading)) for reading, _ in self.vms]
         families = (lines or self.lines).render(vms, verdicts, self.ask)
         return sorted(b"".join(chunk for of in families for chunk in of.chunks).decode().splitlines())
@@ -112,6 +117,14 @@ def test_so_it_is_where_nothing_can_be_traced(flood: Flood) -> None:
     assert flood.count_asked() == 0
 
 
+def test_whether_anybody_can_judge_is_told_also_where_counts_are_not(flood: Flood) -> None:
+    flood.with_counters = False
+    assert flood.count_asked() == 2
+    flood.report = replace(flood.report, problem="no tracepoint")
+    assert flood.count_asked() == 2
+    assert not [line for line in flood.render() if "no_forward_progress" in line]
+
+
 def test_a_vcpu_that_was_unplugged_has_vms_asked_each_time(flood: Flood) -> None:
     reading, _ = flood.vms[0]
     flood.columns[reading.vm.key].put(99, NOTIFYING)
@@ -150,11 +163,30 @@ def reset_counters(flood: Flood) -> None:
     assert lines.fits(still), reading
 
 
+def drill(flood: Flood) -> None:
+    reading, _ = flood.vms[0]
+    flood.report = replace(flood.report, vcpus=(make_report(vm=reading.vm, vcpu=0, drill=True),))
+
+
+def tell_no_counts(flood: Flood) -> None:
+    flood.with_counters = False
+
+
 def swap_vms(flood: Flood) -> None:
     flood.vms.reverse()
 
 
-CHANGES = [change_state, change_start, miss_calls, lose_context, count_no_more, reset_counters, swap_vms]
+CHANGES = [
+    change_state,
+    change_start,
+    miss_calls,
+    lose_context,
+    count_no_more,
+    reset_counters,
+    drill,
+    tell_no_counts,
+    swap_vms,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -164,6 +196,20 @@ def test_whatever_else_changes_has_vms_asked(flood: Flood, change: Callable[[Flo
     assert flood.count_asked() == 2
     flood.trace(0, 8)
     assert flood.count_asked() == 0
+
+
+def test_another_vm_of_a_process_has_its_vms_asked_whose_context_was_lost(flood: Flood) -> None:
+    """Where a process has several VMs, only threads tell whose exits were counted."""
+    reading, _ = flood.vms[0]
+    by_another_thread = {(*reading.vm.key[:2], 999, reading.vcpus[0].vcpu_id): 3}
+    flood.report = replace(flood.report, context_invalid=by_another_thread)
+    flood.count_asked()
+    flood.report = replace(flood.report, context_invalid=dict.fromkeys(by_another_thread, 4))
+    assert flood.count_asked() == 2
+    assert any(line.endswith(" 4") for line in flood.render())
+    flood.others = [replace(reading, vm=replace(reading.vm, key=reading.vm.key._replace(vm_fd=10)))]
+    assert flood.count_asked() == 2
+    assert not any(line.endswith(" 4") for line in flood.render())
 
 
 def test_what_failed_half_way_is_not_taken_up(flood: Flood) -> None:
