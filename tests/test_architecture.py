@@ -64,7 +64,6 @@ TESTED_IN = {
     "exporter.monitor.trace_session": "exporter/monitor/test_trace_scheduler.py",
     "exporter.monitor.tracked_vcpu": "exporter/monitor/test_trace_scheduler.py",
     "exporter.monitor.workers": "live/test_agent.py",
-    "exporter.prometheus.last_moves": "exporter/prometheus/test_collector.py",
     "exporter.prometheus.negotiation": "exporter/prometheus/test_exposition.py",
     "exporter.prometheus.selection": "exporter/prometheus/test_collector.py",
     "exporter.prometheus.shown_vms": "exporter/prometheus/test_histories.py",

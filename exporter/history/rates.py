@@ -1,13 +1,14 @@
 """What the notify counters did in the last minutes: for rates and small plots, from snapshots that are taken anyway.
 
-Whole columns are kept, a VM at a time: an unchanged one costs nothing, and a host on which 10,000 vCPUs move costs as
-many steps a snapshot as it has VMs. Snapshots come when they come: what happened between two of them is known as an
-average. Where a counter has moved and there was no snapshot for ``GAP_SECONDS``, or where it fell, the plot has a gap;
-where it has not moved, its rate was 0 however long there was none.
+Whole columns are kept, a VM at a time: one that is unchanged costs nothing, nor does a host without a change; where
+10,000 vCPUs move, a snapshot costs as many steps as there are VMs. Snapshots come when they come: what happened
+between two of them is known as an average. Where a counter has moved and there was no snapshot for ``GAP_SECONDS``, or
+where it fell, the plot has a gap; where it has not moved, its rate was 0 however long there was none.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -49,9 +50,9 @@ class _Samples:
         """Take in, as fast as can be, that nothing has happened for long: nearly all VMs of nearly all snapshots."""
         if len(self.kept) != 2:
             return False
-        (_, _, first), (seconds, vcpu_ids, column) = self.kept
+        (_, _, first), (_, vcpu_ids, column) = self.kept
         counters = reading.counters
-        if first is not column or now <= seconds:
+        if first is not column:
             return False
         # The same objects, where the source keeps them: comparing numbers would take as long as all the rest.
         numbers = counters.per_vcpu.get(NOTIFY_WINDOW_EXITS)
@@ -83,9 +84,8 @@ class _Samples:
 
     def forget_before(self, seconds: float) -> None:
         """Forget all that ended before; the last sample of that time is where the next step begins."""
-        outdated = sum(1 for sample in self.kept if sample.seconds <= seconds) - 1
-        if outdated > 0:
-            del self.kept[:outdated]
+        if len(self.kept) > 1 and self.kept[1].seconds <= seconds:
+            del self.kept[: sum(1 for sample in self.kept if sample.seconds <= seconds) - 1]
 
 
 class RateHistory:
@@ -95,27 +95,50 @@ class RateHistory:
         self._vms: dict[VmKey, _Samples] = {}
         self._spacing = SPACING_SECONDS
         self._lock = threading.Lock()
+        self._newest_seconds = -math.inf
+        self._composition: object = None
+        self._counted: list[object] = []
+        self._unchanged: Snapshot | None = None
+        """The newest snapshot, if it has nothing new and was not taken in yet: the one after it may say the same."""
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in a snapshot; one that is not the newest is left out."""
-        now = snapshot.monotonic_seconds
+        counted: list[object] = [
+            (reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), reading.counters.totals)
+            for reading in snapshot.readings
+        ]
         with self._lock:
-            moving = 0
-            for reading in snapshot.readings:
-                samples = self._vms.get(reading.vm.key)
-                if samples is not None and samples.stays(reading, now):
-                    continue
-                sample = _take_sample(reading, now)
-                if sample is None:
-                    continue
-                samples = samples or self._vms.setdefault(reading.vm.key, _Samples())
-                if samples.kept and samples.kept[-1].seconds >= now:
-                    continue
-                samples.add(sample, self._spacing)
-                samples.forget_before(now - WINDOW_SECONDS)
-                moving += len(sample.column) * samples.moves
-            self._spacing = max(SPACING_SECONDS, WINDOW_SECONDS * moving / MAX_NUMBERS)
-            self._forget_gone(now)
+            if snapshot.monotonic_seconds <= self._newest_seconds:
+                return
+            self._newest_seconds = snapshot.monotonic_seconds
+            if snapshot.composition is self._composition and counted == self._counted:
+                self._unchanged = snapshot
+                return
+            self._catch_up()
+            self._composition = None  # what follows may fail half way
+            self._take_in(snapshot)
+            self._composition, self._counted = snapshot.composition, counted
+
+    def _catch_up(self) -> None:
+        if self._unchanged is not None:
+            snapshot, self._unchanged = self._unchanged, None
+            self._take_in(snapshot)
+
+    def _take_in(self, snapshot: Snapshot) -> None:
+        now, moving = snapshot.monotonic_seconds, 0
+        for reading in snapshot.readings:
+            samples = self._vms.get(reading.vm.key)
+            if samples is not None and samples.stays(reading, now):
+                continue
+            sample = _take_sample(reading, now)
+            if sample is None:
+                continue
+            samples = samples or self._vms.setdefault(reading.vm.key, _Samples())
+            samples.add(sample, self._spacing)
+            samples.forget_before(now - WINDOW_SECONDS)
+            moving += len(sample.column) * samples.moves
+        self._spacing = max(SPACING_SECONDS, WINDOW_SECONDS * moving / MAX_NUMBERS)
+        self._forget_gone(now)
 
     def _forget_gone(self, now: float) -> None:
         gone = [(samples.kept[-1].seconds, key) for key, samples in self._vms.items() if samples.kept[-1].seconds < now]
@@ -129,6 +152,7 @@ class RateHistory:
     def find_rates(self, key: VmKey, now: float) -> dict[int, float | None]:
         """Return a VM's notify exits a second of late by vcpu_id; None, or no key, where that is not known."""
         with self._lock:
+            self._catch_up()
             samples = self._vms.get(key)
             kept = list(samples.kept) if samples else []
         if len(kept) < 2 or now - kept[-1].seconds > NOW_SECONDS:
@@ -153,6 +177,7 @@ class RateHistory:
     def find_steps(self, key: VmKey, vcpu_id: int, now: float) -> list[Step]:
         """Return the rates of the last WINDOW_SECONDS in order of time; what is not known is left out."""
         with self._lock:
+            self._catch_up()
             numbers = list(self._iterate(key, vcpu_id))
         start, steps = now - WINDOW_SECONDS, list[Step]()
         for (began, before), (ended, after) in pairwise(numbers):

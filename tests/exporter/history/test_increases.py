@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -58,21 +59,26 @@ def read_vm(
 class Snapshots:
     """Takes snapshots of a host, ten seconds apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells_changes: bool = True) -> None:
+        """``tells_changes``: a snapshot tells that nothing but numbers has changed."""
         self.movements = IncreaseTracker()
         self.seconds = 0.0
+        self._tells_changes = tells_changes
+        self._compositions: dict[object, object] = {}
 
     def take(self, *readings: VmReading, sources: tuple[SourceReport, ...] = UP) -> int:
         """Take one and return the sum of increases so far."""
-        snapshot = Snapshot(self.seconds, START + self.seconds, HOST, readings, sources, MappingProxyType({}))
+        told = tuple((reading.vm, reading.vcpu_count, reading.counters.vcpu_ids) for reading in readings)
+        composition = self._compositions.setdefault(told, object()) if self._tells_changes else object()
+        snapshot = Snapshot(self.seconds, START + self.seconds, HOST, readings, sources, {}, composition=composition)
         self.movements.observe(snapshot)
         self.seconds += 10.0
         return self.movements.increases_total
 
 
-@pytest.fixture
-def snapshots() -> Snapshots:
-    return Snapshots()
+@pytest.fixture(params=[True, False])
+def snapshots(request: pytest.FixtureRequest) -> Snapshots:
+    return Snapshots(tells_changes=request.param)
 
 
 def test_history_is_no_increase(snapshots: Snapshots) -> None:
@@ -285,3 +291,49 @@ def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner(snapshots: Snaps
         snapshots.seconds -= 9.9
         assert len(snapshots.movements._memories) <= MAX_MISSING + 500
     assert snapshots.take(read_vm({0: 10})) == 3
+
+
+def test_a_vm_in_anothers_place_is_no_increase(snapshots: Snapshots) -> None:
+    snapshots.take(read_vm({0: 1, 1: 1}))
+    assert snapshots.take(read_vm({0: 9, 1: 9}, key=VmKey(101, 8, 9))) == 0
+    assert snapshots.movements.all_moved_at is None
+
+
+def test_a_sum_counts_also_where_every_vcpu_of_the_other_vms_has_moved(snapshots: Snapshots) -> None:
+    other = VmKey(101, 8, 9)
+    totals = []
+    for number in range(3):
+        totals.append(snapshots.take(read_vm({0: number}), read_vm(total=10 * number, count=2, key=other)))
+    assert totals == [0, 11, 22]
+    assert snapshots.movements.all_moved_at is None
+
+
+def leave_unread(*vcpu_ids: int) -> VmReading:
+    reading = read_vm(dict.fromkeys(vcpu_ids, 0))
+    return replace(reading, counters=reading.counters._replace(per_vcpu={}))
+
+
+def test_vcpus_that_came_while_nothing_could_be_read_are_not_taken_for_those_before(snapshots: Snapshots) -> None:
+    for number in range(2):
+        snapshots.take(read_vm({0: number, 1: number}))
+    snapshots.take(leave_unread(0, 2))
+    assert snapshots.movements.all_moved_at is None
+    assert snapshots.take(read_vm({0: 5, 2: 7})) == 2 + 4 + 7  # it was plugged into a VM that had been read whole
+
+
+def test_numbers_of_fewer_vcpus_than_there_are_tell_nothing(snapshots: Snapshots) -> None:
+    whole = read_vm({0: 1, 1: 1})
+    snapshots.take(whole)
+    fewer = replace(whole, counters=whole.counters._replace(per_vcpu={NOTIFY_WINDOW_EXITS: (9,)}))
+    assert snapshots.take(fewer) == 0
+    assert snapshots.take(read_vm({0: 2, 1: 2})) == 2
+
+
+def test_a_flood_is_one_time_of_all_vcpus_until_one_stands_still(snapshots: Snapshots) -> None:
+    other = VmKey(101, 8, 9)
+    times = []
+    for first, second in ((0, 0), (1, 1), (2, 3), (4, 3), (5, 5)):
+        snapshots.take(read_vm({0: first, 1: first}), read_vm({0: second}, key=other))
+        times.append(snapshots.movements.all_moved_at)
+        assert snapshots.movements.moved_vms == ({KEY, other} if first else set())
+    assert times == [None, START + 10, START + 20, None, START + 40]

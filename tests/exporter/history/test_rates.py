@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,14 +14,25 @@ from hypothesis import strategies as st
 from exporter.history.rate_estimate import GAP_SECONDS
 from exporter.history.rates import MAX_GONE, MAX_NUMBERS, NOW_SECONDS, WHOLE_VM, WINDOW_SECONDS, RateHistory
 from exporter.history.steps import SPACING_SECONDS, Step
-from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmCounters, VmReading
+from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmCounters, VmKey, VmReading
 from tests.snapshots import make_reading, make_snapshot
 
 KEY = make_reading().vm.key
 
 
+@pytest.fixture(autouse=True, params=["what changes is told", "it is not"])
+def compositions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every test see snapshots that tell that nothing but numbers has moved, and such that do not."""
+    monkeypatch.setattr(sys.modules[__name__], "COMPOSITIONS", {} if request.param.startswith("what") else None)
+
+
+COMPOSITIONS: dict[object, object] | None = None
+
+
 def look(seconds: float, *readings: VmReading) -> Snapshot:
-    return replace(make_snapshot(*readings), monotonic_seconds=seconds)
+    told = tuple((reading.vm, reading.counters.vcpu_ids) for reading in readings)
+    composition = object() if COMPOSITIONS is None else COMPOSITIONS.setdefault(told, object())
+    return replace(make_snapshot(*readings), monotonic_seconds=seconds, composition=composition)
 
 
 def follow(numbers: Iterable[tuple[float, int]]) -> RateHistory:
@@ -186,3 +198,18 @@ def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner() -> None:
         history.observe(look(float(second), kept, *made))
         assert len(history._vms) <= MAX_GONE + 501
     assert history.find_rates(KEY, 39.0)
+
+
+def test_a_vm_in_anothers_place_is_not_taken_for_it() -> None:
+    history = RateHistory()
+    for second, pid in enumerate((1, 1, 2, 2)):
+        history.observe(look(float(second), make_reading(notify=(7,), pid=pid)))
+    assert [history.find_rates(VmKey(pid, 77, 9), 3.0) for pid in (1, 2)] == [{0: 0.0}, {0: 0.0}]
+
+
+def test_an_older_snapshot_changes_nothing() -> None:
+    history = follow([(0.0, 7), (10.0, 8), (20.0, 8)])
+    steps = history.find_steps(KEY, 0, 20.0)
+    history.observe(look(15.0, make_reading(notify=(9,))))
+    history.observe(look(20.0, make_reading(notify=(9,))))
+    assert history.find_steps(KEY, 0, 20.0) == steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from exporter.prometheus.counter_series import CounterSeries
@@ -54,3 +56,13 @@ def test_sums_of_other_vms_that_could_not_be_rendered_are_not_taken_for_the_last
     ]
     (family,) = series.render_sums_as_before([(make_reading(notify=(5, 6), pid=1), first[1]), second])
     assert family.chunks[0].endswith(b'{vm="uuid-1"} 11\nkvm_vm_notify_window_exits_total{vm="uuid-2"} 7\n')
+
+
+def test_a_vm_without_a_vcpu_has_no_sum_unless_that_was_read() -> None:
+    none = make_reading(notify=())
+    unread = replace(none, counters=none.counters._replace(per_vcpu={}))
+    lines = VmSeries(none)
+    series = CounterSeries()
+    series.render_sums([((none, lines), lines.take_sum(none))])
+    assert series.render_sums_as_before([(none, lines)]) != []
+    assert series.render_sums_as_before([(unread, lines)]) == []

@@ -120,6 +120,13 @@ def move_all(host: SimulatedHost) -> None:
         vm.notify = [value + 1 + at for at, value in enumerate(vm.notify)]
 
 
+def flood(host: SimulatedHost) -> None:
+    """What is new from one scrape to the next where every vCPU takes notify exits."""
+    move_exits(host)
+    move_all(host)
+    trace_all(host)
+
+
 def move_exits(host: SimulatedHost) -> None:
     for vm in host.vms:
         vm.exits = [value + 1 for value in vm.exits]
@@ -202,7 +209,7 @@ REPORTS: list[dict[str, Any]] = [
     {"context_invalid": None},
     {"vcpus": ()},
 ]
-USUAL = st.sampled_from([move_all, move_exits, trace_all, track_all])
+USUAL = st.sampled_from([flood, flood, move_all, move_exits, trace_all, track_all])
 STEPS: st.SearchStrategy[Step] = st.one_of(
     USUAL,
     USUAL,
