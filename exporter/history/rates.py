@@ -44,7 +44,8 @@ class _Samples:
 
     @property
     def moves(self) -> bool:
-        return any(sample.column is not self.kept[0].column for sample in self.kept)
+        first = self.kept[0].column
+        return self.kept[-1].column is not first or any(sample.column is not first for sample in self.kept)
 
     def stays(self, reading: VmReading, now: float) -> bool:
         """Take in, as fast as can be, that nothing has happened for long: nearly all VMs of nearly all snapshots."""
@@ -65,14 +66,16 @@ class _Samples:
 
     def add(self, sample: _Sample, spacing: float) -> None:
         kept = self.kept
-        is_same = bool(kept) and (kept[-1].column, kept[-1].vcpu_ids) == (sample.column, sample.vcpu_ids)
-        if is_same:
-            sample = _Sample(sample.seconds, kept[-1].vcpu_ids, kept[-1].column)
-        is_dense = len(kept) > 1 and sample.seconds - kept[-2].seconds < spacing
-        if (is_dense and not self._ended_rest(spacing)) or (
-            is_same and kept[-2:-1] and kept[-2].column is kept[-1].column
-        ):
-            kept.pop()
+        last = kept[-1] if kept else None
+        is_same = last is not None and last.column == sample.column and last.vcpu_ids == sample.vcpu_ids
+        if last is not None and is_same:
+            sample = _Sample(sample.seconds, last.vcpu_ids, last.column)
+        if len(kept) > 1:
+            before = kept[-2]
+            is_dense = sample.seconds - before.seconds < spacing and not self._ended_rest(spacing)
+            if is_dense or (is_same and before.column is sample.column):
+                kept[-1] = sample
+                return
         kept.append(sample)
 
     def _ended_rest(self, spacing: float) -> bool:

@@ -26,6 +26,7 @@ from functools import partial
 
 from exporter.build_info import BuildInfo
 from exporter.commands.serve import GC_THRESHOLDS
+from exporter.history.recorder import SnapshotRecorder
 from exporter.monitor.backends import Backends
 from exporter.monitor.stall_monitor import StallMonitor
 from exporter.prometheus.collector import HostCollector
@@ -90,10 +91,10 @@ class Figures:
     of_bench: float = 0.0
 
 
-def build_collector(host: FloodedHost, monitor: StallMonitor) -> HostCollector:
+def build_collector(recorder: SnapshotRecorder, monitor: StallMonitor) -> HostCollector:
     """Build what answers scrapes."""
     read_report = partial(monitor.report, with_verdicts=False)
-    return HostCollector(host, CollectorSettings(), BuildInfo("0", "", "3"), time.perf_counter, read_report)
+    return HostCollector(recorder, CollectorSettings(), BuildInfo("0", "", "3"), time.perf_counter, read_report)
 
 
 async def run(host: FloodedHost, seconds: float) -> Figures:
@@ -107,15 +108,15 @@ async def run(host: FloodedHost, seconds: float) -> Figures:
         triggers.append(FloodedTrigger(host, on_call))
         return triggers[0]
 
-    tracer = FloodedTracer(host)
-    monitor = StallMonitor(Backends(reader=host, tracer=tracer, make_trigger=make_trigger), rule=StallRule())
+    tracer, recorder = FloodedTracer(host), SnapshotRecorder(host)
+    monitor = StallMonitor(Backends(reader=recorder, tracer=tracer, make_trigger=make_trigger), rule=StallRule())
 
     def count_cpu() -> float:
         of_flood = triggers[0].cpu_seconds + tracer.cpu_seconds
         of_scrapes = sum(figures.at_onset.seconds) + sum(figures.flooded.seconds)
         return time.process_time() - of_flood - of_scrapes - figures.of_bench
 
-    collector = build_collector(host, monitor)
+    collector = build_collector(recorder, monitor)
     warning = FirstWarning()
     logging.getLogger().addHandler(warning)
     stop, no_self_metrics, text_format = asyncio.Event(), open_self_metrics(False), parse_accept("")
