@@ -28,11 +28,11 @@ test: $(VENV)/.installed-dev test-packages
 	$(MAKE) --no-print-directory --keep-going --jobs=2 test-with-guests test-in-lab || status=$$?; \
 	exit $$status
 
-test-with-guests:
+test-with-guests: $(VENV)/.installed-dev test-packages
 	@$(BIN)/python -m pytest -m "live and not lab"
 
 # What it prints comes at its end, and not between what the others print.
-test-in-lab:
+test-in-lab: $(VENV)/.installed-dev test-packages
 	@mkdir -p .cache; status=0; \
 	nice -n 10 $(BIN)/python -m pytest -m lab >.cache/lab.log 2>&1 || status=$$?; \
 	cat .cache/lab.log; exit $$status

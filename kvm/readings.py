@@ -1,7 +1,7 @@
 """Makes readings of what sources have answered; what does not change is kept from snapshot to snapshot.
 
 From one snapshot to the next VMs seldom come or go, and nearly always nothing but numbers has moved. Then nothing else
-is looked at: to ask VM by VM takes three times as long.
+is looked at: for 625 VMs that takes 0.3 ms, and to look at each 0.8.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ class _KeptVm:
         self.looked_at = float("-inf")
 
 
-class _Composition:
-    """All that readings follow from besides numbers, as one source has told it, and the readings made of that."""
+class _WholeHost:
+    """The newest readings of a host that one source has read, and all that they follow from besides numbers."""
 
     def __init__(self, answers: Answers, vms: Mapping[VmKey, Vm], host: Host, readings: Sequence[VmReading]) -> None:
         self.readings = readings
+        self.composition = object()
         self._vms, self._host = vms, host
         self._facts = _find_facts(answers)
         places = {key: place for place, key in enumerate(answers.whole)}
@@ -76,7 +77,7 @@ class _Composition:
     def repeat(self, answers: Answers, vms: Mapping[VmKey, Vm], host: Host) -> bool:
         """Make the readings of these answers and say so, if nothing but numbers differs from those before."""
         # VmIds gives the same mapping while it has nothing to find out.
-        if vms is not self._vms or host is not self._host or _find_facts(answers) != self._facts:
+        if vms is not self._vms or host != self._host or _find_facts(answers) != self._facts:
             return False
         counters = [*answers.whole.values()]
         in_order = [counters[place] for place in self._places]
@@ -90,7 +91,10 @@ class _Composition:
 
 
 def _find_facts(answers: Answers) -> tuple[object, ...]:
-    """Find all that a source has told besides numbers; it gives the same objects while nothing changes of a VM."""
+    """Find all that readings follow from besides counters; a source gives the same objects while nothing changes.
+
+    Which counters there are, and what ``problem`` says, is looked at by whoever wants them, each time.
+    """
     told = [(of.vcpu_ids, of.tids, of.notify_window_cycles, of.notify_flags) for of in answers.whole.values()]
     return answers.source, [*answers.whole], told
 
@@ -105,17 +109,17 @@ class Readings:
         self._proc, self._kvm_debugfs = proc, kvm_debugfs
         self._kept: dict[VmKey, _KeptVm] = {}
         self._thread_lookups_left = 0
-        self._composition: _Composition | None = None
+        self._whole_host: _WholeHost | None = None
 
     @property
     def composition(self) -> object:
-        """What the newest readings have in common with those before, as ``Snapshot`` has it."""
-        return self._composition or object()
+        """What ``Snapshot.composition`` is of the newest readings."""
+        return self._whole_host.composition if self._whole_host else object()
 
     def make(self, answers: Answers, vms: Mapping[VmKey, Vm], host: Host, now: float) -> Sequence[VmReading]:
         """Make a reading of each of ``vms``, in their order; ``now`` is in seconds that only grow."""
-        if self._composition is not None and self._composition.repeat(answers, vms, host):
-            return self._composition.readings
+        if self._whole_host is not None and self._whole_host.repeat(answers, vms, host):
+            return self._whole_host.readings
         each = answers.each
         if answers.source:
             found = answers.whole.items()
@@ -123,7 +127,7 @@ class Readings:
         self._kept = {key: self._kept.get(key) or _KeptVm() for key in each}
         self._thread_lookups_left = THREADS_VMS
         readings = [self._make_one(vm, each[key], host, now) for key, vm in vms.items()]
-        self._composition = _Composition(answers, vms, host, readings) if answers.source else None
+        self._whole_host = _WholeHost(answers, vms, host, readings) if answers.source else None
         return readings
 
     def _make_one(self, vm: Vm, answer: Answer, host: Host, now: float) -> VmReading:
@@ -142,7 +146,7 @@ class Readings:
         known = (answer.counters.vcpu_ids, answer.counters.tids, answer.all_vcpu_ids)
         if kept.known == known and not self._should_look_again(kept, answer, now):
             return kept.vcpus
-        kept.known, kept.looked_at = known, now
+        kept.known, kept.looked_at = None, now  # what follows may fail half way
         tids = self._find_threads(key, answer, host)
         all_ids = sorted(tids)
         indexes = {tid: read_index(self._proc, key.pid, tid) for tid in tids.values() if tid is not None}
@@ -152,6 +156,7 @@ class Readings:
         vcpus = tuple(vcpu for vcpu in numbered if vcpu.vcpu_id in read)
         if vcpus != kept.vcpus:
             kept.vcpus = vcpus
+        kept.known = known
         return kept.vcpus
 
     def _should_look_again(self, kept: _KeptVm, answer: Answer, now: float) -> bool:

@@ -85,9 +85,9 @@ class IncreaseTracker:
         self.observe_same(snapshot)
 
     def _observe_all_moved(self, snapshot: Snapshot) -> bool:
-        """Take in a snapshot in which each vCPU of the one before has moved, and say if it is one.
+        """Take in a snapshot if every vCPU has moved since the one before, and say whether that is so.
 
-        After a bad microcode update many are; VM by VM that takes twice as long.
+        After a bad microcode update it often is; VM by VM it takes twice as long.
         """
         columns = [reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()) for reading in snapshot.readings]
         if snapshot.composition is not self._composition or not all(columns):

@@ -100,13 +100,13 @@ class RateHistory:
         self._lock = threading.Lock()
         self._newest_seconds = -math.inf
         self._composition: object = None
-        self._counted: list[object] = []
+        self._notify_counters: list[object] = []
         self._unchanged: Snapshot | None = None
         """The newest snapshot, if it has nothing new and was not taken in yet: the one after it may say the same."""
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in a snapshot; one that is not the newest is left out."""
-        counted: list[object] = [
+        notify_counters: list[object] = [
             (reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), reading.counters.totals)
             for reading in snapshot.readings
         ]
@@ -114,13 +114,13 @@ class RateHistory:
             if snapshot.monotonic_seconds <= self._newest_seconds:
                 return
             self._newest_seconds = snapshot.monotonic_seconds
-            if snapshot.composition is self._composition and counted == self._counted:
+            if snapshot.composition is self._composition and notify_counters == self._notify_counters:
                 self._unchanged = snapshot
                 return
             self._catch_up()
             self._composition = None  # what follows may fail half way
             self._take_in(snapshot)
-            self._composition, self._counted = snapshot.composition, counted
+            self._composition, self._notify_counters = snapshot.composition, notify_counters
 
     def _catch_up(self) -> None:
         if self._unchanged is not None:

@@ -12,7 +12,7 @@ from kvm.read_errors import ReadErrors
 
 
 class Change(Enum):
-    """What has changed from one snapshot to the next, besides counters that nothing follows from but their own lines.
+    """What has changed from one snapshot to the next, apart from counters that nothing but their own lines shows.
 
     ``NOTIFY_COUNTERS``: only those of notify exits. ``ANYTHING``: VMs, vCPUs, or how they are protected, too.
     """
@@ -32,21 +32,22 @@ class ShownVms:
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._composition: object = None
         self._protections: list[tuple[object, ...]] = []
-        self._counted: tuple[list[object], list[object]] = ([], [])
+        self._notify_counters: tuple[list[object], list[object]] = ([], [])
 
     def take(self, snapshot: Snapshot) -> Change:
         """Take in a snapshot, and tell what has changed since the one before."""
         is_alike = snapshot.composition is self._composition
         arranged = self._arrange_as_before(snapshot, is_alike=is_alike)
         protections = self._protections if is_alike else [*map(find_protection, snapshot.readings)]
-        counted = _find_counted(snapshot)
+        notify_counters = _find_notify_counters(snapshot)
         change = Change.NOTHING
         if not arranged or protections != self._protections:
             change = Change.ANYTHING
-        elif counted != self._counted:
+        elif notify_counters != self._notify_counters:
             change = Change.NOTIFY_COUNTERS
         self.shown = arranged or list(self._arrange(snapshot))
-        self._composition, self._protections, self._counted = snapshot.composition, protections, counted
+        self._composition, self._protections = snapshot.composition, protections
+        self._notify_counters = notify_counters
         return change
 
     def _arrange_as_before(self, snapshot: Snapshot, *, is_alike: bool) -> list[ShownVm]:
@@ -77,7 +78,7 @@ class ShownVms:
                 yield reading, lines
 
 
-def _find_counted(snapshot: Snapshot) -> tuple[list[object], list[object]]:
+def _find_notify_counters(snapshot: Snapshot) -> tuple[list[object], list[object]]:
     """Find the notify counters of all VMs: those of their vCPUs, and sums."""
     counters = [reading.counters for reading in snapshot.readings]
     columns: list[object] = [of.per_vcpu.get(NOTIFY_WINDOW_EXITS) for of in counters]

@@ -68,8 +68,8 @@ class StallSeries:
         """Find the figures of a VM's vCPUs, of none where nothing was found out."""
         return self._found.get(reading.vm.key, NO_FIGURES)
 
-    def find_causes(self, readings: Sequence[VmReading], figures: Sequence[VmFigures]) -> tuple[object, ...]:
-        """Find all but counts of traces that the columns of these VMs follow from: equal where that is the same."""
+    def find_basis(self, readings: Sequence[VmReading], figures: Sequence[VmFigures]) -> tuple[object, ...]:
+        """Find all that columns of these VMs are made from, but for counts of traces: equal where it is the same."""
         columns = [reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()) for reading in readings]
         return (
             (self.traced, self._judged, self._missed, self._drills, self._invalid, self._vms),

@@ -27,24 +27,25 @@ class VerdictLines:
 
     def __init__(self) -> None:
         self._counters = CounterSeries()
-        self._causes: tuple[object, ...] | None = None
-        """What all but counts followed from in the scrape before, None where it cannot be taken up again."""
-        self._seldom: list[Family] = []
+        self._basis: tuple[object, ...] | None = None
+        """What the lines of the scrape before were made from, counts of traces apart; None if they may not be used."""
+        self._others: list[Family] = []
+        """Those lines, but for the counts."""
 
     def render(self, vms: Sequence[ShownVm], verdicts: StallSeries, ask: Ask) -> list[Family]:
         """Render what is known of the vCPUs of these VMs."""
         readings = [reading for reading, _ in vms]
         figures = [*map(verdicts.find_figures, readings)]
-        causes = [lines for _, lines in vms], *verdicts.find_causes(readings, figures)
-        if causes == self._causes:
-            told = [of for of in figures if of.vcpu_ids] if verdicts.traced else []
-            counts = [of.traced_exits for of in told], [of.same_rip_exits for of in told]
-            return [*self._seldom, *map(self._counters.refill, COUNTS if told else (), counts)]
-        self._causes = None  # what follows may fail half way
+        basis = [lines for _, lines in vms], *verdicts.find_basis(readings, figures)
+        if basis == self._basis:
+            counted = [of_vm for of_vm in figures if of_vm.vcpu_ids] if verdicts.traced else []
+            counts = [of_vm.traced_exits for of_vm in counted], [of_vm.same_rip_exits for of_vm in counted]
+            return [*self._others, *map(self._counters.refill, COUNTS if counted else (), counts)]
+        self._basis = None  # what follows may fail half way
         found = list(ask(vms, verdicts.take_columns))
         families = self._counters.render(columns for _, columns in found)
-        with_figures = [lines for of, (_, lines) in zip(figures, vms, strict=True) if of.vcpu_ids]
+        with_figures = [lines for of_vm, (_, lines) in zip(figures, vms, strict=True) if of_vm.vcpu_ids]
         takes_counts = not verdicts.traced or all(lines.verdicts.takes_counts for lines in with_figures)
         if takes_counts and len(found) == len(vms):
-            self._causes, self._seldom = causes, [family for family in families if family.metric not in COUNTS]
+            self._basis, self._others = basis, [family for family in families if family.metric not in COUNTS]
         return families

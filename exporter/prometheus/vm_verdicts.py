@@ -52,7 +52,7 @@ class VmVerdicts:
         self._seldom: list[Column] = []
         """What follows from ``_known`` and ``_stuck``, and changes seldom."""
         self._counted: list[bytes] = []
-        """The templates of counts, unless somebody has figures who is none of our vCPUs."""
+        """The templates of counts; empty where a vCPU has figures that is not among ours."""
         self._columns: list[Column] = []
         self._templates: dict[Metric, tuple[Sequence[int], bytes]] = {}
 
@@ -75,11 +75,11 @@ class VmVerdicts:
 
     @property
     def takes_counts(self) -> bool:
-        """Whether counts that were taken last are the columns of the figures themselves."""
+        """Whether the counts that ``take_columns`` took last are the columns of its figures, as they are."""
         return bool(self._counted)
 
     def _find_places(self, vcpu_ids: Sequence[int]) -> Sequence[int]:
-        """Find where these vCPUs stand, nowhere if one is none of ours; both are in the order of their ids."""
+        """Find the places of these vCPUs, none if one is not among ours; both are in the order of their ids."""
         if vcpu_ids == self._vcpu_ids:
             return range(len(self._vcpus))
         places = {vcpu_id: place for place, vcpu_id in enumerate(self._vcpu_ids)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def rename(source: Source) -> None:
     source.vms = {**source.vms, FIRST: replace(source.vms[FIRST], id="c")}
 
 
-def read_host_anew(source: Source) -> None:
+def find_another_host(source: Source) -> None:
     source.host = replace(INTEL, notify_supported=False)
 
 
@@ -99,7 +99,17 @@ def list_in_another_order(source: Source) -> None:
     source.found = dict(reversed(source.found.items()))
 
 
-CHANGES = [end_vm, plug_vcpu, replace_vcpu, start_thread, disarm, set_window, rename, read_host_anew, read_by_another]
+CHANGES = [
+    end_vm,
+    plug_vcpu,
+    replace_vcpu,
+    start_thread,
+    disarm,
+    set_window,
+    rename,
+    find_another_host,
+    read_by_another,
+]
 
 
 @pytest.mark.parametrize("change", [*CHANGES, list_in_another_order])
@@ -112,6 +122,35 @@ def test_all_else_is_another_composition(change: Callable[[Source], None]) -> No
     assert {reading.vm.key for reading in readings} == source.vms.keys()
     _, same = source.make()
     assert same is other
+
+
+def test_a_host_that_is_read_again_and_is_the_same_changes_nothing() -> None:
+    source = Source()
+    _, composition = source.make()
+    source.host = replace(INTEL)
+    assert source.host is not INTEL
+    assert source.make()[1] is composition
+
+
+class UnreadOnce(tuple[int, ...]):
+    """vCPUs that cannot be looked at once."""
+
+    fails = True
+
+    def __iter__(self) -> Iterator[int]:
+        if self.fails:
+            self.fails = False
+            raise MemoryError
+        return super().__iter__()
+
+
+def test_vcpus_that_could_not_be_looked_at_are_looked_at_again() -> None:
+    source = Source()
+    source.change(FIRST, vcpu_ids=UnreadOnce((0, 2)))
+    with pytest.raises(MemoryError):
+        source.readings.make(Answers(source.name, dict(source.found)), source.vms, INTEL, 0.0)
+    readings, _ = source.make()
+    assert [len(reading.vcpus) for reading in readings] == [2, 2]
 
 
 def test_where_nobody_finds_all_vms_by_himself_each_snapshot_is_made_anew() -> None:

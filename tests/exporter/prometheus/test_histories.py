@@ -37,6 +37,7 @@ from kvm.model import (
     VmKey,
     VmReading,
 )
+from tests.reports import make_report
 from tests.snapshots import INTEL, UP
 
 COLLECTORS = frozenset({"host", "vm", "vcpu"})
@@ -90,8 +91,10 @@ class SimulatedVm:
 class SimulatedHost:
     """Takes snapshots of a few VMs, and tells what the monitor has found; it keeps what a real source would keep."""
 
-    def __init__(self) -> None:
-        self.vms = [SimulatedVm(number, vcpus) for number, vcpus in enumerate((2, 1, 3))]
+    def __init__(self, vcpus: tuple[int, ...]) -> None:
+        """``vcpus`` are how many each VM has."""
+        self.vms = [SimulatedVm(number, of_vm) for number, of_vm in enumerate(vcpus)]
+        self.start = START
         self.report = MonitorReport()
         self.composition = object()
         self.now = 0.0
@@ -99,7 +102,7 @@ class SimulatedHost:
     def read(self) -> Snapshot:
         """Take a snapshot."""
         readings = tuple(vm.read() for vm in self.vms if vm.is_there)
-        snapshot = Snapshot(self.now, START + self.now, INTEL, readings, (UP,), {})
+        snapshot = Snapshot(self.now, self.start + self.now, INTEL, readings, (UP,), {})
         return replace(snapshot, composition=self.composition)
 
     def read_report(self) -> MonitorReport:
@@ -146,14 +149,15 @@ def track_all(host: SimulatedHost) -> None:
 
 def move_vm(number: int) -> Step:
     def step(host: SimulatedHost) -> None:
-        host.vms[number].notify = [value + 2 for value in host.vms[number].notify]
+        vm = host.vms[number % len(host.vms)]
+        vm.notify = [value + 2 for value in vm.notify]
 
     return step
 
 
 def set_vcpu(number: int, place: int, value: int) -> Step:
     def step(host: SimulatedHost) -> None:
-        notify = host.vms[number].notify
+        notify = host.vms[number % len(host.vms)].notify
         notify[place % len(notify)] = value
 
     return step
@@ -161,7 +165,7 @@ def set_vcpu(number: int, place: int, value: int) -> Step:
 
 def put_figures(number: int, vcpu_id: int, figures: VcpuFigures | None) -> Step:
     def step(host: SimulatedHost) -> None:
-        vm = host.vms[number]
+        vm = host.vms[number % len(host.vms)]
         vm.drop(vcpu_id) if figures is None else vm.put(vcpu_id, figures)
 
     return step
@@ -171,7 +175,7 @@ def change_vm(number: int, name: str, value: object) -> Step:
     """Change more than numbers: then a source gives other objects."""
 
     def step(host: SimulatedHost) -> None:
-        setattr(host.vms[number], name, value)
+        setattr(host.vms[number % len(host.vms)], name, value)
         host.composition = object()
 
     return step
@@ -179,7 +183,7 @@ def change_vm(number: int, name: str, value: object) -> Step:
 
 def plug(number: int) -> Step:
     def step(host: SimulatedHost) -> None:
-        vm = host.vms[number]
+        vm = host.vms[number % len(host.vms)]
         vm.notify, vm.exits = [*vm.notify, 0][:4], [*vm.exits, 0][:4]
         vm.change()
         host.composition = object()
@@ -194,11 +198,17 @@ def tell(fields: dict[str, Any]) -> Step:
     return step
 
 
+def slew_clock(host: SimulatedHost) -> None:
+    host.start += 0.3
+
+
 def compose_anew(host: SimulatedHost) -> None:
     host.composition = object()
 
 
-FIGURES = st.builds(VcpuFigures, st.sampled_from(State), st.sampled_from([None, 90.0]), NUMBERS, NUMBERS, st.booleans())
+FIGURES = st.builds(
+    VcpuFigures, st.sampled_from(State), st.sampled_from([None, 90.0, 91.0]), NUMBERS, NUMBERS, st.booleans()
+)
 REPORTS: list[dict[str, Any]] = [
     {"problem": "no tracepoint"},
     {"problem": ""},
@@ -207,6 +217,7 @@ REPORTS: list[dict[str, Any]] = [
     {"context_invalid": {}},
     {"context_invalid": {(1, 1, 100, 0): 3}},
     {"context_invalid": None},
+    {"vcpus": (make_report(vm=Vm("vm-0", VmKey(1, 1, 9), Owner("qemu"), None), drill=True),)},
     {"vcpus": ()},
 ]
 USUAL = st.sampled_from([flood, flood, move_all, move_exits, trace_all, track_all])
@@ -220,6 +231,7 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
     st.builds(change_vm, NUMBERS, st.just("protection"), st.sampled_from(Protection)),
     st.builds(plug, NUMBERS),
     st.builds(tell, st.sampled_from(REPORTS)),
+    st.just(slew_clock),
     st.just(compose_anew),
 )
 
@@ -247,9 +259,11 @@ def find_moves(tracker: IncreaseTracker, snapshot: Snapshot) -> list[bytes]:
 
 @pytest.mark.parametrize("series", VcpuSeries)
 @settings(max_examples=150, deadline=None)
-@given(steps=st.lists(STEPS, min_size=1, max_size=25))
-def test_what_was_kept_is_what_would_be_made_anew(series: VcpuSeries, steps: list[Step]) -> None:
-    host = SimulatedHost()
+@given(vcpus=st.sampled_from([(2, 1, 3), (2,)]), steps=st.lists(STEPS, min_size=1, max_size=25))
+def test_what_was_kept_is_what_would_be_made_anew(
+    series: VcpuSeries, vcpus: tuple[int, ...], steps: list[Step]
+) -> None:
+    host = SimulatedHost(vcpus)
     collector, tracker = open_collector(host, series), IncreaseTracker()
     for number, step in enumerate([compose_anew, *steps]):
         host.now = float(number)

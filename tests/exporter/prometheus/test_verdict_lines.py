@@ -100,6 +100,12 @@ def test_so_it_is_where_a_vcpu_is_stuck(flood: Flood) -> None:
     assert flood.count_asked() == 0
 
 
+def test_a_stall_that_has_ended_and_begun_again_has_vms_asked(flood: Flood) -> None:
+    for start in (90.0, 91.0):
+        flood.put(3, VcpuFigures(State.STALLED, start, 64, 63, can_judge=True))
+        assert flood.count_asked() == 2
+
+
 def test_so_it_is_where_of_some_vms_or_vcpus_nothing_was_found_out(flood: Flood) -> None:
     first, second = (reading for reading, _ in flood.vms)
     flood.columns[first.vm.key].drop(first.vcpus[0].vcpu_id)
