@@ -6,8 +6,9 @@ Only what was seen to move is another matter: a tracker that looks at each VM of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,50 +24,51 @@ from exporter.prometheus.exposition import Family, render_sample, render_text
 from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import VcpuSeries
 from exporter.stalls.verdicts import MonitorReport, State, VcpuFigures
+from kvm.counters.retried_source import BEST_RETRY_SECONDS
+from kvm.discovery.vm_discovery import Discovery, HeldVm
+from kvm.errors import SourceUnavailable
 from kvm.model import (
     EXITS,
     NOTIFY_WINDOW_EXITS,
     Identity,
     Owner,
-    Protection,
     Snapshot,
-    Vcpu,
     VcpuKey,
     Vm,
     VmCounters,
     VmKey,
-    VmReading,
 )
+from kvm.read_errors import ReadErrors
+from kvm.snapshot import HostReader
 from tests.reports import make_report
-from tests.snapshots import INTEL, UP
+from tests.snapshots import INTEL
 
 COLLECTORS = frozenset({"host", "vm", "vcpu"})
 # They follow from what was seen before, or from the clock.
 OF_HISTORY = (metrics.VCPU_LAST_NOTIFY_EXIT, metrics.HOST_NOTIFY_WINDOW_EXITS)
-UNTOLD = (metrics.SCRAPE_DURATION, *OF_HISTORY)
+UNTOLD = (metrics.SCRAPE_DURATION, metrics.VM_START_TIME, *OF_HISTORY)
 QUIET = VcpuFigures(State.QUIET, None, 0, 0, can_judge=True)
 START = 1_800_000_000.0
 
 
 class SimulatedVm:
-    """A VM with its vCPUs, and what of it is seen."""
+    """A VM with its vCPUs, and what a source tells of it: the same objects while nothing changes."""
 
     def __init__(self, number: int, vcpus: int) -> None:
-        owner = Owner("qemu", f"vm-{number}", identity=Identity.LIBVIRT)
-        self.vm = Vm(f"vm-{number}", VmKey(number + 1, 1, 9), owner, START - 100)
+        self.key = VmKey(number + 1, 1, 9)
+        self.owner = Owner("qemu", f"vm-{number}", uuid=f"uuid-{number}", identity=Identity.LIBVIRT)
         self.notify, self.exits = [0] * vcpus, [10] * vcpus
         self.is_there = self.is_read = True
         self.is_summed = False
-        self.protection = Protection.ARMED
+        self.flags: int | None = 1
         self.columns = FigureColumns()
         self.figures: dict[int, VcpuFigures] = {}
-        self.change()
+        self.place_vcpus()
 
-    def change(self) -> None:
-        """Have what is told of its vCPUs other objects than before."""
-        self.vcpus = tuple(Vcpu(index, 2 * index, 100 * self.vm.key.pid + index) for index in range(len(self.notify)))
-        self.vcpu_ids = tuple(vcpu.vcpu_id for vcpu in self.vcpus)
-        self.tids = tuple(vcpu.tid for vcpu in self.vcpus)
+    def place_vcpus(self) -> None:
+        """Give each of its vCPUs an id and a thread."""
+        self.vcpu_ids = tuple(2 * index for index in range(len(self.notify)))
+        self.tids = tuple(100 * self.key.pid + vcpu_id for vcpu_id in self.vcpu_ids)
 
     def put(self, vcpu_id: int, figures: VcpuFigures) -> None:
         """Have the monitor tell this of a vCPU."""
@@ -78,40 +80,98 @@ class SimulatedVm:
         self.columns.drop(vcpu_id)
         self.figures.pop(vcpu_id, None)
 
-    def read(self) -> VmReading:
-        """Read it, as the source tells of it now."""
-        per_vcpu = {NOTIFY_WINDOW_EXITS: tuple(self.notify), EXITS: tuple(self.exits)} if self.is_read else {}
-        counters = VmCounters(self.vcpu_ids, self.tids, per_vcpu, {}, 0, 1)
+    def sum(self) -> VmCounters:
+        """Read it as a source that has no numbers of single vCPUs."""
+        return VmCounters(totals={NOTIFY_WINDOW_EXITS: sum(self.notify)})
+
+    def read(self) -> VmCounters:
+        """Read it as a source that sees the whole host."""
         if self.is_summed:
-            totals = {NOTIFY_WINDOW_EXITS: sum(self.notify)}
-            return VmReading(self.vm, "debugfs", (), len(self.vcpus), VmCounters(totals=totals), self.protection)
-        return VmReading(self.vm, "bpf", self.vcpus, len(self.vcpus), counters, self.protection)
+            return self.sum()
+        per_vcpu = {NOTIFY_WINDOW_EXITS: tuple(self.notify), EXITS: tuple(self.exits)} if self.is_read else {}
+        return VmCounters(self.vcpu_ids, self.tids, per_vcpu, {}, 0, self.flags)
 
 
 class SimulatedHost:
-    """Takes snapshots of a few VMs, and tells what the monitor has found; it keeps what a real source would keep."""
+    """A few VMs, and what the monitor has found of them."""
 
     def __init__(self, vcpus: tuple[int, ...]) -> None:
         """``vcpus`` are how many each VM has."""
         self.vms = [SimulatedVm(number, of_vm) for number, of_vm in enumerate(vcpus)]
-        self.start = START
+        self.start, self.now = START, 0.0
         self.report = MonitorReport()
-        self.composition = object()
-        self.now = 0.0
+        self.is_seen_whole = True
 
-    def read(self) -> Snapshot:
-        """Take a snapshot."""
-        readings = tuple(vm.read() for vm in self.vms if vm.is_there)
-        snapshot = Snapshot(self.now, self.start + self.now, INTEL, readings, (UP,), {})
-        return replace(snapshot, composition=self.composition)
+    def find_present(self) -> list[SimulatedVm]:
+        """Find the VMs that are there."""
+        return [vm for vm in self.vms if vm.is_there]
 
     def read_report(self) -> MonitorReport:
         """Tell what was found."""
-        figures = {vm.vm.key: vm.columns.find() for vm in self.vms if vm.figures}
+        figures = {vm.key: vm.columns.find() for vm in self.vms if vm.figures}
         return replace(self.report, figures=figures)
+
+
+class SimulatedSource:
+    """A source that reads such a host: as a whole, or the sums of the VMs that others have found."""
+
+    limits = doubt = ""
+
+    def __init__(self, host: SimulatedHost, *, finds_vms: bool) -> None:
+        self.name, self.finds_vms = ("bpf", True) if finds_vms else ("debugfs", False)
+        self._host = host
+
+    def open(self) -> None:
+        if self.finds_vms and not self._host.is_seen_whole:
+            raise SourceUnavailable("it does not work for a while")
+
+    def read(self, vms: Sequence[HeldVm], *, again: bool = False) -> dict[VmKey, VmCounters]:
+        del vms, again
+        self.open()
+        return {vm.key: vm.read() if self.finds_vms else vm.sum() for vm in self._host.find_present()}
 
     def close(self) -> None:
         """Hold nothing."""
+
+
+class SimulatedDiscovery(Discovery):
+    """Finds the VMs of such a host."""
+
+    def __init__(self, host: SimulatedHost) -> None:
+        super().__init__(Path("/nowhere"), lambda _pid, _kind, _message: None)
+        self._host = host
+        self.sees_first_process = True
+
+    def find_vms(self) -> list[HeldVm]:
+        return [HeldVm(vm.key, vm.key.pid, -1, vm.vcpu_ids, {}) for vm in self._host.find_present()]
+
+
+class DatedReader:
+    """The reader of a real host, reading a simulated one; its snapshots have the time of that."""
+
+    def __init__(self, host: SimulatedHost) -> None:
+        self._host = host
+        self._reader = HostReader(
+            [SimulatedSource(host, finds_vms=True), SimulatedSource(host, finds_vms=False)],
+            SimulatedDiscovery(host),
+            lambda _wanted, _wait: {vm.key[:2]: vm.owner for vm in host.vms},
+            ReadErrors(),
+            proc=Path("/nowhere"),
+            kvm_debugfs=Path("/nowhere"),
+            kvm_module=Path("/nowhere"),
+            kvm_device=Path("/nowhere"),
+            read_host=lambda: INTEL,
+            monotonic=lambda: host.now,
+        )
+
+    def read(self) -> Snapshot:
+        snapshot = self._reader.read()
+        return replace(
+            snapshot, monotonic_seconds=self._host.now, unix_seconds=self._host.start + self._host.now, errors={}
+        )
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 Step = Callable[[SimulatedHost], object]
@@ -172,11 +232,8 @@ def put_figures(number: int, vcpu_id: int, figures: VcpuFigures | None) -> Step:
 
 
 def change_vm(number: int, name: str, value: object) -> Step:
-    """Change more than numbers: then a source gives other objects."""
-
     def step(host: SimulatedHost) -> None:
         setattr(host.vms[number % len(host.vms)], name, value)
-        host.composition = object()
 
     return step
 
@@ -185,10 +242,38 @@ def plug(number: int) -> Step:
     def step(host: SimulatedHost) -> None:
         vm = host.vms[number % len(host.vms)]
         vm.notify, vm.exits = [*vm.notify, 0][:4], [*vm.exits, 0][:4]
-        vm.change()
-        host.composition = object()
+        vm.place_vcpus()
 
     return step
+
+
+def change_thread(number: int) -> Step:
+    def step(host: SimulatedHost) -> None:
+        vm = host.vms[number % len(host.vms)]
+        vm.tids = (vm.tids[0] + 1, *vm.tids[1:])
+
+    return step
+
+
+def rename(number: int) -> Step:
+    """Have another VM take a VM's place."""
+
+    def step(host: SimulatedHost) -> None:
+        vm = host.vms[number % len(host.vms)]
+        vm.key = vm.key._replace(start_ticks=vm.key.start_ticks + 1)
+        vm.owner = replace(vm.owner, uuid=f"{vm.owner.uuid}x")
+
+    return step
+
+
+def list_otherwise(host: SimulatedHost) -> None:
+    host.vms.reverse()
+
+
+def lose_sight(host: SimulatedHost) -> None:
+    """Have the first source fail, or come again once it is tried."""
+    host.is_seen_whole = not host.is_seen_whole
+    host.now += BEST_RETRY_SECONDS
 
 
 def tell(fields: dict[str, Any]) -> Step:
@@ -202,8 +287,8 @@ def slew_clock(host: SimulatedHost) -> None:
     host.start += 0.3
 
 
-def compose_anew(host: SimulatedHost) -> None:
-    host.composition = object()
+def stand_still(_host: SimulatedHost) -> None:
+    """Have nothing happen."""
 
 
 FIGURES = st.builds(
@@ -228,17 +313,20 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
     st.builds(set_vcpu, NUMBERS, NUMBERS, st.integers(0, 9)),
     st.builds(put_figures, NUMBERS, st.sampled_from([0, 2, 4, 6]), st.none() | FIGURES),
     st.builds(change_vm, NUMBERS, st.sampled_from(["is_there", "is_read", "is_summed"]), st.booleans()),
-    st.builds(change_vm, NUMBERS, st.just("protection"), st.sampled_from(Protection)),
+    st.builds(change_vm, NUMBERS, st.just("flags"), st.sampled_from([None, 0, 1])),
     st.builds(plug, NUMBERS),
+    st.builds(change_thread, NUMBERS),
+    st.builds(rename, NUMBERS),
+    st.sampled_from([list_otherwise, lose_sight]),
     st.builds(tell, st.sampled_from(REPORTS)),
     st.just(slew_clock),
-    st.just(compose_anew),
+    st.just(stand_still),
 )
 
 
 def open_collector(host: SimulatedHost, series: VcpuSeries) -> HostCollector:
     chosen = CollectorSettings(vcpu_series=series)
-    return HostCollector(host, chosen, BuildInfo("1", "", "3"), time.perf_counter, host.read_report)
+    return HostCollector(DatedReader(host), chosen, BuildInfo("1", "", "3"), time.perf_counter, host.read_report)
 
 
 def read_lines(families: list[Family]) -> list[str]:
@@ -265,15 +353,15 @@ def test_what_was_kept_is_what_would_be_made_anew(
 ) -> None:
     host = SimulatedHost(vcpus)
     collector, tracker = open_collector(host, series), IncreaseTracker()
-    for number, step in enumerate([compose_anew, *steps]):
-        host.now = float(number)
+    for step in [stand_still, *steps]:
+        host.now += 1.0
         step(host)
-        tracker.observe(replace(host.read(), composition=object()))
         families = collector.collect(COLLECTORS)
         assert read_lines(families) == read_lines(open_collector(host, series).collect(COLLECTORS))
+        assert collector.snapshot is not None
+        tracker.observe(replace(collector.snapshot, composition=object()))
         assert collector.total == tracker.increases_total
         if series is VcpuSeries.ALL:
-            told = [
-                line for of in families if of.metric is OF_HISTORY[0] for line in b"".join(of.chunks).splitlines(True)
-            ]
-            assert sorted(told) == find_moves(tracker, host.read())
+            told = [of for of in families if of.metric is metrics.VCPU_LAST_NOTIFY_EXIT]
+            lines = [line for of in told for line in b"".join(of.chunks).splitlines(True)]
+            assert sorted(lines) == find_moves(tracker, collector.snapshot)
