@@ -13,7 +13,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev linux-libc-dev qemu-system-x86 \
 	clang-14 llvm-14 libbpf-dev patch perl lz4 \
 	systemd debootstrap rpm man-db lintian tmux
 
-.PHONY: run demo test test-with-guests test-in-lab unit lab bench hostile fuzz bpf kernel dist packages deploy-test display-test pictures scale clean test-packages run-packages
+.PHONY: run demo test unit lab bench hostile fuzz bpf kernel dist packages deploy-test display-test pictures scale clean test-packages run-packages
 
 run: $(VENV)/.installed
 	$(BIN)/kvm-notify-exporter serve
@@ -21,21 +21,12 @@ run: $(VENV)/.installed
 demo: $(VENV)/.installed
 	exec env KVM_NOTIFY_EXPORTER=$(BIN)/kvm-notify-exporter grafana/demo 127.0.0.1:9750 127.0.0.1:9751
 
-# Where guests run, tests have the machine to themselves, but for what they leave of it to the lab.
+# Where guests run, and in the lab, tests have the machine to themselves; the others share it.
 test: $(VENV)/.installed-dev test-packages
 	@status=0; \
 	$(BIN)/python -m pytest -n logical --dist loadfile -m "not live and not lab" || status=$$?; \
-	$(MAKE) --no-print-directory --keep-going --jobs=2 test-with-guests test-in-lab || status=$$?; \
+	$(BIN)/python -m pytest -m "live or lab" || status=$$?; \
 	exit $$status
-
-test-with-guests: $(VENV)/.installed-dev test-packages
-	@$(BIN)/python -m pytest -m "live and not lab"
-
-# What it prints comes at its end, and not between what the others print.
-test-in-lab: $(VENV)/.installed-dev test-packages
-	@mkdir -p .cache; status=0; \
-	nice -n 10 $(BIN)/python -m pytest -m lab >.cache/lab.log 2>&1 || status=$$?; \
-	cat .cache/lab.log; exit $$status
 
 # Everything that needs neither root nor /dev/kvm, nor a package that is not there: for while you write.
 unit: $(VENV)/.installed-dev
