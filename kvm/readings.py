@@ -1,7 +1,7 @@
 """Makes readings of what sources have answered; what does not change is kept from snapshot to snapshot.
 
 From one snapshot to the next VMs seldom come or go, and nearly always nothing but numbers has moved. Then nothing else
-is looked at: for 625 VMs that takes 0.3 ms, and to look at each 0.8.
+is looked at: for 625 VMs that takes 0.4 ms, and to look at each 1.7.
 """
 
 from __future__ import annotations

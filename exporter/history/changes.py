@@ -1,4 +1,4 @@
-"""Which vCPUs' counters have changed between two snapshots."""
+"""Whether and which notify counters have changed between two snapshots."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ class CounterChanges:
             moved = [found for found in zip(reading.vcpus, values, column, strict=True) if found[1] != found[2]]
             if moved:
                 yield Moved(reading, seconds, moved)
+
+
+def find_notify_counters(snapshot: Snapshot) -> tuple[list[object], list[object]]:
+    """Find the notify counters of all VMs, in their order: the columns of their vCPUs, and sums; None where unread.
+
+    Equal lists say that none has moved, of two snapshots with the same VMs and vCPUs.
+    """
+    counters = [reading.counters for reading in snapshot.readings]
+    columns: list[object] = [of_vm.per_vcpu.get(NOTIFY_WINDOW_EXITS) for of_vm in counters]
+    return columns, [of_vm.totals.get(NOTIFY_WINDOW_EXITS) for of_vm in counters]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import gt
 from types import MappingProxyType
 from typing import Final
@@ -65,7 +64,6 @@ class IncreaseTracker:
         """``first_total`` is what an agent before this one has counted."""
         self._memories: dict[VmKey, _Memory] = {}
         self._present: list[_Memory] = []  # of the VMs of the newest snapshot
-        self._composition: object = None
         self.moved_vms: set[VmKey] = set()
         """The VMs of which ``last_moves`` has something to tell: few of a host's."""
         self.all_moved_at: float | None = None
@@ -80,36 +78,6 @@ class IncreaseTracker:
         if self._zero_after_unix_seconds == math.inf:
             self._zero_after_unix_seconds = snapshot.unix_seconds
         self.readable = self.readable or _can_count(snapshot)
-        if not self._observe_all_moved(snapshot):
-            self._observe_vms(snapshot)
-        self.observe_same(snapshot)
-
-    def _observe_all_moved(self, snapshot: Snapshot) -> bool:
-        """Take in a snapshot if every vCPU has moved since the one before, and say whether that is so.
-
-        After a bad microcode update it often is; VM by VM it takes twice as long.
-        """
-        columns = [reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()) for reading in snapshot.readings]
-        if snapshot.composition is not self._composition or not all(columns):
-            return False
-        before = [memory.column for memory in self._present]
-        vcpu_ids = [memory.vcpu_ids for memory in self._present]
-        is_alike = vcpu_ids == [reading.counters.vcpu_ids for reading in snapshot.readings]
-        if (
-            not is_alike
-            or [*map(len, columns)] != [*map(len, before)]
-            or not all(map(gt, chain.from_iterable(columns), chain.from_iterable(before)))
-        ):
-            return False
-        for memory, column in zip(self._present, columns, strict=True):
-            self._count(memory, sum(column) - sum(memory.column))
-            memory.column, memory.moved_at_once = column, snapshot.unix_seconds
-        if self.all_moved_at is None:
-            self.moved_vms.update(reading.vm.key for reading in snapshot.readings)
-        self.all_moved_at = snapshot.unix_seconds
-        return True
-
-    def _observe_vms(self, snapshot: Snapshot) -> None:
         present = []
         for reading in snapshot.readings:
             memory = self._memories.get(reading.vm.key)
@@ -123,10 +91,10 @@ class IncreaseTracker:
                 self.moved_vms.add(reading.vm.key)
         self._present = present
         self.all_moved_at = self._find_all_moved(snapshot)
+        self.observe_same(snapshot)
 
     def observe_same(self, snapshot: Snapshot) -> None:
         """Take in a snapshot of the same VMs and vCPUs as the one before, of which no notify counter has moved."""
-        self._composition = snapshot.composition
         for memory in self._present:
             memory.last_seen_seconds = snapshot.monotonic_seconds
         self._forget_missing(snapshot.monotonic_seconds)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, NamedTuple
 
+from exporter.history.changes import find_notify_counters
 from exporter.history.rate_estimate import GAP_SECONDS, RATE_SECONDS, find_fast_rate, find_sparse_rate
 from exporter.history.steps import SPACING_SECONDS, Step, widen_steps
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmKey, VmReading
@@ -100,16 +101,13 @@ class RateHistory:
         self._lock = threading.Lock()
         self._newest_seconds = -math.inf
         self._composition: object = None
-        self._notify_counters: list[object] = []
+        self._notify_counters: tuple[list[object], list[object]] = ([], [])
         self._unchanged: Snapshot | None = None
         """The newest snapshot, if it has nothing new and was not taken in yet: the one after it may say the same."""
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in a snapshot; one that is not the newest is left out."""
-        notify_counters: list[object] = [
-            (reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS), reading.counters.totals)
-            for reading in snapshot.readings
-        ]
+        notify_counters = find_notify_counters(snapshot)
         with self._lock:
             if snapshot.monotonic_seconds <= self._newest_seconds:
                 return

@@ -9,7 +9,6 @@ from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Column, CounterLines, Family
 from exporter.prometheus.metrics import Metric
 from exporter.prometheus.vm_series import VCPU_COUNTERS, ShownVm, VmSeries
-from kvm.model import NOTIFY_WINDOW_EXITS, VmReading
 
 
 class CounterSeries:
@@ -48,7 +47,7 @@ class CounterSeries:
         """Render the VMs' sums where all are known, and were in the scrape before; [] elsewhere."""
         if not self._summed or [lines for _, lines in shown] != self._summed:
             return []
-        sums = _sum_notify_exits([reading for reading, _ in shown])
+        sums = [reading.notify_exits for reading, _ in shown]
         known = tuple([total for total in sums if total is not None])
         return [self.refill(metrics.VM_NOTIFY_WINDOW_EXITS, [known])] if len(known) == len(sums) else []
 
@@ -77,12 +76,3 @@ class CounterSeries:
                 return []
             families.append(self.refill(metric, columns))
         return families
-
-
-def _sum_notify_exits(readings: Sequence[VmReading]) -> list[int | None]:
-    """Find ``notify_exits`` of each reading: in a third of the time where every vCPU of all VMs was read."""
-    columns = [reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ()) for reading in readings]
-    lengths = [len(reading.vcpus) for reading in readings]
-    if all(lengths) and [*map(len, columns)] == lengths == [reading.vcpu_count for reading in readings]:
-        return [*map(sum, columns)]
-    return [reading.notify_exits for reading in readings]

@@ -7,16 +7,14 @@ of all such VMs are joined, and only the time is put in anew.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from exporter.history.increases import IncreaseTracker
 from exporter.prometheus import metrics
 from exporter.prometheus.exposition import Family, render_same
+from exporter.prometheus.shown_vms import AskVms
 from exporter.prometheus.vm_series import ShownVm, VmSeries
 from kvm.model import VmReading
-
-Ask = Callable[[Iterable[ShownVm], Callable[[VmSeries, VmReading], list[bytes]]], Iterable[tuple[ShownVm, list[bytes]]]]
-"""Asks VMs for their lines, and leaves out those that make no sense."""
 
 
 class LastMoves:
@@ -28,10 +26,10 @@ class LastMoves:
         self._joined: dict[bytes, tuple[list[bytes], bytes]] = {}
         """Series of the scrape before that had one time, as they were named and joined, by the first of them."""
 
-    def render(self, vms: Sequence[ShownVm], ask: Ask) -> Family:
+    def render(self, vms: Sequence[ShownVm], ask: AskVms) -> Family:
         """Render the times of the vCPUs of these VMs that have moved at all."""
         time, names = self._increases.all_moved_at, [lines.moves_series for _, lines in vms]
-        if time is not None and names and all(names):  # to ask VM by VM takes three times as long
+        if time is not None and names and all(names):  # to ask VM by VM takes twice as long
             return Family(metrics.VCPU_LAST_NOTIFY_EXIT, self._render_at_once({time: names}))
         at_once: defaultdict[float, list[bytes]] = defaultdict(list)
         others = []

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from typing import Protocol, TypeVar
 
+from exporter.history.changes import find_notify_counters
 from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import ShownVm, VmSeries, find_protection
-from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmKey
+from kvm.model import Snapshot, VmKey, VmReading
 from kvm.read_errors import ReadErrors
+
+T = TypeVar("T")
+
+
+class AskVms(Protocol):
+    """What asks VMs for something."""
+
+    def __call__(self, vms: Iterable[ShownVm], ask: Callable[[VmSeries, VmReading], T]) -> Iterable[tuple[ShownVm, T]]:
+        """Give each VM with its answer; those that make no sense are left out."""
+        ...
 
 
 class Change(Enum):
@@ -39,7 +51,7 @@ class ShownVms:
         is_alike = snapshot.composition is self._composition
         arranged = self._arrange_as_before(snapshot, is_alike=is_alike)
         protections = self._protections if is_alike else [*map(find_protection, snapshot.readings)]
-        notify_counters = _find_notify_counters(snapshot)
+        notify_counters = find_notify_counters(snapshot)
         change = Change.NOTHING
         if not arranged or protections != self._protections:
             change = Change.ANYTHING
@@ -76,10 +88,3 @@ class ShownVms:
             self._lines[vm.key] = (lines, shown)
             if shown:
                 yield reading, lines
-
-
-def _find_notify_counters(snapshot: Snapshot) -> tuple[list[object], list[object]]:
-    """Find the notify counters of all VMs: those of their vCPUs, and sums."""
-    counters = [reading.counters for reading in snapshot.readings]
-    columns: list[object] = [of.per_vcpu.get(NOTIFY_WINDOW_EXITS) for of in counters]
-    return columns, [of.totals.get(NOTIFY_WINDOW_EXITS) for of in counters]

@@ -7,19 +7,14 @@ ask each VM for its columns takes three times as long.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from exporter.prometheus.counter_series import CounterSeries
-from exporter.prometheus.exposition import Column, Family
+from exporter.prometheus.exposition import Family
+from exporter.prometheus.shown_vms import AskVms
 from exporter.prometheus.stall_series import StallSeries
-from exporter.prometheus.vm_series import ShownVm, VmSeries
+from exporter.prometheus.vm_series import ShownVm
 from exporter.prometheus.vm_verdicts import COUNTS
-from kvm.model import VmReading
-
-Ask = Callable[
-    [Iterable[ShownVm], Callable[[VmSeries, VmReading], list[Column]]], Iterable[tuple[ShownVm, list[Column]]]
-]
-"""Asks VMs for their columns, and leaves out those that make no sense."""
 
 
 class VerdictLines:
@@ -32,7 +27,7 @@ class VerdictLines:
         self._others: list[Family] = []
         """Those lines, but for the counts."""
 
-    def render(self, vms: Sequence[ShownVm], verdicts: StallSeries, ask: Ask) -> list[Family]:
+    def render(self, vms: Sequence[ShownVm], verdicts: StallSeries, ask: AskVms) -> list[Family]:
         """Render what is known of the vCPUs of these VMs."""
         readings = [reading for reading, _ in vms]
         figures = [*map(verdicts.find_figures, readings)]

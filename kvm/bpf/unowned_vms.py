@@ -21,7 +21,6 @@ class UnownedVms:
     """The VMs without a process, by the address of their struct kvm: since when, and which of them nobody holds."""
 
     def __init__(self) -> None:
-        self._vms = b""
         self._since: dict[int, float] = {}
         self._unheld: set[int] = set()
         self._found: HostBlocks | None = None
@@ -29,9 +28,7 @@ class UnownedVms:
 
     def choose(self, vms: bytes, now: float) -> Collection[int]:
         """Take in a read by KVM's list, and choose the VMs that the files of the host are to be searched for now."""
-        if vms != self._vms:  # to look through the same 625 VMs again takes 0.2 ms
-            self._since = {kvm: self._since.get(kvm, now) for kvm in find_unowned(vms)}
-            self._vms = vms
+        self._since = {kvm: self._since.get(kvm, now) for kvm in find_unowned(vms)}
         self._unheld &= self._since.keys()
         if now < self._rests_until:
             return set()

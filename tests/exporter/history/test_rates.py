@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,22 +19,31 @@ from tests.snapshots import make_reading, make_snapshot
 KEY = make_reading().vm.key
 
 
-@pytest.fixture(autouse=True, params=["what changes is told", "it is not"])
-def compositions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every test see snapshots that tell that nothing but numbers has moved, and such that do not."""
-    monkeypatch.setattr(sys.modules[__name__], "COMPOSITIONS", {} if request.param.startswith("what") else None)
+Look = Callable[..., Snapshot]
 
 
-COMPOSITIONS: dict[object, object] | None = None
+def look_anew(seconds: float, *readings: VmReading) -> Snapshot:
+    """A snapshot that does not tell whether anything but numbers has moved."""
+    return replace(make_snapshot(*readings), monotonic_seconds=seconds)
 
 
-def look(seconds: float, *readings: VmReading) -> Snapshot:
-    told = tuple((reading.vm, reading.counters.vcpu_ids) for reading in readings)
-    composition = object() if COMPOSITIONS is None else COMPOSITIONS.setdefault(told, object())
-    return replace(make_snapshot(*readings), monotonic_seconds=seconds, composition=composition)
+def open_look(*, tells: bool) -> Look:
+    """Return what makes snapshots, such that tell that nothing but numbers has moved or such that do not."""
+    compositions: dict[object, object] = {}
+
+    def look_and_tell(seconds: float, *readings: VmReading) -> Snapshot:
+        told = tuple((reading.vm, reading.counters.vcpu_ids) for reading in readings)
+        return replace(look_anew(seconds, *readings), composition=compositions.setdefault(told, object()))
+
+    return look_and_tell if tells else look_anew
 
 
-def follow(numbers: Iterable[tuple[float, int]]) -> RateHistory:
+@pytest.fixture(params=[True, False])
+def look(request: pytest.FixtureRequest) -> Look:
+    return open_look(tells=request.param)
+
+
+def follow(look: Look, numbers: Iterable[tuple[float, int]]) -> RateHistory:
     """A history of one vCPU that has had these numbers at these times."""
     history = RateHistory()
     for seconds, number in numbers:
@@ -48,12 +56,12 @@ def count_numbers(history: RateHistory) -> int:
     return sum(columns.values())
 
 
-def test_a_rate_is_of_the_last_seconds() -> None:
-    history = follow((float(second), 40 * second) for second in range(60))
+def test_a_rate_is_of_the_last_seconds(look: Look) -> None:
+    history = follow(look, ((float(second), 40 * second) for second in range(60)))
     assert history.find_rates(KEY, 59.5) == {0: pytest.approx(40)}
 
 
-def test_one_exit_in_20_seconds_is_three_a_minute_all_the_time() -> None:
+def test_one_exit_in_20_seconds_is_three_a_minute_all_the_time(look: Look) -> None:
     history, rates = RateHistory(), []
     for second in range(400):
         history.observe(look(float(second), make_reading(notify=(7 + second // 20, 7))))
@@ -63,8 +71,8 @@ def test_one_exit_in_20_seconds_is_three_a_minute_all_the_time() -> None:
     assert all(rate[0] == pytest.approx(3 / 60, rel=0.04) for rate in rates)
 
 
-def test_one_exit_in_20_seconds_is_a_bar_each_and_no_peak_of_one_a_second() -> None:
-    history = follow((float(second), second // 20) for second in range(400))
+def test_one_exit_in_20_seconds_is_a_bar_each_and_no_peak_of_one_a_second(look: Look) -> None:
+    history = follow(look, ((float(second), second // 20) for second in range(400)))
     for now in range(400, 420):
         history.observe(look(float(now), make_reading(notify=(now // 20,))))
         steps = history.find_steps(KEY, 0, float(now))
@@ -74,27 +82,29 @@ def test_one_exit_in_20_seconds_is_a_bar_each_and_no_peak_of_one_a_second() -> N
         assert all(bar.seconds >= SPACING_SECONDS for bar in bars[1:])
 
 
-def test_a_stall_shows_up_in_the_rate_at_once() -> None:
-    history = follow([*((float(second), 7) for second in range(100)), (100.0, 47)])
+def test_a_stall_shows_up_in_the_rate_at_once(look: Look) -> None:
+    history = follow(look, [*((float(second), 7) for second in range(100)), (100.0, 47)])
     assert history.find_rates(KEY, 100.0) == {0: pytest.approx(40 / 5)}
 
 
-def test_after_a_long_silence_of_ours_a_counter_that_has_not_moved_has_a_rate_and_one_that_has_does_not() -> None:
-    assert follow([(0, 7), (1000, 7)]).find_rates(KEY, 1000) == {0: 0.0}
-    assert follow([(0, 7), (1000, 8)]).find_rates(KEY, 1000) == {0: None}
-    assert follow([(0, 7), (1000, 8), (1001, 8)]).find_rates(KEY, 1001) == {0: pytest.approx(0)}
+def test_after_a_long_silence_of_ours_a_counter_that_stands_still_has_a_rate_and_one_that_does_not_has_none(
+    look: Look,
+) -> None:
+    assert follow(look, [(0, 7), (1000, 7)]).find_rates(KEY, 1000) == {0: 0.0}
+    assert follow(look, [(0, 7), (1000, 8)]).find_rates(KEY, 1000) == {0: None}
+    assert follow(look, [(0, 7), (1000, 8), (1001, 8)]).find_rates(KEY, 1001) == {0: pytest.approx(0)}
 
 
-def test_what_is_not_known_is_absent_and_not_0() -> None:
+def test_what_is_not_known_is_absent_and_not_0(look: Look) -> None:
     assert RateHistory().find_rates(KEY, 0.0) == {}
-    assert follow([(0, 7)]).find_rates(KEY, 0.0) == {}
-    assert follow([(0, 7), (1, 7)]).find_rates(KEY, 1 + NOW_SECONDS + 0.1) == {}
-    assert follow([(0, 7), (1, 3)]).find_rates(KEY, 1) == {0: None}  # it was reset
-    assert follow([(0, 7), (1, 7)]).find_steps(KEY, 4, 1) == []
+    assert follow(look, [(0, 7)]).find_rates(KEY, 0.0) == {}
+    assert follow(look, [(0, 7), (1, 7)]).find_rates(KEY, 1 + NOW_SECONDS + 0.1) == {}
+    assert follow(look, [(0, 7), (1, 3)]).find_rates(KEY, 1) == {0: None}  # it was reset
+    assert follow(look, [(0, 7), (1, 7)]).find_steps(KEY, 4, 1) == []
 
 
-def test_a_gap_is_a_gap() -> None:
-    history = follow([(0, 0), (60, 60), (60 + GAP_SECONDS + 1, 500), (140, 504), (150, 3), (160, 13)])
+def test_a_gap_is_a_gap(look: Look) -> None:
+    history = follow(look, [(0, 0), (60, 60), (60 + GAP_SECONDS + 1, 500), (140, 504), (150, 3), (160, 13)])
     assert history.find_steps(KEY, 0, 160) == [
         Step(0, 60, 1.0),
         Step(60 + GAP_SECONDS + 1, 140, 1.0),
@@ -102,12 +112,12 @@ def test_a_gap_is_a_gap() -> None:
     ]
 
 
-def test_a_time_without_looks_and_without_movement_is_none() -> None:
-    assert follow([(0, 5), (250, 5)]).find_steps(KEY, 0, 250) == [Step(0, 250, 0.0)]
+def test_a_time_without_looks_and_without_movement_is_none(look: Look) -> None:
+    assert follow(look, [(0, 5), (250, 5)]).find_steps(KEY, 0, 250) == [Step(0, 250, 0.0)]
 
 
-def test_the_window_moves_on() -> None:
-    history = follow((float(second), second) for second in range(1000))
+def test_the_window_moves_on(look: Look) -> None:
+    history = follow(look, ((float(second), second) for second in range(1000)))
     steps = history.find_steps(KEY, 0, 999)
     assert steps[0].began == pytest.approx(999 - WINDOW_SECONDS, abs=0.01)
     assert steps[-1].ended == 999
@@ -115,14 +125,14 @@ def test_the_window_moves_on() -> None:
     assert len(steps) <= WINDOW_SECONDS / 4 + 2
 
 
-def test_a_quiet_vm_costs_two_samples() -> None:
+def test_a_quiet_vm_costs_two_samples(look: Look) -> None:
     history = RateHistory()
     for second in range(100):
         history.observe(look(float(second), make_reading(notify=(3,) * 16)))
     assert count_numbers(history) == 16
 
 
-def test_a_vcpu_that_is_plugged_in_begins_then() -> None:
+def test_a_vcpu_that_is_plugged_in_begins_then(look: Look) -> None:
     history = RateHistory()
     history.observe(look(0, make_reading(notify=(1,))))
     history.observe(look(6, make_reading(notify=(1, 5))))
@@ -131,7 +141,7 @@ def test_a_vcpu_that_is_plugged_in_begins_then() -> None:
     assert history.find_steps(KEY, 2, 12) == [Step(6, 12, 1.0)]
 
 
-def test_a_vm_that_is_known_by_its_sum_only() -> None:
+def test_a_vm_that_is_known_by_its_sum_only(look: Look) -> None:
     history = RateHistory()
     for second, total in ((0, 5), (10, 25)):
         reading = replace(make_reading(), vcpus=(), counters=VmCounters(totals={NOTIFY_WINDOW_EXITS: total}))
@@ -139,7 +149,7 @@ def test_a_vm_that_is_known_by_its_sum_only() -> None:
     assert history.find_rates(KEY, 10) == {WHOLE_VM: pytest.approx(2)}
 
 
-def test_a_column_that_does_not_fit_its_ids_is_left_out() -> None:
+def test_a_column_that_does_not_fit_its_ids_is_left_out(look: Look) -> None:
     history, reading = RateHistory(), make_reading(notify=(1, 2))
     for second in (0, 6):
         torn = reading.counters._replace(per_vcpu={NOTIFY_WINDOW_EXITS: (1, 2, 3 + second)})
@@ -148,19 +158,19 @@ def test_a_column_that_does_not_fit_its_ids_is_left_out() -> None:
     assert history.find_steps(KEY, 0, 6) == []
 
 
-def test_a_vm_that_is_gone_is_forgotten() -> None:
-    history = follow([(0, 1), (1, 2)])
+def test_a_vm_that_is_gone_is_forgotten(look: Look) -> None:
+    history = follow(look, [(0, 1), (1, 2)])
     history.observe(look(WINDOW_SECONDS + 2))
     assert history.find_steps(KEY, 0, 2) == []
     assert count_numbers(history) == 0
 
 
-def test_a_look_that_comes_late_changes_nothing() -> None:
-    history = follow([(0, 1), (10, 2), (5, 1)])
+def test_a_look_that_comes_late_changes_nothing(look: Look) -> None:
+    history = follow(look, [(0, 1), (10, 2), (5, 1)])
     assert history.find_steps(KEY, 0, 10) == [Step(0, 10, 0.1)]
 
 
-def test_a_host_that_floods_is_kept_in_bounds() -> None:
+def test_a_host_that_floods_is_kept_in_bounds(look: Look) -> None:
     history = RateHistory()
     for second in range(0, 600, 2):
         readings = [make_reading(notify=(second,) * 500, pid=pid) for pid in range(20)]
@@ -169,19 +179,20 @@ def test_a_host_that_floods_is_kept_in_bounds() -> None:
     assert len(history.find_steps(readings[0].vm.key, 0, 598)) >= 10
 
 
+@pytest.mark.parametrize("tells", [True, False])
 @given(
-    st.lists(
+    moves=st.lists(
         st.tuples(st.floats(min_value=0.01, max_value=200), st.integers(min_value=0, max_value=50)),
         min_size=1,
         max_size=80,
     )
 )
-def test_steps_never_claim_more_exits_than_there_were(moves: list[tuple[float, int]]) -> None:
+def test_steps_never_claim_more_exits_than_there_were(tells: bool, moves: list[tuple[float, int]]) -> None:
     seconds, number, numbers = 0.0, 0, [(0.0, 0)]
     for pause, increase in moves:
         seconds, number = seconds + pause, number + increase
         numbers.append((seconds, number))
-    history = follow(numbers)
+    history = follow(open_look(tells=tells), numbers)
     steps = history.find_steps(KEY, 0, seconds)
     for step, after in pairwise(steps):
         assert step.ended <= after.began
@@ -191,7 +202,7 @@ def test_steps_never_claim_more_exits_than_there_were(moves: list[tuple[float, i
     assert rate is None or rate >= 0
 
 
-def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner() -> None:
+def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner(look: Look) -> None:
     history, kept = RateHistory(), make_reading()
     for second in range(40):
         made = [make_reading(pid=1000 + 500 * second + number) for number in range(500)]
@@ -200,15 +211,15 @@ def test_vms_that_are_made_by_the_thousand_are_forgotten_sooner() -> None:
     assert history.find_rates(KEY, 39.0)
 
 
-def test_a_vm_in_anothers_place_is_not_taken_for_it() -> None:
+def test_a_vm_in_anothers_place_is_not_taken_for_it(look: Look) -> None:
     history = RateHistory()
     for second, pid in enumerate((1, 1, 2, 2)):
         history.observe(look(float(second), make_reading(notify=(7,), pid=pid)))
     assert [history.find_rates(VmKey(pid, 77, 9), 3.0) for pid in (1, 2)] == [{0: 0.0}, {0: 0.0}]
 
 
-def test_an_older_snapshot_changes_nothing() -> None:
-    history = follow([(0.0, 7), (10.0, 8), (20.0, 8)])
+def test_an_older_snapshot_changes_nothing(look: Look) -> None:
+    history = follow(look, [(0.0, 7), (10.0, 8), (20.0, 8)])
     steps = history.find_steps(KEY, 0, 20.0)
     history.observe(look(15.0, make_reading(notify=(9,))))
     history.observe(look(20.0, make_reading(notify=(9,))))

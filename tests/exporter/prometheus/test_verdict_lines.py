@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 
 from exporter.monitor.figure_columns import FigureColumns
-from exporter.prometheus.exposition import Column
 from exporter.prometheus.stall_series import StallSeries
 from exporter.prometheus.verdict_lines import VerdictLines
 from exporter.prometheus.vm_series import ShownVm, VmSeries
@@ -19,7 +19,7 @@ from tests.snapshots import make_reading
 
 OFFSET = 1.7e9
 NOTIFYING = VcpuFigures(State.NOTIFYING, None, 0, 0, can_judge=True)
-Asked = tuple[ShownVm, list[Column]]
+T = TypeVar("T")
 
 
 class Flood:
@@ -51,7 +51,7 @@ class Flood:
         """Have so many exits of a vCPU traced."""
         self.put(number, NOTIFYING._replace(traced_exits=exits))
 
-    def ask(self, vms: Iterable[ShownVm], ask: Callable[[VmSeries, VmReading], list[Column]]) -> list[Asked]:
+    def ask(self, vms: Iterable[ShownVm], ask: Callable[[VmSeries, VmReading], T]) -> list[tuple[ShownVm, T]]:
         """Ask VMs, and count them."""
         if self.fails:
             raise MemoryError
