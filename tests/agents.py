@@ -132,6 +132,20 @@ class AgentProcess:
             if labels.items() <= sample.labels.items()
         }
 
+    def find_vm(self, pid: int) -> dict[str, str]:
+        """The labels of a process's VM, once it is shown: a new VM may have to wait for a second snapshot.
+
+        Its process may have been looked at just before it made the VM, and slowly, or its owner is not known at once.
+        """
+
+        def find() -> list[dict[str, str]]:
+            info = self.scrape().get("kvm_vm_info")
+            return [sample.labels for sample in (info.samples if info else ()) if sample.labels["pid"] == str(pid)]
+
+        wait_until(find, f"the VM of process {pid}")
+        (labels,) = find()
+        return labels
+
     def fds(self) -> set[str]:
         """The numbers of its open fds."""
         return set(os.listdir(f"/proc/{self.pid}/fd"))

@@ -35,22 +35,9 @@ def agent() -> Iterator[AgentProcess]:
         yield agent
 
 
-def find_vm(agent: AgentProcess, pid: int) -> dict[str, str]:
-    """The labels of a process's VM, once its owner is known: on a busy machine that takes a snapshot more."""
-
-    def find() -> list[dict[str, str]]:
-        families = agent.scrape()
-        samples = families["kvm_vm_info"].samples if "kvm_vm_info" in families else []
-        return [sample.labels for sample in samples if sample.labels["pid"] == str(pid)]
-
-    wait_until(find, f"the VM of process {pid}")
-    (labels,) = find()
-    return labels
-
-
 def test_a_guest_shows_up_with_its_name_its_vcpus_and_its_exits(agent: AgentProcess) -> None:
     with open_guest_process(vcpus=2, name="web1", uuid=UUID, stats_fds=True, port_writes=23) as guest:
-        vm = find_vm(agent, guest.pid)
+        vm = agent.find_vm(guest.pid)
         assert (vm["name"], vm["uuid"], vm["vm"], vm["vmm"]) == ("web1", UUID, f"{UUID}-{guest.pid}", "qemu")
         assert agent.samples("kvm_vcpu_notify_window_exits_total", vm=f"{UUID}-{guest.pid}") == {
             (("vcpu", "0"),): 0.0,
@@ -69,7 +56,7 @@ def test_a_vm_that_cannot_be_read_is_there_without_numbers(agent: AgentProcess) 
     if "[none]" in Path("/sys/kernel/security/lockdown").read_text():
         pytest.skip("without lockdown debugfs reads it")
     with open_guest_process(vcpus=2, style="firecracker", name="fc-1", port_writes=1) as guest:
-        vm = find_vm(agent, guest.pid)["vm"]
+        vm = agent.find_vm(guest.pid)["vm"]
         assert agent.samples("kvm_vm_vcpus", vm=vm) == {(): 2.0}
         for name in ("kvm_vcpu_exits_total", "kvm_vcpu_notify_window_exits_total", "kvm_vm_notify_window_exits_total"):
             assert agent.samples(name, vm=vm) == {}
@@ -79,7 +66,7 @@ def test_a_vm_that_cannot_be_read_is_there_without_numbers(agent: AgentProcess) 
 def test_protection_is_what_kvm_says_of_this_host(agent: AgentProcess) -> None:
     supported = agent.samples("kvm_host_notify_supported")
     with open_guest_process(uuid=UUID, stats_fds=True, port_writes=1) as guest:
-        states = agent.samples("kvm_vm_notify_protection", vm=f"{UUID}-{guest.pid}")
+        states = agent.samples("kvm_vm_notify_protection", vm=agent.find_vm(guest.pid)["vm"])
         holding = [dict(labels)["state"] for labels, value in states.items() if value == 1]
         assert holding == (["unsupported"] if supported == {(): 0.0} else ["unknown"])
         assert len(states) == 4
@@ -105,7 +92,7 @@ def test_hostile_names_and_clones_keep_every_vm_apart(agent: AgentProcess) -> No
         open_guest_process(name=name, uuid=UUID, stats_fds=True, port_writes=1) as first,
         open_guest_process(name=name, uuid=UUID, stats_fds=True, port_writes=1) as second,
     ):
-        one, two = find_vm(agent, first.pid), find_vm(agent, second.pid)
+        one, two = agent.find_vm(first.pid), agent.find_vm(second.pid)
         assert [one["vm"], two["vm"]] == [f"{UUID}-{first.pid}", f"{UUID}-{second.pid}"]
         assert len(one["name"].encode()) <= 128
         assert one["name"].startswith('a"b\\c')
@@ -210,7 +197,7 @@ ctypes.CDLL(None).syscall(60, 0)
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        vm = find_vm(agent, process.pid)["vm"]
+        vm = agent.find_vm(process.pid)["vm"]
         assert agent.samples("kvm_vcpu_exits_total", vm=vm) == {(("vcpu", "0"),): 0.0}
         process.stdin.write(b"x")
         process.stdin.flush()
@@ -310,7 +297,7 @@ def test_vms_killed_while_they_are_scraped_cost_nothing_and_are_not_kept_alive(a
 def test_json_and_http_agree(agent: AgentProcess) -> None:
     with open_guest_process(vcpus=3, uuid=UUID, stats_fds=True, port_writes=7) as guest:
         (vm,) = run_once_json(SOURCE)[guest.pid]
-        over_http = agent.samples("kvm_vcpu_exits_total", vm=f"{UUID}-{guest.pid}")
+        over_http = agent.samples("kvm_vcpu_exits_total", vm=agent.find_vm(guest.pid)["vm"])
     vcpus = vm["vcpus"]
     assert isinstance(vcpus, list)
     assert over_http == {(("vcpu", str(vcpu["vcpu"])),): float(vcpu["exits"]) for vcpu in vcpus}

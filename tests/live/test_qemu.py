@@ -90,10 +90,9 @@ def qemu72() -> str:
 def test_qemu_10_has_two_series_a_counter_and_its_exits_grow(agent: AgentProcess, tmp_path: Path) -> None:
     name = 'we,b "one"'
     with open_qemu(find_qemu10(), name, tmp_path) as qemu:
+        assert agent.find_vm(qemu.pid)["name"] == name
         notify = agent.samples("kvm_vcpu_notify_window_exits_total", vm=f"{UUID}-{qemu.pid}")
         assert set(notify) == {(("vcpu", "0"),), (("vcpu", "1"),)}
-        (info,) = agent.samples("kvm_vm_info", vm=f"{UUID}-{qemu.pid}")
-        assert dict(info)["name"] == name
         before = agent.samples("kvm_vcpu_exits_total", vm=f"{UUID}-{qemu.pid}")[(("vcpu", "0"),)]
         wait_until(
             lambda: agent.samples("kvm_vcpu_exits_total", vm=f"{UUID}-{qemu.pid}")[(("vcpu", "0"),)] > before,
@@ -141,9 +140,8 @@ def test_qemu_72_is_listed_with_its_vcpus_and_has_no_numbers_under_lockdown(
     if "[none]" in Path("/sys/kernel/security/lockdown").read_text():
         pytest.skip("without lockdown debugfs reads it")
     with open_qemu(qemu72, "old", tmp_path) as qemu:
+        assert agent.find_vm(qemu.pid)["name"] == "old"
         assert agent.samples("kvm_vm_vcpus", vm=f"{UUID}-{qemu.pid}") == {(): 2.0}
-        (info,) = agent.samples("kvm_vm_info", vm=f"{UUID}-{qemu.pid}")
-        assert dict(info)["name"] == "old"
         assert agent.samples("kvm_vcpu_exits_total", vm=f"{UUID}-{qemu.pid}") == {}
         assert agent.samples("kvm_vcpu_notify_window_exits_total", vm=f"{UUID}-{qemu.pid}") == {}
         assert agent.samples("kvm_vm_notify_window_exits_total", vm=f"{UUID}-{qemu.pid}") == {}
@@ -159,6 +157,7 @@ def bpf_agent() -> Iterator[AgentProcess]:
 
 def test_by_ebpf_qemu_72_has_every_series_under_lockdown(bpf_agent: AgentProcess, qemu72: str, tmp_path: Path) -> None:
     with open_qemu(qemu72, "old", tmp_path) as qemu:
+        bpf_agent.find_vm(qemu.pid)
         assert bpf_agent.samples("kvm_vm_source_info", vm=f"{UUID}-{qemu.pid}") == {(("source", "bpf"),): 1.0}
         notify = bpf_agent.samples("kvm_vcpu_notify_window_exits_total", vm=f"{UUID}-{qemu.pid}")
         assert set(notify) == {(("vcpu", "0"),), (("vcpu", "1"),)}
@@ -173,6 +172,7 @@ def test_by_ebpf_qemu_72_has_every_series_under_lockdown(bpf_agent: AgentProcess
 
 def test_by_ebpf_a_vmm_without_statistics_fds_has_every_series(bpf_agent: AgentProcess) -> None:
     with open_guest_process(vcpus=3, style="firecracker", name="fc-7", port_writes=23) as guest:
+        assert bpf_agent.find_vm(guest.pid)["vm"] == f"fc-7-{guest.pid}"
         assert bpf_agent.samples("kvm_vm_source_info", vm=f"fc-7-{guest.pid}") == {(("source", "bpf"),): 1.0}
         exits = bpf_agent.samples("kvm_vcpu_exits_total", vm=f"fc-7-{guest.pid}")
         assert len(exits) == 3
@@ -192,8 +192,8 @@ def test_exits_lie_between_two_readings_of_libvirt(agent: AgentProcess, libvirt:
     pid = libvirt.start_domain(name, UUID, metadata=render_nova_metadata("web", PROJECT, "payments"))
     # It runs as root in a container of its own, where it could have written libvirt's status: a claim.
     vm = f"{UUID}-{pid}"
-    (info,) = agent.samples("kvm_vm_info", vm=vm)
-    assert [dict(info)[label] for label in ("name", "project", "identity", "uid")] == [name, "", "claimed", "0"]
+    info = agent.find_vm(pid)
+    assert [info[label] for label in ("name", "project", "identity", "uid")] == [name, "", "claimed", "0"]
     (claims,) = agent.samples("kvm_vm_claimed_info", vm=vm)
     assert [dict(claims)[label] for label in ("project", "display_name")] == [PROJECT, "web"]
     wait_until(
