@@ -44,11 +44,15 @@ class CounterChanges:
                 yield Moved(reading, seconds, moved)
 
 
-def find_notify_counters(snapshot: Snapshot) -> tuple[list[object], list[object]]:
-    """Find the notify counters of all VMs, in their order: the columns of their vCPUs, and sums; None where unread.
+NotifyCounters = tuple[list[tuple[int, ...] | None], list[int | None]]
+"""Those of all VMs of a snapshot, in their order: the columns of their vCPUs, and sums; None where unread."""
+
+
+def find_notify_counters(snapshot: Snapshot) -> NotifyCounters:
+    """Find the notify counters of all VMs.
 
     Equal lists say that none has moved, of two snapshots with the same VMs and vCPUs.
     """
     counters = [reading.counters for reading in snapshot.readings]
-    columns: list[object] = [of_vm.per_vcpu.get(NOTIFY_WINDOW_EXITS) for of_vm in counters]
+    columns = [of_vm.per_vcpu.get(NOTIFY_WINDOW_EXITS) for of_vm in counters]
     return columns, [of_vm.totals.get(NOTIFY_WINDOW_EXITS) for of_vm in counters]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Protocol, TypeVar
 
-from exporter.history.changes import find_notify_counters
+from exporter.history.changes import NotifyCounters, find_notify_counters
 from exporter.prometheus.selection import CollectorSettings
 from exporter.prometheus.vm_series import ShownVm, VmSeries, find_protection
 from kvm.model import Snapshot, VmKey, VmReading
@@ -44,7 +44,7 @@ class ShownVms:
         self._lines: dict[VmKey, tuple[VmSeries, bool]] = {}
         self._composition: object = None
         self._protections: list[tuple[object, ...]] = []
-        self._notify_counters: tuple[list[object], list[object]] = ([], [])
+        self._notify_counters: NotifyCounters = ([], [])
 
     def take(self, snapshot: Snapshot) -> Change:
         """Take in a snapshot, and tell what has changed since the one before."""

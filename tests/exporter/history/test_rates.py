@@ -52,6 +52,7 @@ def follow(look: Look, numbers: Iterable[tuple[float, int]]) -> RateHistory:
 
 
 def count_numbers(history: RateHistory) -> int:
+    history.find_rates(KEY, 0.0)  # so that all is taken in
     columns = {id(s.column): len(s.column) for samples in history._vms.values() for s in samples.kept}
     return sum(columns.values())
 
