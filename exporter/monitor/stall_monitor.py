@@ -65,7 +65,8 @@ from kvm.model import Vcpu, VcpuKey, VmKey, VmReading
 log = logging.getLogger(__name__)
 
 TRACK_SECONDS: Final = 1.0
-# Sooner than a trigger tells of the same vCPU again.
+# With all vCPUs of a host notifying, calls come by the thousand a second, and whoever waits for a trace session goes on
+# waiting. But that is sooner than a trigger tells of the same vCPU again.
 RECONSIDER_SECONDS: Final = 4.0
 # More active vCPUs than this are read with the whole host at once.
 SINGLE_READS: Final = 32
@@ -358,19 +359,21 @@ class StallMonitor:
         now = self._clock()
         if changes := vcpu.detector.observe_trigger(now):
             self._take(vcpu, changes)
-        # With all vCPUs of a host notifying, calls come by the thousand a second; whoever waits for a trace session
-        # goes on waiting.
         if not vcpu.moved or changes or now - vcpu.considered_at >= RECONSIDER_SECONDS:
             vcpu.moved = True
             self._consider(vcpu)
 
     def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
+        is_news = len(self._tracked.active) <= SINGLE_READS
         if changes := vcpu.detector.observe_counter(began, ended, notify_exits):
             self._take(vcpu, changes)
+            is_news = True
         if exits is not None and (changes := vcpu.detector.observe_exits(ended, exits)):
             self._take(vcpu, changes)
-        vcpu.see_counts(began, ended, notify_exits, exits)
-        self._consider(vcpu)
+            is_news = True
+        is_news |= vcpu.see_counts(began, ended, notify_exits, exits)
+        if is_news or ended - vcpu.considered_at >= RECONSIDER_SECONDS:
+            self._consider(vcpu)
 
     def _consider(self, vcpu: TrackedVcpu) -> None:
         """Have a vCPU traced if that is due, and if KVM itself does not tell enough."""

@@ -90,17 +90,18 @@ class TrackedVcpu:
         """Whether it can be told where it is, if anything tells that on this host."""
         return not self.detector.rip_hidden and self.vcpu.tid is not None
 
-    def see_counts(self, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
+    def see_counts(self, began: float, ended: float, notify_exits: int, exits: int | None) -> bool:
         """Take in the counters, read between ``began`` and ``ended``, once the detector has.
 
         A vCPU that was stuck and leaves the guest without the notify exit that is due may have gone on; one whose
-        notify exits come much faster may have got stuck. Either is traced soon.
+        notify exits come much faster may have got stuck. Either is traced soon: tells whether there is such news.
         """
         if began < self._counted_at:
-            return
+            return False
         before, self._counts, self._counted_at = self._counts, (notify_exits, exits), ended
         if before is None:
-            return
+            return True
+        known = self.moved, self.urgent, self.goes_on, self.faster
         detector, interval = self.detector, self.detector.interval_seconds or 0.0
         if notify_exits != before[0]:
             self.moved = True
@@ -116,6 +117,7 @@ class TrackedVcpu:
             self.goes_on |= overdue
         if self.goes_on or self.faster:
             self.next_session_at = min(self.next_session_at, ended)
+        return known != (self.moved, self.urgent, self.goes_on, self.faster)
 
     def wants_session(self, now: float) -> bool:
         """Tell whether a session is due and may show something."""

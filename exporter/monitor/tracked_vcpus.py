@@ -6,19 +6,34 @@ Everything is done per VM, not per vCPU, so that a VM of a thousand vCPUs costs 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from exporter.monitor.figure_columns import FigureColumns
 from exporter.monitor.tracked_vcpu import Counts, TrackedVcpu, find_window
 from exporter.stalls.detector import ignore
 from exporter.stalls.verdicts import VmFigures
-from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, VcpuKey, VmKey, VmReading
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, Vcpu, VcpuKey, Vm, VmKey, VmReading
 
 # A VM or a vCPU that is missing from a snapshot may be back in the next.
 MISSING_SECONDS: Final = 60.0
 _NEVER: Final = float("inf")
+
+
+class _Placed(NamedTuple):
+    """What has been taken in of a VM that showed all of its tracked vCPUs, each with its place in the columns."""
+
+    vm: Vm
+    shown: tuple[Vcpu, ...]
+    source: str
+    window: int | None
+    vcpus: list[tuple[TrackedVcpu, int]]
+
+    def fits(self, reading: VmReading) -> bool:
+        """Tell whether a reading has nothing new but numbers."""
+        is_same = reading.vm is self.vm and reading.vcpus is self.shown and reading.source == self.source
+        return is_same and find_window(reading) == self.window
 
 
 class TrackedVcpus:
@@ -28,6 +43,7 @@ class TrackedVcpus:
         self.active: dict[VcpuKey, TrackedVcpu] = {}
         self._by_vm: dict[VmKey, dict[int, TrackedVcpu]] = {}
         self._missing: dict[VcpuKey, float] = {}
+        self._placed: dict[VmKey, _Placed] = {}
         self._taking = threading.Lock()
         """Held while the figures, all that follows here, are written or read."""
         self._columns: dict[VmKey, FigureColumns] = {}
@@ -66,15 +82,27 @@ class TrackedVcpus:
 
     def add(self, vcpu: TrackedVcpu) -> None:
         """Begin to track a vCPU."""
+        self._placed.pop(vcpu.key.vm, None)
         self._by_vm.setdefault(vcpu.key.vm, {})[vcpu.key.vcpu_id] = vcpu
         vcpu.detector.on_change = partial(self._take_figures, vcpu)
         vcpu.detector.on_change()
 
     def renew(self, readings: Mapping[VmKey, VmReading], now: float) -> list[tuple[TrackedVcpu, Counts | None]]:
         """Take in a snapshot; returns each vCPU with its counters, None where the snapshot has none for it."""
-        return [found for vm, vcpus in self._by_vm.items() for found in self._renew_vm(readings.get(vm), vcpus, now)]
+        return [found for vm in self._by_vm for found in self._renew_vm(vm, readings.get(vm), now)]
 
     def _renew_vm(
+        self, vm: VmKey, reading: VmReading | None, now: float
+    ) -> Iterable[tuple[TrackedVcpu, Counts | None]]:
+        placed = self._placed.get(vm)
+        if reading is not None and placed is not None and placed.fits(reading):
+            notify, exits = (reading.counters.per_vcpu.get(name, ()) for name in (NOTIFY_WINDOW_EXITS, EXITS))
+            if len(notify) == len(exits) == len(reading.vcpus):
+                return [(vcpu, (notify[place], exits[place])) for vcpu, place in placed.vcpus]
+        self._placed.pop(vm, None)
+        return self._renew_each(reading, self._by_vm[vm], now)
+
+    def _renew_each(
         self, reading: VmReading | None, vcpus: Mapping[int, TrackedVcpu], now: float
     ) -> Iterator[tuple[TrackedVcpu, Counts | None]]:
         if reading is None:
@@ -105,11 +133,15 @@ class TrackedVcpus:
                 yield vcpu, (notify[place], exits[place] if place < len(exits) else None)
             else:
                 yield vcpu, None
+        if vcpus.keys() <= places.keys():
+            found = [(vcpu, places[vcpu_id]) for vcpu_id, vcpu in vcpus.items()]
+            self._placed[reading.vm.key] = _Placed(reading.vm, reading.vcpus, reading.source, window, found)
 
     def drop(self, key: VcpuKey) -> TrackedVcpu | None:
         """Track a vCPU no more; returns it if it was tracked."""
         vcpus = self._by_vm.get(key.vm, {})
         vcpu = vcpus.pop(key.vcpu_id, None)
+        self._placed.pop(key.vm, None)
         with self._taking:
             if vcpus:
                 self._columns[key.vm].drop(key.vcpu_id)

@@ -24,7 +24,7 @@ from kvm.model import VcpuKey, VmKey
 
 log = logging.getLogger(__name__)
 
-GATHER_SECONDS: Final = 0.02
+GATHER_SECONDS: Final = 0.05
 # No two polls lie further apart.
 KEPT_SECONDS: Final = 600.0
 NS_PER_SECOND: Final = 1_000_000_000

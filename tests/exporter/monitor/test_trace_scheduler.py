@@ -347,14 +347,25 @@ def test_exits_that_come_faster_are_news_even_if_no_session_has_seen_that_they_h
 
 def test_older_counts_that_are_handed_over_late_say_nothing() -> None:
     vcpu = follow(FakeVm("web", 100, 1), 1000.0)
-    vcpu.see_counts(1001.0, 1001.1, 10, 20)
+    assert vcpu.see_counts(1001.0, 1001.1, 10, 20)
     vcpu.begin_session()
-    vcpu.see_counts(1000.5, 1001.2, 9, 18)
+    assert not vcpu.see_counts(1000.5, 1001.2, 9, 18)
     assert not vcpu.moved
-    vcpu.see_counts(1002.0, 1002.1, 10, 20)
+    assert not vcpu.see_counts(1002.0, 1002.1, 10, 20)
     assert not vcpu.moved
-    vcpu.see_counts(1003.0, 1003.1, 11, 21)
+    assert vcpu.see_counts(1003.0, 1003.1, 11, 21)
     assert vcpu.moved
+
+
+def test_counts_are_news_where_they_tell_of_a_vcpu_what_was_not_known() -> None:
+    vcpu = follow(FakeVm("web", 100, 1), 1000.0)
+    rows = [(10, 1000), (12, 3000), (14, 5000), (16, 5010), (18, 5020), (20, 7000)]
+    news = []
+    for now, (notify_exits, exits) in enumerate(rows, start=1001):
+        vcpu.detector.observe_counter(now, now, notify_exits)
+        news.append(vcpu.see_counts(now, now, notify_exits, exits))
+    assert news == [True, False, False, True, False, True]  # first numbers, hardly any other exits, many again
+    assert not vcpu.urgent
 
 
 def test_the_more_there_is_to_see_the_more_of_its_quota_a_session_may_use_up() -> None:

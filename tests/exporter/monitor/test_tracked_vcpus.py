@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from exporter.monitor.tracked_vcpu import TrackedVcpu
+from exporter.monitor.tracked_vcpu import TrackedVcpu, find_window
 from exporter.monitor.tracked_vcpus import MISSING_SECONDS, TrackedVcpus
 from exporter.stalls.detector import StallDetector
 from exporter.stalls.kernel_evidence import KernelCounts
 from exporter.stalls.verdicts import StallRule, State, VcpuFigures
-from kvm.model import NotifyExit, VcpuKey, VmKey, VmReading
+from kvm.model import EXITS, NOTIFY_WINDOW_EXITS, NotifyExit, Protection, VcpuKey, VmKey, VmReading
 from tests.fake_host import FakeVm
 
 
@@ -191,6 +194,68 @@ def test_a_vm_that_cannot_be_read_shows_no_vcpu_and_none_is_missing() -> None:
     vm.is_readable = False
     assert [counts for _, counts in tracked.renew(read(vm), 1.0)] == [None, None]
     assert not tracked.any_missing
+
+
+def read_others(reading: VmReading, **per_vcpu: tuple[int, ...]) -> VmReading:
+    """The same reading with these columns."""
+    return replace(reading, counters=reading.counters._replace(per_vcpu=per_vcpu))
+
+
+def cut(reading: VmReading) -> VmReading:
+    return read_others(reading, **{name: column[:-1] for name, column in reading.counters.per_vcpu.items()})
+
+
+def move_threads(reading: VmReading) -> VmReading:
+    return replace(reading, vcpus=tuple([replace(vcpu, tid=900 + vcpu.index) for vcpu in reading.vcpus]))
+
+
+CHANGES: dict[str, Callable[[VmReading], VmReading]] = {
+    "numbers": lambda reading: reading,
+    "its threads": move_threads,
+    "a vCPU is away": lambda reading: replace(cut(reading), vcpus=reading.vcpus[:-1]),
+    "it cannot be read": lambda reading: replace(read_others(reading), vcpus=()),
+    "its exits are not read": lambda reading: read_others(
+        reading, notify_window_exits=reading.counters.per_vcpu[NOTIFY_WINDOW_EXITS]
+    ),
+    "a column is too short": cut,
+    "its source": lambda reading: replace(reading, source="stats_fd"),
+    "its window": lambda reading: replace(reading, counters=reading.counters._replace(notify_window_cycles=77)),
+    "its protection": lambda reading: replace(reading, protection=Protection.OFF),
+    "its name": lambda reading: replace(reading, vm=replace(reading.vm, id="other")),
+}
+
+
+def expect_counts(reading: VmReading, vcpu_id: int) -> tuple[int, int | None] | None:
+    """What a reading says of a vCPU, found in the simplest way."""
+    columns = [reading.counters.per_vcpu.get(name, ()) for name in (NOTIFY_WINDOW_EXITS, EXITS)]
+    notify, exits = (dict(zip((vcpu.vcpu_id for vcpu in reading.vcpus), column, strict=False)) for column in columns)
+    return (notify[vcpu_id], exits.get(vcpu_id)) if vcpu_id in notify else None
+
+
+@given(st.lists(st.tuples(st.none() | st.sampled_from([*CHANGES]), st.booleans()), max_size=12))
+def test_what_is_renewed_follows_from_the_newest_snapshot_alone(steps: list[tuple[str | None, bool]]) -> None:
+    """None is a snapshot without the VM; and the last vCPU is tracked at times."""
+    vm = FakeVm("web", 100, 3)
+    tracked, usual = track(vm), vm.read()
+    last = tracked.drop(VcpuKey(vm.key, usual.vcpus[-1].vcpu_id))
+    assert last is not None
+    for now, (change, tracks_last) in enumerate(steps):
+        tracked.add(last) if tracks_last else tracked.drop(last.key)
+        numbers = read_others(usual, notify_window_exits=(now, now + 1, now + 2), exits=(now + 7, now + 8, now + 9))
+        if change is None:
+            assert [counts for _, counts in tracked.renew({}, now)] == [None] * (2 + tracks_last)
+            assert len(tracked.list_gone(now + MISSING_SECONDS)) == 2 + tracks_last
+            continue
+        reading = CHANGES[change](numbers)
+        found = tracked.renew({vm.key: reading}, now)
+        assert [vcpu for vcpu, _ in found] == [*tracked]
+        assert [counts for _, counts in found] == [expect_counts(reading, vcpu.key.vcpu_id) for vcpu, _ in found]
+        shown = {vcpu.vcpu_id: vcpu for vcpu in reading.vcpus}
+        missing = {vcpu.key for vcpu, _ in found if vcpu.key.vcpu_id not in shown and shown}
+        assert set(tracked.list_gone(now + MISSING_SECONDS)) == missing
+        for vcpu, _ in found:
+            assert (vcpu.vm, vcpu.source, vcpu.window_cycles) == (reading.vm, reading.source, find_window(reading))
+            assert vcpu.vcpu is shown.get(vcpu.key.vcpu_id, vcpu.vcpu)
 
 
 def test_what_is_dropped_is_in_none_of_the_sets() -> None:
