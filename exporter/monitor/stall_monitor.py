@@ -348,6 +348,7 @@ class StallMonitor:
             for vcpu in list(self._tracked.active.values()):
                 self._take(vcpu, vcpu.detector.observe_unread(now))
         self._take_context_losses(now)
+        self._tracked.renew_figures()
         self._drills.end_if_due(now)
         self._stall_log.flush(now, self._unix())
         await self._scheduler.cool(now)

@@ -35,7 +35,7 @@ from exporter.prometheus.verdict_lines import VerdictLines
 from exporter.prometheus.vm_series import ShownVm, VcpuSeries, VmSeries
 from exporter.stalls.verdicts import MonitorReport
 from kvm.errors import MalformedData
-from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, SnapshotReader, SourceReport, VmReading
+from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, SnapshotReader, SourceReport, VmKey, VmReading
 from kvm.read_errors import ReadErrors
 
 log = logging.getLogger(__name__)
@@ -245,18 +245,21 @@ class HostCollector:
         """Collect when vCPUs took notify exits and what the stall monitor says of them: few VMs have any, or all."""
         with_series, verdicts = self.settings.vcpu_series is not VcpuSeries.NONE, self._verdicts
         moved = self._increases.moved_vms if with_series else ()
-        notified = self._find_notified() if verdicts else ()
-        concerned = vms
-        if len(notified) < len(self._vms.shown):
-            keys = {*moved, *verdicts.vms} if verdicts else moved
-            concerned = [
-                (reading, lines)
-                for reading, lines in (vms if notified or keys else ())
-                if lines in notified or reading.vm.key in keys
-            ]
+        concerned = vms if self._increases.all_moved_at is not None else self._find_concerned(vms, moved)
         families = self._verdict_lines.render(concerned, verdicts, self._ask_vms) if verdicts else []
         last_moves = [self._last_moves.render(concerned, self._ask_vms)] if moved else []
         return [*families, *last_moves]
+
+    def _find_concerned(self, vms: Sequence[ShownVm], moved: Collection[VmKey]) -> Sequence[ShownVm]:
+        """Find the VMs of which there is something to tell besides counters."""
+        verdicts = self._verdicts
+        notified = self._find_notified() if verdicts else ()
+        if len(notified) == len(self._vms.shown):
+            return vms
+        keys = {*moved, *verdicts.vms} if verdicts else moved
+        if not notified and not keys:
+            return []
+        return [(reading, lines) for reading, lines in vms if lines in notified or reading.vm.key in keys]
 
     def _find_notified(self) -> Collection[VmSeries]:
         """Find the VMs that have taken notify exits, before our time or in it."""
