@@ -21,10 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import gt
 from types import MappingProxyType
 from typing import Final
 
+from exporter.history.changes import find_notify_counters
 from kvm.model import NOTIFY_WINDOW_EXITS, Snapshot, VmKey, VmReading
 
 MEMORY_SECONDS: Final = 600.0
@@ -68,6 +70,13 @@ class IncreaseTracker:
         """The VMs of which ``last_moves`` has something to tell: few of a host's."""
         self.all_moved_at: float | None = None
         """``moved_at_once`` of the newest snapshot's readings where it is the same of all, else None."""
+        self.sums: list[int] = []
+        """The notify exits of each VM of the newest snapshot, if all of their vCPUs have just moved; else empty."""
+        self._composition: object = None
+        self._columns: list[tuple[int, ...]] = []
+        """The numbers of ``_present``, where each VM has one of every vCPU; else empty."""
+        self._grown_at: float | None = None
+        """Since when these are newer than what the memories have; None where they are not."""
         self._zero_after_unix_seconds = math.inf
         self.increases_total = first_total
         self.readable = False
@@ -77,6 +86,12 @@ class IncreaseTracker:
         """Take in a snapshot."""
         if self._zero_after_unix_seconds == math.inf:
             self._zero_after_unix_seconds = snapshot.unix_seconds
+        columns = [column for column in find_notify_counters(snapshot)[0] if column]
+        if snapshot.composition is self._composition and self._take_growth(snapshot, columns):
+            self.observe_same(snapshot)
+            return
+        self._tell_memories()
+        self._composition, self._columns, self.sums = None, [], []  # what follows may fail half way
         self.readable = self.readable or _can_count(snapshot)
         present = []
         for reading in snapshot.readings:
@@ -92,6 +107,33 @@ class IncreaseTracker:
         self._present = present
         self.all_moved_at = self._find_all_moved(snapshot)
         self.observe_same(snapshot)
+        is_whole = all(memory.complete and memory.total is None for memory in present)
+        if is_whole and columns == [memory.column for memory in present]:
+            self._composition, self._columns = snapshot.composition, columns
+
+    def _take_growth(self, snapshot: Snapshot, columns: list[tuple[int, ...]]) -> bool:
+        """Take in that every vCPU of the host has taken notify exits, as after a bad microcode update, and say so.
+
+        To tell each VM's memory takes twice as long: it is told when somebody asks, or when it goes on otherwise.
+        """
+        if [*map(len, columns)] != [*map(len, self._columns)]:
+            return False
+        if not columns or not all(map(gt, chain.from_iterable(columns), chain.from_iterable(self._columns))):
+            return False
+        sums = [*map(sum, columns)]
+        total = self.increases_total + sum(sums) - sum(self.sums or map(sum, self._columns))
+        self.moved_vms.update(reading.vm.key for reading in snapshot.readings)
+        self._columns, self.sums, self.increases_total = columns, sums, total
+        self._grown_at = self.all_moved_at = snapshot.unix_seconds
+        return True
+
+    def _tell_memories(self) -> None:
+        """Tell each VM's memory of what has grown."""
+        if self._grown_at is not None:
+            for memory, column in zip(self._present, self._columns, strict=True):
+                memory.accounted += sum(column) - sum(memory.column)
+                memory.column, memory.moved_at_once = column, self._grown_at
+            self._grown_at = None
 
     def observe_same(self, snapshot: Snapshot) -> None:
         """Take in a snapshot of the same VMs and vCPUs as the one before, of which no notify counter has moved."""
@@ -101,6 +143,7 @@ class IncreaseTracker:
 
     def last_moves(self, key: VmKey) -> Mapping[int, float]:
         """Return when each vCPU of a VM, by vcpu_id, was last seen to move (Unix time); never seen is absent."""
+        self._tell_memories()
         memory = self._memories.get(key)
         if memory is not None:
             _date_moves(memory)
@@ -108,6 +151,7 @@ class IncreaseTracker:
 
     def moved_at_once(self, reading: VmReading) -> float | None:
         """Return when all vCPUs of a reading were last seen to move (Unix time), if none has alone since; else None."""
+        self._tell_memories()
         memory = self._memories.get(reading.vm.key)
         is_of_all = memory is not None and memory.vcpu_ids == reading.counters.vcpu_ids
         return memory.moved_at_once if memory is not None and is_of_all else None

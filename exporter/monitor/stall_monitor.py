@@ -348,12 +348,12 @@ class StallMonitor:
             for vcpu in list(self._tracked.active.values()):
                 self._take(vcpu, vcpu.detector.observe_unread(now))
         self._take_context_losses(now)
-        self._tracked.renew_figures()
         self._drills.end_if_due(now)
         self._stall_log.flush(now, self._unix())
         await self._scheduler.cool(now)
         ended, self._ended = self._ended, set()
         await self._trigger.forget(ended)
+        self._tracked.renew_figures()
 
     def _take_exit(self, vcpu: TrackedVcpu) -> None:
         """Take in that a vCPU has just taken a notify exit."""
@@ -365,15 +365,15 @@ class StallMonitor:
             self._consider(vcpu)
 
     def _take_counts(self, vcpu: TrackedVcpu, began: float, ended: float, notify_exits: int, exits: int | None) -> None:
-        is_news = len(self._tracked.active) <= SINGLE_READS
+        is_one_of_few = len(self._tracked.active) <= SINGLE_READS
+        is_due = is_one_of_few or ended - vcpu.considered_at >= RECONSIDER_SECONDS
         if changes := vcpu.detector.observe_counter(began, ended, notify_exits):
             self._take(vcpu, changes)
-            is_news = True
+            is_due = True
         if exits is not None and (changes := vcpu.detector.observe_exits(ended, exits)):
             self._take(vcpu, changes)
-            is_news = True
-        is_news |= vcpu.see_counts(began, ended, notify_exits, exits)
-        if is_news or ended - vcpu.considered_at >= RECONSIDER_SECONDS:
+            is_due = True
+        if vcpu.see_counts(began, ended, notify_exits, exits) or is_due:
             self._consider(vcpu)
 
     def _consider(self, vcpu: TrackedVcpu) -> None:

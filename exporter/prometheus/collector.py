@@ -221,7 +221,7 @@ class HostCollector:
         return families
 
     def _render_sums(self) -> list[Family]:
-        families = self._counters.render_sums_as_before(self._vms.shown)
+        families = self._counters.render_sums_as_before(self._vms.shown, self._increases.sums)
         if not families:
             found = list(self._ask_vms(self._vms.shown, VmSeries.take_sum))
             families = self._counters.render_sums(found)

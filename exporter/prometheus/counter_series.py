@@ -30,13 +30,11 @@ class CounterSeries:
             for metric, template, column in taken:
                 templates[metric].append(template)
                 columns[metric].append(column)
-        return [
-            Family(metric, [self._lines[metric].render(templates[metric], columns[metric])]) for metric in templates
-        ]
+        return [Family(metric, self._lines[metric].render(templates[metric], columns[metric])) for metric in templates]
 
     def refill(self, metric: Metric, columns: Sequence[tuple[float, ...]]) -> Family:
         """Render a metric that was rendered the last time, with other numbers for the same VMs."""
-        return Family(metric, [self._lines[metric].refill(columns)])
+        return Family(metric, self._lines[metric].refill(columns))
 
     def render_sums(self, found: Sequence[tuple[ShownVm, Column | None]]) -> list[Family]:
         """Render the VMs' sums, where they are known."""
@@ -49,11 +47,15 @@ class CounterSeries:
         self._summed = [lines for (_, lines), _ in found] if len(taken) == len(found) else []
         return families
 
-    def render_sums_as_before(self, shown: Sequence[ShownVm]) -> list[Family]:
-        """Render the VMs' sums where all are known, and were in the scrape before; [] elsewhere."""
+    def render_sums_as_before(self, shown: Sequence[ShownVm], sums: Sequence[int | None] = ()) -> list[Family]:
+        """Render the VMs' sums where all are known, and were in the scrape before; [] elsewhere.
+
+        ``sums`` are those of all VMs, if somebody has made them.
+        """
         if not self._summed or [lines for _, lines in shown] != self._summed:
             return []
-        sums = [reading.notify_exits for reading, _ in shown]
+        if len(sums) != len(shown):
+            sums = [reading.notify_exits for reading, _ in shown]
         known = tuple([total for total in sums if total is not None])
         return [self.refill(metrics.VM_NOTIFY_WINDOW_EXITS, [known])] if len(known) == len(sums) else []
 

@@ -65,16 +65,15 @@ class CounterLines:
     longer than one for all of them.
     """
 
-    __slots__ = ("_columns", "_parts", "_templates", "_text")
+    __slots__ = ("_columns", "_parts", "_templates")
 
     def __init__(self) -> None:
         self._templates: list[bytes] = []
         self._columns: Sequence[tuple[float, ...] | None] = []
         self._parts: list[bytes] = []
-        self._text = b""
 
-    def render(self, templates: list[bytes], columns: Sequence[tuple[float, ...]]) -> bytes:
-        """Put a column of numbers into each template.
+    def render(self, templates: list[bytes], columns: Sequence[tuple[float, ...]]) -> list[bytes]:
+        """Put a column of numbers into each template; returns the lines of each VM.
 
         Raises TypeError if there are more or fewer than places, ValueError if there is no column to each template.
         """
@@ -82,15 +81,14 @@ class CounterLines:
         if templates != self._templates:
             before, parts = [None] * len(templates), [b""] * len(templates)
         elif columns == before:
-            return self._text
+            return self._parts
         for at, (old, new, template) in enumerate(zip(before, columns, templates, strict=True)):
             if old is not new and old != new:
                 parts[at] = template % new
-        self._text = b"".join(parts)
         self._templates, self._columns, self._parts = templates, columns, parts  # once nothing can fail
-        return self._text
+        return parts
 
-    def refill(self, columns: Sequence[tuple[float, ...]]) -> bytes:
+    def refill(self, columns: Sequence[tuple[float, ...]]) -> list[bytes]:
         """Put other numbers into the templates of the last ``render``."""
         return self.render(self._templates, columns)
 

@@ -337,3 +337,46 @@ def test_a_flood_is_one_time_of_all_vcpus_until_one_stands_still(snapshots: Snap
         times.append(snapshots.movements.all_moved_at)
         assert snapshots.movements.moved_vms == ({KEY, other} if first else set())
     assert times == [None, START + 10, START + 20, None, START + 40]
+
+
+of_two_vcpus = st.lists(st.sampled_from([1, 2, 3, 3, 3, 0, -2]), min_size=2, max_size=2)
+of_a_vm = st.tuples(of_two_vcpus, st.sampled_from(["each"] * 9 + ["sum", "in part", "both", "away"]))
+
+
+@given(st.lists(st.tuples(of_a_vm, of_a_vm, st.booleans()), max_size=14))
+def test_a_host_on_which_all_grow_is_counted_at_once_as_it_is_one_by_one(
+    steps: list[tuple[tuple[list[int], str], tuple[list[int], str], bool]],
+) -> None:
+    """One tracker is told that nothing but numbers has changed, and the other has to look; they are asked at times."""
+    at_once, one_by_one = Snapshots(), Snapshots(tells_changes=False)
+    keys, values = (KEY, VmKey(101, 8, 9)), [[0, 5], [7, 0]]
+    for *vms, is_asked in steps:
+        readings = []
+        for key, numbers, (growth, way) in zip(keys, values, vms, strict=True):
+            numbers[:] = [max(0, number + more) for number, more in zip(numbers, growth, strict=True)]
+            by_id = dict(enumerate(numbers))
+            ways: dict[str, list[VmReading]] = {
+                "each": [read_vm(by_id, key=key)],
+                "sum": [read_vm(total=sum(numbers), count=2, key=key)],
+                "in part": [read_vm({1: numbers[1]}, count=2, key=key)],
+                "both": [read_vm({1: numbers[1]}, total=sum(numbers), count=2, key=key)],
+                "away": [],
+            }
+            readings += ways[way]
+        assert at_once.take(*readings) == one_by_one.take(*readings)
+        seen, expected = at_once.movements, one_by_one.movements
+        assert (seen.moved_vms, seen.all_moved_at) == (expected.moved_vms, expected.all_moved_at)
+        assert seen.sums in ([], [sum(reading.counters.per_vcpu.get(NOTIFY_WINDOW_EXITS, ())) for reading in readings])
+        if is_asked:
+            assert [*map(seen.last_moves, keys)] == [*map(expected.last_moves, keys)]
+            assert [*map(seen.moved_at_once, readings)] == [*map(expected.moved_at_once, readings)]
+    assert [*map(at_once.movements.last_moves, keys)] == [*map(one_by_one.movements.last_moves, keys)]
+
+
+def test_sums_are_of_snapshots_since_which_every_vcpu_has_moved() -> None:
+    snapshots = Snapshots()
+    sums = []
+    for first, second in ((0, 0), (1, 2), (3, 5), (3, 5), (4, 5), (5, 6)):
+        snapshots.take(read_vm({0: first, 1: second}), read_vm({0: second}, key=VmKey(101, 8, 9)))
+        sums.append(snapshots.movements.sums)
+    assert sums == [[], [3, 2], [8, 5], [], [], [11, 6]]

@@ -144,7 +144,7 @@ def test_templates_are_prometheus_clients(family: tuple[Metric, Samples]) -> Non
     ours = Family(metric)
     lines, template = CounterLines(), make_template(metric, [label_values for label_values, _ in samples])
     for values in (tuple(0 for _ in samples), tuple(int(value) for _, value in samples)):
-        ours.chunks = [lines.render([template], [values])]
+        ours.chunks = lines.render([template], [values])
     assert_same_lines(render_text([ours]), encode_theirs(build_theirs(metric, samples)))
     assert render_text([ours]) == render_text([build_ours(metric, samples)])
 
@@ -175,13 +175,13 @@ def test_any_label_value_is_readable(value: str) -> None:
 def test_undecodable_bytes_cost_nothing_else() -> None:
     name = b"web\xff%d".decode(errors="surrogateescape")
     assert escape_label_value(name) == "web\ufffd%d"
-    line = CounterLines().render([make_template(VCPU_EXITS, [("0", name)])], [(7,)])
+    (line,) = CounterLines().render([make_template(VCPU_EXITS, [("0", name)])], [(7,)])
     assert line.decode() == 'kvm_vcpu_exits_total{vcpu="0",vm="web\ufffd%d"} 7\n'
 
 
 @pytest.mark.parametrize("value", [0, 1, 2**53 + 1, 2**63, 2**64 - 1])
 def test_integers_keep_all_digits(value: int) -> None:
-    line = CounterLines().render([make_template(VCPU_EXITS, [("0", "a")])], [(value,)])
+    (line,) = CounterLines().render([make_template(VCPU_EXITS, [("0", "a")])], [(value,)])
     assert line.decode() == f'kvm_vcpu_exits_total{{vcpu="0",vm="a"}} {value}\n'
     (parsed,) = parse_text(render_text([build_ours(VCPU_EXITS, [(("0", "a"), value)])]))
     assert float(parsed.samples[0].value) == float(value)
@@ -208,26 +208,32 @@ def test_template_wants_one_number_for_each_series() -> None:
     for values in ((1,), (1, 2, 3)):
         with pytest.raises(TypeError):
             lines.render([template], [values])
-    assert lines.render([template], [(1, 2)]).count(b"\n") == 2
+    with pytest.raises(ValueError, match="zip"):
+        lines.render([template], [(1, 2), (3, 4)])
+    assert lines.render([template], [(1, 2)])[0].count(b"\n") == 2
 
 
 def test_what_comes_and_moves_is_rendered_and_what_stands_still_is_the_same_text() -> None:
     lines = CounterLines()
     one, other = (make_template(VCPU_EXITS, [("0", vm)]) for vm in "ab")
-    assert lines.render([one], [(1,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\n'
+    assert lines.render([one], [(1,)]) == [make_line("a", 1)]
     both = lines.render([one, other], [(1,), (2,)])
-    assert both == b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\nkvm_vcpu_exits_total{vcpu="0",vm="b"} 2\n'
+    assert both == [make_line("a", 1), make_line("b", 2)]
     assert lines.render([one, other], [(1,), (2,)]) is both
-    assert lines.render([other, one], [(1,), (2,)]).splitlines() == [
-        b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 1',
-        b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 2',
-    ]
-    assert lines.render([other], [(3,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 3\n'
+    moved = lines.render([one, other], [(1,), (3,)])
+    assert (moved, moved[0] is both[0]) == ([make_line("a", 1), make_line("b", 3)], True)
+    assert both == [make_line("a", 1), make_line("b", 2)], "what was given away stays as it was"
+    assert lines.render([other, one], [(1,), (2,)]) == [make_line("b", 1), make_line("a", 2)]
+    assert lines.render([other], [(3,)]) == [make_line("b", 3)]
+
+
+def make_line(vm: str, value: int) -> bytes:
+    return f'kvm_vcpu_exits_total{{vcpu="0",vm="{vm}"}} {value}\n'.encode()
 
 
 @pytest.mark.parametrize("seconds", [1_800_000_000.125, 1_800_000_000.0])
 def test_a_time_keeps_its_fraction(seconds: float) -> None:
-    line = CounterLines().render([make_template(VCPU_STALL_START, [("0", "a")])], [(seconds,)])
+    (line,) = CounterLines().render([make_template(VCPU_STALL_START, [("0", "a")])], [(seconds,)])
     assert line.decode() == f'kvm_vcpu_stall_start_timestamp_seconds{{vcpu="0",vm="a"}} {seconds!r}\n'
 
 
@@ -237,8 +243,11 @@ def test_of_a_rendering_that_failed_nothing_is_left() -> None:
     lines.render([one], [(0,)])
     with pytest.raises(TypeError):
         lines.render([other], [()])
-    assert lines.refill([(1,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="a"} 1\n'
-    assert lines.render([other], [(1,)]) == b'kvm_vcpu_exits_total{vcpu="0",vm="b"} 1\n'
+    assert lines.refill([(1,)]) == [make_line("a", 1)]
+    with pytest.raises(TypeError):
+        lines.refill([()])
+    assert lines.refill([(1,)]) == [make_line("a", 1)]
+    assert lines.render([other], [(1,)]) == [make_line("b", 1)]
 
 
 def test_series_wants_every_label() -> None:
@@ -396,7 +405,7 @@ def test_templates_are_much_faster_than_prometheus_client() -> None:
     next_look = itertools.cycle(looks)
 
     def render_ours() -> bytes:
-        return render_text([Family(VCPU_EXITS, [lines.render(templates, next(next_look))])]).encode()
+        return render_text([Family(VCPU_EXITS, lines.render(templates, next(next_look)))]).encode()
 
     def render_theirs() -> bytes:
         family = CounterMetricFamily("kvm_vcpu_exits", VCPU_EXITS.help, labels=["vcpu", "vm"])
