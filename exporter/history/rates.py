@@ -110,7 +110,7 @@ class RateHistory:
         """The snapshots that wait to be taken in, in order of time."""
         self._newest: NotifyCounters = ([], [])
         self._repeats = False
-        """Whether the last one that waits shows what the one before it shows: the next may stand in its place."""
+        """Whether the last one that waits shows what the one before it showed: the next may stand in its place."""
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in a snapshot; one that is not the newest is left out."""
@@ -128,7 +128,7 @@ class RateHistory:
             elif counters == self._newest:
                 if self._repeats:
                     self._waiting.pop()
-                counters, self._repeats = self._newest, bool(self._waiting)
+                counters, self._repeats = self._newest, True
             else:
                 self._repeats = False
             self._waiting.append((now, counters))
@@ -147,8 +147,9 @@ class RateHistory:
                     continue
                 sample = _make_sample(seconds, vcpu_ids, columns[place], totals[place])
                 if sample is not None:
-                    stays, samples = False, samples or self._vms.setdefault(key, _Samples())
+                    stays, samples = False, samples or _Samples()
                     samples.add(sample, self._spacing)
+                    self._vms[key] = samples  # no sooner than it has one
             if samples is not None and not stays:
                 samples.forget_before(now - WINDOW_SECONDS)
                 moving += len(samples.kept[-1].column) * samples.moves

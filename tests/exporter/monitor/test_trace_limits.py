@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
+from exporter.monitor.stall_monitor import RECONSIDER_SECONDS
 from exporter.monitor.trace_budget import Limits
 from exporter.monitor.tracked_vcpu import OTHERS_FIRST
+from exporter.stalls.detector import QUIET_SECONDS
 from exporter.stalls.verdicts import StallRule, State
 from kvm.errors import SourceUnavailable
+from kvm.model import VcpuKey
 from tests.exporter.monitor.scene import Scene, play
 from tests.fake_host import FakeHost, FakeVm
 
@@ -98,6 +104,70 @@ def test_who_does_nothing_else_is_called_among_many_who_take_notify_exits_now_an
         assert await scene.wait_for(vms[-1], State.STALLED, vcpu=3, seconds=100) < 5
 
     play(act, *vms, trigger=True, registers=False, limits=Limits(host=1))
+
+
+ONE_AT_ONCE = Limits(host=1)
+POLLS_SECONDS = 2.5  # in which the counters of a host of 40 vCPUs are read twice
+
+
+async def flood(scene: Scene, vms: Sequence[FakeVm]) -> None:
+    """Let all vCPUs take notify exits, beside many others; nearly all of them wait for a trace session."""
+    for vm in vms:
+        for vcpu in vm.vcpus:
+            scene.host.set(vcpu, "notified now and then", interval=0.2)
+    await asyncio.sleep(12)
+
+
+def find_considered(scene: Scene) -> dict[VcpuKey, float]:
+    """When it was asked last of each vCPU whether it is to be traced."""
+    return {vcpu.key: vcpu.considered_at for vcpu in scene.monitor._tracked}
+
+
+async def wait_considered(scene: Scene, key: VcpuKey) -> float:
+    """Wait until that is asked of a vCPU again; returns after how many seconds."""
+    began, before = scene.host.clock(), find_considered(scene)[key]
+    while find_considered(scene)[key] == before:
+        assert scene.host.clock() < began + 30.0
+        await asyncio.sleep(0.05)
+    return scene.host.clock() - began
+
+
+def test_of_many_who_wait_it_is_asked_now_and_then_whether_they_are_to_be_traced() -> None:
+    vms = [FakeVm(f"vm{number}", 1000 * (number + 1), 4) for number in range(10)]
+
+    async def act(scene: Scene) -> None:
+        await flood(scene, vms)
+        asked: dict[VcpuKey, set[float]] = {}
+        for _ in range(200):
+            await asyncio.sleep(0.1)
+            for key, considered_at in find_considered(scene).items():
+                asked.setdefault(key, set()).add(considered_at)
+        assert len(asked) == 40
+        assert statistics.median(len(times) for times in asked.values()) <= 6, "not at each of twenty polls"
+        for times in asked.values():
+            assert max(later - sooner for sooner, later in pairwise(sorted(times))) <= RECONSIDER_SECONDS + 2
+            assert len(times) >= 4
+
+    play(act, *vms, limits=ONE_AT_ONCE)
+
+
+@pytest.mark.parametrize("idle_seconds", [0.0, QUIET_SECONDS + 5])
+def test_who_does_something_new_is_asked_at_once(idle_seconds: float) -> None:
+    """Who takes hardly any other exits from now on, or takes notify exits again."""
+    vms = [FakeVm(f"vm{number}", 1000 * (number + 1), 4) for number in range(10)]
+    vm = vms[5]
+    key = VcpuKey(vm.key, vm.read().vcpus[1].vcpu_id)
+
+    async def act(scene: Scene) -> None:
+        await flood(scene, vms)
+        if idle_seconds:
+            scene.host.set(vm.vcpus[1], "idle")
+            await asyncio.sleep(idle_seconds)
+        await wait_considered(scene, key)
+        scene.host.set(vm.vcpus[1], "notified now and then" if idle_seconds else "stuck", interval=0.2)
+        assert await wait_considered(scene, key) <= POLLS_SECONDS < RECONSIDER_SECONDS - 1
+
+    play(act, *vms, limits=ONE_AT_ONCE)
 
 
 def test_no_more_than_16_threads_are_armed_at_once() -> None:
