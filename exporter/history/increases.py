@@ -114,7 +114,8 @@ class IncreaseTracker:
     def _take_growth(self, snapshot: Snapshot, columns: list[tuple[int, ...]]) -> bool:
         """Take in that every vCPU of the host has taken notify exits, as after a bad microcode update, and say so.
 
-        To tell each VM's memory takes twice as long: it is told when somebody asks, or when it goes on otherwise.
+        To tell the memories of 625 VMs takes half as long again: they are told when somebody asks, or when some vCPU
+        has not moved.
         """
         if [*map(len, columns)] != [*map(len, self._columns)]:
             return False

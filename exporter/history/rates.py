@@ -124,15 +124,14 @@ class RateHistory:
                 self._catch_up()
             if not is_same:
                 self._shown = [(reading.vm.key, reading.counters.vcpu_ids) for reading in snapshot.readings]
-                self._composition, self._repeats = snapshot.composition, False
-            elif counters == self._newest:
-                if self._repeats:
-                    self._waiting.pop()
-                counters, self._repeats = self._newest, True
-            else:
-                self._repeats = False
-            self._waiting.append((now, counters))
-            self._newest = counters
+                self._composition = snapshot.composition
+            repeats = is_same and counters == self._newest
+            if repeats and self._repeats:
+                self._waiting.pop()
+            if not repeats:
+                self._newest = counters
+            self._waiting.append((now, self._newest))
+            self._repeats = repeats
 
     def _catch_up(self) -> None:
         """Take in what waits."""

@@ -1,7 +1,7 @@
 """What the stall monitor has found out about one VM's vCPUs, as columns of numbers, kept while it finds the same.
 
 Few vCPUs ever take a notify exit. But after a bad microcode update all may do: then the monitor's own columns are taken
-as they are, and the numbers of all VMs are printed at once, as counters are.
+as they are, and printed as counters are.
 """
 
 from __future__ import annotations

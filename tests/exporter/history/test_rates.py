@@ -225,3 +225,13 @@ def test_an_older_snapshot_changes_nothing(look: Look) -> None:
     history.observe(look(15.0, make_reading(notify=(9,))))
     history.observe(look(20.0, make_reading(notify=(9,))))
     assert history.find_steps(KEY, 0, 20.0) == steps
+
+
+def test_when_a_counter_moved_is_known_as_exactly_where_somebody_has_asked_just_then() -> None:
+    history, look = RateHistory(), open_look(tells=True)
+    for seconds, number in ((105.8, 2), (106.1, 9), (106.4, 9), (111.4, 9)):
+        history.observe(look(seconds, make_reading(notify=(number,))))
+        if seconds == 106.1:
+            assert [step.exits for step in history.find_steps(KEY, 0, seconds)] == [pytest.approx(7)]
+    assert count_numbers(history) == 2
+    assert [sample.seconds for sample in history._vms[KEY].kept] == [105.8, 106.1, 111.4]

@@ -160,6 +160,8 @@ def test_what_finds_no_room_is_tried_again_seldom_and_counted() -> None:
             wait_until(lambda: lose(1), "the ring has no room", PATIENCE_SECONDS)
             began, lost, exits = time.monotonic(), trigger.lost[0], count_exits(trigger)
             wait_until(lambda: lose(lost + 4), "it is tried again", PATIENCE_SECONDS)
+            guest.run(500)
+            assert count_exits(trigger) >= exits + 1000
             lost = trigger.lost[0] - lost
             assert lost <= 2 * ((time.monotonic() - began) / RETRY_SECONDS + 1)
             assert lost < count_exits(trigger) - exits
